@@ -1,0 +1,72 @@
+"""Is a local folder a whole checkpoint? Reads file sizes and headers, never weights. Pure but for the files it reads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+INDEX_FILE = "model.safetensors.index.json"
+# The format's own limit for the JSON header of a safetensors file.
+MAX_HEADER_BYTES = 100_000_000
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise ValueError, naming the file, where a checkpoint is missing something, truncated or not JSON."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder with a checkpoint")
+    read_json(folder / "config.json")
+    for shard in find_shards(folder):
+        check_shard(shard)
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The safetensors files that the index names, or all of them where there is no index."""
+    index = folder / INDEX_FILE
+    if not index.exists():
+        shards = sorted(folder.glob("*.safetensors"))
+        if not shards:
+            raise ValueError(f"{folder} has no *.safetensors files; convert the checkpoint")
+        return shards
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map; download it again")
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def check_shard(path: Path) -> None:
+    """Compare the file's size with what its own header promises."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing; download it")
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size_bytes < 8 or header_bytes > min(size_bytes - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"{path} is truncated or no safetensors file; download it again")
+        header = _parse(file.read(header_bytes), path)
+    end = max((entry["data_offsets"][1] for entry in _tensors(header)), default=0)
+    expected_bytes = 8 + header_bytes + end
+    if size_bytes != expected_bytes:
+        raise ValueError(
+            f"{path} has {size_bytes} bytes and should have {expected_bytes}; download it again"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError naming the file."""
+    try:
+        return _parse(path.read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    return value
+
+
+def _tensors(header: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for name, entry in header.items() if name != "__metadata__"]

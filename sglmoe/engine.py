@@ -1,0 +1,43 @@
+"""`sglmoe.Engine`: sglang's offline `Engine`, with sglmoe's scheduler and worker in it.
+
+One of the files that know sglang.
+"""
+
+import os
+from typing import Any
+
+from sglmoe import start_up
+
+start_up.start_importing()  # before sglang is imported here, so that both happen at the same time
+
+from sglang.srt.entrypoints.engine import Engine as SglangEngine  # noqa: E402
+from sglang.srt.plugins import load_plugins  # noqa: E402
+
+from sglmoe.config import Options  # noqa: E402
+from sglmoe.demo_model import demo_model_path, ensure_demo_model  # noqa: E402
+from sglmoe.preparation import detokenizer_entry, prepare, scheduler_entry  # noqa: E402
+
+
+class Engine(SglangEngine):
+    """As `sglang.Engine`, which documents the methods, under one memory budget.
+
+    `memory_budget` and `host_memory` are sizes as the server's flags take them, such as ``"2GiB"`` or ``"80%"``. All
+    else is sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for what can't be served.
+    """
+
+    run_detokenizer_process_func = detokenizer_entry()
+
+    def __init__(
+        self, *, memory_budget: str | None = None, host_memory: str | None = None, **flags: Any
+    ):
+        load_plugins()
+        server_args = flags.pop("server_args", None) or self._read_server_args(flags)
+        config = prepare(server_args, Options(memory_budget=memory_budget, host_memory=host_memory))
+        self.run_scheduler_process_func = scheduler_entry(config)
+        start_up.keep_start_method()
+        super().__init__(server_args=server_args)
+
+    def _read_server_args(self, flags: dict[str, Any]) -> Any:
+        if "model_path" not in flags:
+            flags["model_path"] = str(ensure_demo_model(demo_model_path(os.environ)))
+        return self.server_args_class(**({"log_level": "error"} | flags))

@@ -1,0 +1,146 @@
+"""`python -m sglmoe.launch_server`: sglang's server, flag for flag, with sglmoe's scheduler and worker in it.
+
+One of the files that know sglang, but nothing here may import it before the fork server has been started.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from typing import Any, NoReturn
+
+from sglmoe.config import EngineConfig, Options
+from sglmoe.demo_model import demo_model_path, ensure_demo_model
+from sglmoe.start_up import keep_start_method, start_importing
+from sglmoe.units import parse_bytes
+
+logger = logging.getLogger(__name__)
+
+PROGRAM = "python -m sglmoe.launch_server"
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    try:
+        options = read_options(argv)
+    except ValueError as error:
+        fail(error)
+    start_importing()
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        server_args = read_server_args(argv)
+        from sglmoe.preparation import prepare
+
+        serve(server_args, prepare(server_args, options))
+    except ValueError as error:
+        fail(error)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def fail(error: Exception) -> NoReturn:
+    sys.exit(f"{PROGRAM}: {error}")
+
+
+def serve(server_args: Any, config: EngineConfig) -> None:
+    """Run the server until it is told to stop."""
+    from sglang.srt.entrypoints.http_server import launch_server
+
+    from sglmoe.preparation import detokenizer_entry, scheduler_entry
+
+    keep_start_method()
+    launch_server(
+        server_args,
+        run_scheduler_process_func=scheduler_entry(config),
+        run_detokenizer_process_func=detokenizer_entry(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong and nothing else: sglang's usage alone fills three screens."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+
+def our_parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} [--memory-budget SIZE] [any of sglang's options]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("sglmoe")
+    group.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="Device memory for everything: dense weights, KV cache and experts. Bytes (24GiB, 800MB) or a share of "
+        "the device (80%%). Default: 85%% of a GPU's free memory; on a CPU, half of what the cgroup allows.",
+    )
+    group.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="Host memory for experts that are not on the GPU, likewise. Default: 70%%. Not on a CPU.",
+    )
+    return parser
+
+
+def read_options(argv: list[str]) -> Options:
+    """Our own flags. Raises ValueError for what no machine could mean."""
+    given, _ = our_parser().parse_known_args(argv)
+    for flag, text in (
+        ("--memory-budget", given.memory_budget),
+        ("--host-memory", given.host_memory),
+    ):
+        try:
+            parse_bytes(text or "100%", whole_bytes=1)
+        except ValueError as error:
+            raise ValueError(f"{flag}: {error}") from None
+    return Options(memory_budget=given.memory_budget, host_memory=given.host_memory)
+
+
+def read_server_args(argv: list[str]) -> Any:
+    """sglang's flags as the operator gave them, with the demo model where no other is named."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+    parser = Parser(prog=PROGRAM, usage=argparse.SUPPRESS)
+    ServerArgs.add_cli_args(parser)
+    _, argv = our_parser().parse_known_args(argv)
+    if {"-h", "--help"} & set(argv):
+        our_parser().print_help()
+        parser.print_help()
+        sys.exit()
+    argv = merge_config_file(argv, parser)
+    if not names_model(argv, parser):
+        demo = ensure_demo_model(demo_model_path(os.environ))
+        print(f"No --model-path: serving the demo model in {demo}", file=sys.stderr)
+        argv = ["--model-path", str(demo), *argv]
+    return prepare_server_args(argv)
+
+
+def merge_config_file(argv: list[str], parser: Parser) -> list[str]:
+    if "--config" not in argv:
+        return argv
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    merged: list[str] = ConfigArgumentMerger(parser).merge_config_with_args(argv)
+    return merged
+
+
+def names_model(argv: list[str], parser: Parser) -> bool:
+    """Whether a model is named. Raises ValueError for flags that sglang does not know."""
+    for action in parser._actions:
+        if action.dest == "model_path":
+            action.required = False
+    return parser.parse_args(argv).model_path is not None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The shape of the arena and who owns each of its frames.
+
+The arena is one run of bytes cut into equal frames; a frame holds one expert or a whole number of
+KV pages. This file knows sizes and owners, neither what is in the bytes nor when anything is
+evicted.
+"""
+
+import math
+from enum import Enum
+
+import msgspec
+
+from sglmoe.units import ceil_div, show_bytes
+
+PAGE_TOKENS_TRIED = (16, 8, 4, 2, 1)
+MAX_WASTE_RATIO = 0.02  # DESIGN.md, section 3
+DENSE_FRAME_BYTES = 2**20  # arbitrary: much less than a budget, much more than its bookkeeping
+NUM_TOKEN_IDS = 2**31  # SGLang's req_to_token is int32
+
+
+class Geometry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """How the arena is cut. Page p lies at byte ``p * page_bytes``; frame f holds the pages from
+    ``f * pages_per_frame``.
+
+    Token o of page p has id ``p * page_rows + o``: a row is what one token keeps of one layer's K,
+    or V, or MLA latent.
+    """
+
+    num_frames: int
+    frame_bytes: int
+    expert_bytes: int  # of the largest expert; 0 for a dense model
+    page_bytes: int
+    page_tokens: int
+    pages_per_frame: int
+    page_rows: int
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.num_frames * self.frame_bytes
+
+
+def plan_geometry(
+    *,
+    arena_bytes: int,
+    expert_bytes: int,
+    token_bytes: int,
+    token_rows: int,
+    page_tokens: int | None,
+    tensor_alignment: int = 256,
+) -> Geometry:
+    """Cut `arena_bytes` into frames of one expert each, rounded up to whole pages.
+
+    `token_bytes` is a token's KV in all layers, as `token_rows` rows: ``2 * layers`` for K and V,
+    ``layers`` for MLA. `expert_bytes` is 0 for a dense model. Frames start at multiples of
+    `tensor_alignment` bytes. Raises ValueError when the arena can't hold one expert and one frame
+    of KV.
+    """
+    if page_tokens is None:
+        page_tokens = _choose_page_tokens(expert_bytes, token_bytes, tensor_alignment)
+    page_bytes = page_tokens * token_bytes
+    pages_per_frame = _pages_per_frame(expert_bytes, page_bytes, tensor_alignment)
+    frame_bytes = pages_per_frame * page_bytes
+    page_rows = page_tokens * token_rows
+    _check_arena(arena_bytes, expert_bytes=expert_bytes, frame_bytes=frame_bytes)
+    return Geometry(
+        num_frames=min(arena_bytes // frame_bytes, NUM_TOKEN_IDS // (page_rows * pages_per_frame)),
+        frame_bytes=frame_bytes,
+        expert_bytes=expert_bytes,
+        page_bytes=page_bytes,
+        page_tokens=page_tokens,
+        pages_per_frame=pages_per_frame,
+        page_rows=page_rows,
+    )
+
+
+def _choose_page_tokens(expert_bytes: int, token_bytes: int, tensor_alignment: int) -> int:
+    """The largest page whose rounding wastes little of a frame; if all waste much, the least
+    wasteful."""
+    if not expert_bytes:
+        return PAGE_TOKENS_TRIED[0]
+
+    def waste_ratio(page_tokens: int) -> float:
+        page_bytes = page_tokens * token_bytes
+        frame_bytes = _pages_per_frame(expert_bytes, page_bytes, tensor_alignment) * page_bytes
+        return 1 - expert_bytes / frame_bytes
+
+    thrifty = (tokens for tokens in PAGE_TOKENS_TRIED if waste_ratio(tokens) < MAX_WASTE_RATIO)
+    return next(thrifty, min(PAGE_TOKENS_TRIED, key=waste_ratio))
+
+
+def _pages_per_frame(expert_bytes: int, page_bytes: int, tensor_alignment: int) -> int:
+    aligned_pages = math.lcm(page_bytes, tensor_alignment) // page_bytes
+    num_pages = ceil_div(expert_bytes or DENSE_FRAME_BYTES, page_bytes)
+    return ceil_div(num_pages, aligned_pages) * aligned_pages
+
+
+def _check_arena(arena_bytes: int, *, expert_bytes: int, frame_bytes: int) -> None:
+    num_needed = 2 if expert_bytes else 1
+    if arena_bytes >= num_needed * frame_bytes:
+        return
+    user = (
+        f"one expert ({show_bytes(expert_bytes)}) and as much KV cache take"
+        if expert_bytes
+        else "the smallest KV cache takes"
+    )
+    needed_bytes = num_needed * frame_bytes
+    raise ValueError(
+        f"the memory budget leaves {show_bytes(arena_bytes)} for experts and KV cache, but {user}"
+        f" {show_bytes(needed_bytes)}: raise --memory-budget by at least"
+        f" {show_bytes(needed_bytes - arena_bytes)}"
+    )
+
+
+class FrameKind(Enum):
+    """What a frame holds."""
+
+    FREE = "free"
+    EXPERT = "expert"
+    KV = "kv"
+
+
+class Frames:
+    """The owner of each frame. Every operation is O(1); the frame given back last is taken
+    first."""
+
+    def __init__(self, num_frames: int):
+        self._kinds = [FrameKind.FREE] * num_frames
+        self._experts: dict[int, tuple[int, int]] = {}
+        self._free = list(range(num_frames - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_expert(self) -> int:
+        return len(self._experts)
+
+    @property
+    def num_kv(self) -> int:
+        return len(self._kinds) - len(self._free) - len(self._experts)
+
+    def kind(self, frame: int) -> FrameKind:
+        return self._kinds[frame]
+
+    def expert(self, frame: int) -> tuple[int, int]:
+        """The (layer, expert) that owns an EXPERT frame."""
+        return self._experts[frame]
+
+    def take_for_expert(self, layer: int, expert: int) -> int:
+        """Turn a free frame, of which there must be one, into EXPERT(layer, expert)."""
+        frame = self._free.pop()
+        self._kinds[frame] = FrameKind.EXPERT
+        self._experts[frame] = (layer, expert)
+        return frame
+
+    def take_for_kv(self) -> int:
+        """Turn a free frame, of which there must be one, into KV."""
+        frame = self._free.pop()
+        self._kinds[frame] = FrameKind.KV
+        return frame
+
+    def give(self, frame: int) -> None:
+        """Make a frame FREE, whatever it held."""
+        assert self._kinds[frame] is not FrameKind.FREE, f"frame {frame} is given back twice"
+        self._experts.pop(frame, None)
+        self._kinds[frame] = FrameKind.FREE
+        self._free.append(frame)
+
+    def violations(self) -> list[str]:
+        """Frames free + expert + KV = all."""
+        by_kind = {
+            kind: {frame for frame, its in enumerate(self._kinds) if its is kind}
+            for kind in FrameKind
+        }
+        found = []
+        if sorted(self._free) != sorted(by_kind[FrameKind.FREE]):
+            found.append("the list of free frames differs from the frames marked free")
+        if self._experts.keys() != by_kind[FrameKind.EXPERT]:
+            found.append("the experts' frames differ from the frames marked expert")
+        if len(by_kind[FrameKind.KV]) != self.num_kv:
+            found.append(f"{len(by_kind[FrameKind.KV])} KV frames are counted as {self.num_kv}")
+        return found

@@ -1,0 +1,160 @@
+"""Pages within the KV frames.
+
+A page of a KV frame is free, held (a running request needs it) or idle (a cached prefix that nobody
+uses now). The pool counts; who the page belongs to is the business of the radix tree and of the
+requests.
+"""
+
+from array import array
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import numpy as np
+
+from sglmoe.memory.arena import Frames
+
+# int32; sliced, joined and seen by numpy at the speed of memcpy, whatever the length of a prompt.
+Pages: TypeAlias = "array[int]"
+
+
+def no_pages() -> Pages:
+    return array("i")
+
+
+class PagePool:
+    """Hands out pages, from partly used frames first so that others run empty; an empty frame is
+    FREE at once."""
+
+    def __init__(self, frames: Frames, *, pages_per_frame: int, max_frames: int):
+        self._frames = frames
+        self._pages_per_frame = pages_per_frame
+        self._max_frames = max_frames
+        self._free: dict[int, Pages] = {}  # of the partly used frames, the longest so first
+        self._held = [0] * len(frames)  # held pages by frame
+        self.free_pages = 0  # in KV frames
+        self.held_pages = 0
+        self.idle_frames = 0  # KV frames without a held page: evicting prefixes can empty these
+
+    @property
+    def available_pages(self) -> int:
+        """What `allocate` can hand out, free frames included as far as KV may take them."""
+        num_frames = min(self._frames.num_free, self._max_frames - self._frames.num_kv)
+        return self.free_pages + num_frames * self._pages_per_frame
+
+    @property
+    def idle_pages(self) -> int:
+        num_pages = self._frames.num_kv * self._pages_per_frame
+        return num_pages - self.free_pages - self.held_pages
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether KV may take one more frame, should one become free."""
+        return self._frames.num_kv < self._max_frames
+
+    def allocate(self, num_pages: int) -> Pages:
+        """Take `num_pages` free pages, at most `available_pages`; they are held from now on."""
+        assert num_pages <= self.available_pages, f"{num_pages} of {self.available_pages} pages"
+        pages = no_pages()
+        while (num_missing := num_pages - len(pages)) > 0:
+            frame = next(iter(self._free), -1)
+            if frame < 0:
+                frame = self._open_frame()
+            free = self._free[frame]
+            taken = free[:num_missing]
+            del free[:num_missing]
+            if not free:
+                del self._free[frame]
+            pages += taken
+            self._count_held(frame, len(taken))
+        self.free_pages -= num_pages
+        return pages
+
+    def free(self, pages: Pages) -> None:
+        """Idle pages become free."""
+        for frame, start, stop in self._runs(pages):
+            free = self._free.setdefault(frame, no_pages())
+            free += pages[start:stop]
+            self.free_pages += stop - start
+            if len(free) == self._pages_per_frame:
+                self._close_frame(frame)
+
+    def hold(self, pages: Pages) -> None:
+        """Idle pages become held."""
+        for frame, start, stop in self._runs(pages):
+            self._count_held(frame, stop - start)
+
+    def unhold(self, pages: Pages) -> None:
+        """Held pages become idle."""
+        for frame, start, stop in self._runs(pages):
+            self._count_held(frame, start - stop)
+
+    def last_run(self, pages: Pages) -> int:
+        """How many pages at the end lie in the last one's frame: the least to evict that may empty
+        a frame."""
+        frame = pages[-1] // self._pages_per_frame
+        start = len(pages) - 1
+        while start and pages[start - 1] // self._pages_per_frame == frame:
+            start -= 1
+        return len(pages) - start
+
+    def violations(self, *, held: Pages, idle: Pages) -> list[str]:
+        """Pages free + held + idle = pages of KV frames. `held` and `idle`: all pages that have an
+        owner, by state."""
+        frames_held = [0] * len(self._frames)
+        for page in held:
+            frames_held[page // self._pages_per_frame] += 1
+        free = [page for pages in self._free.values() for page in pages]
+        used = [*held, *idle]
+        kv_frames = {page // self._pages_per_frame for page in used}
+        pages = [
+            frame * self._pages_per_frame + page
+            for frame in sorted(kv_frames)
+            for page in range(self._pages_per_frame)
+        ]
+        found = []
+        if sorted([*free, *used]) != pages:
+            found.append("free, held and idle pages are not the pages of the KV frames")
+        if len(kv_frames) != self._frames.num_kv:
+            found.append(f"{len(kv_frames)} frames have pages in use, {self._frames.num_kv} are KV")
+        counted = (self.free_pages, self.held_pages, self.idle_pages)
+        if (exact := (len(free), len(held), len(idle))) != counted:
+            found.append(f"free, held, idle pages are counted as {counted} but are {exact}")
+        if frames_held != self._held:
+            found.append("held pages by frame are counted wrong")
+        if sum(not frames_held[frame] for frame in kv_frames) != self.idle_frames:
+            found.append(f"idle frames are counted wrong: {self.idle_frames}")
+        if self._frames.num_kv > self._max_frames:
+            found.append(f"{self._frames.num_kv} KV frames exceed {self._max_frames}")
+        return found
+
+    def _open_frame(self) -> int:
+        frame = self._frames.take_for_kv()
+        first = frame * self._pages_per_frame
+        self._free[frame] = array("i", range(first, first + self._pages_per_frame))
+        self.free_pages += self._pages_per_frame
+        self.idle_frames += 1
+        return frame
+
+    def _close_frame(self, frame: int) -> None:
+        assert not self._held[frame], f"frame {frame} is empty, yet held"
+        del self._free[frame]
+        self.free_pages -= self._pages_per_frame
+        self.idle_frames -= 1
+        self._frames.give(frame)
+
+    def _count_held(self, frame: int, change: int) -> None:
+        before = self._held[frame]
+        after = before + change
+        assert after >= 0, f"frame {frame} holds {before} pages, {-change} are let go"
+        self._held[frame] = after
+        self.held_pages += change
+        self.idle_frames += (not after) - (not before)
+
+    def _runs(self, pages: Pages) -> Iterator[tuple[int, int, int]]:
+        """Cut `pages` into (frame, start, stop) where the frame changes."""
+        if not pages:
+            return
+        frames = np.frombuffer(pages, np.int32) // self._pages_per_frame
+        cuts = (np.flatnonzero(frames[1:] != frames[:-1]) + 1).tolist()
+        starts = [0, *cuts]
+        yield from zip(frames[starts].tolist(), starts, [*cuts, len(pages)], strict=True)

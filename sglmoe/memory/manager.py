@@ -1,0 +1,388 @@
+"""The one owner of the arena: the only part of memory/ that the worker calls.
+
+It decides who gets frames and pages and who loses them. It holds no tensor and moves no byte:
+experts arrive through the callable it is given. Only the worker's main thread may call it.
+
+Why nothing here can deadlock, or wait for something that does not come:
+
+* At least `floor_frames` frames are always free or hold an expert: KV never takes more than the
+  rest. Pins belong to the wave that runs, and there is one at most, so when a wave begins there is
+  a frame to be had for at least one expert, even if a page of a running request sits in every other
+  frame. The layer goes on with what fits and takes more waves.
+* `extend` never waits. All pages that no running request holds can be evicted, one by one, wherever
+  they lie, and a page of any KV frame is as good as any other; so it is known beforehand, from
+  counts alone, whether enough pages can be freed. If not, it changes nothing and returns False; the
+  caller then gives up another request or this one.
+"""
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from sglmoe.memory.arena import Frames, Geometry
+from sglmoe.memory.eviction import Evictable, EvictionOrder, Tenant
+from sglmoe.memory.experts import Expert, ExpertTable, Load
+from sglmoe.memory.kv_pages import PagePool, Pages, no_pages
+from sglmoe.memory.radix_cache import TOKEN_BYTES, RadixCache, RadixNode, path_pages
+from sglmoe.protocol import MemorySnapshot
+from sglmoe.units import ceil_div, show_bytes
+
+
+@dataclass(slots=True)
+class _Request:
+    """The KV of a running request: pages of the tree up to `node`, which it has locked, then pages
+    of its own."""
+
+    node: RadixNode
+    num_tree_pages: int
+    pages: Pages
+    hit_tokens: int  # this and the next: not counted yet
+    prefill_tokens: int
+
+
+@dataclass(slots=True)
+class _Counters:
+    """Running totals since the start; see `MemorySnapshot`."""
+
+    stall_seconds: float = 0.0
+    num_waves: int = 0
+    num_split_layers: int = 0
+    experts_evicted: int = 0
+    pages_evicted: int = 0
+    cache_hit_tokens: int = 0
+    prefill_tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Wave:
+    """Experts that are pinned together."""
+
+    experts: list[Expert] = field(default_factory=list)
+
+
+class MemoryManager:
+    """Frames, pages, prefixes and experts under one budget.
+
+    `floor_frames` frames stay available to experts: at least 1 for a model that has any; ValueError
+    if the arena has no frame more than that. `load_experts` returns when the experts' bytes are in
+    their frames. Tokens are passed as little-endian int32 bytes.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        num_layers: int,
+        num_experts: int,
+        floor_frames: int,
+        load_experts: Callable[[Sequence[Load]], None],
+    ):
+        assert floor_frames >= (1 if num_experts else 0)
+        _check_floor(geometry, floor_frames)
+        self._geometry = geometry
+        self._load_experts = load_experts
+        self._max_kv_frames = geometry.num_frames - floor_frames
+        self._order = EvictionOrder()
+        self._frames = Frames(geometry.num_frames)
+        self._pool = PagePool(
+            self._frames,
+            pages_per_frame=geometry.pages_per_frame,
+            max_frames=self._max_kv_frames,
+        )
+        self._cache = RadixCache(page_tokens=geometry.page_tokens, order=self._order)
+        self._table = ExpertTable(num_layers, num_experts, frames=self._frames, order=self._order)
+        self._requests: dict[str, _Request] = {}
+        self._wave = _Wave()
+        self._counters = _Counters()
+        self._page_offsets = np.arange(geometry.page_tokens, dtype=np.int32)
+
+    @property
+    def frame_table(self) -> npt.NDArray[np.int32]:
+        """int32 `[num_layers, num_experts]`, -1 = absent; always the same memory."""
+        return self._table.frame_table
+
+    # ------------------------------------------------------------------------------------------- KV
+
+    def probe(self, tokens: bytes, namespace: str) -> int:
+        """How many of these tokens are cached, in whole pages. Changes nothing."""
+        return self._cache.match(tokens, namespace).num_tokens
+
+    def admit(
+        self, rid: str, tokens: bytes, namespace: str, *, max_cached_tokens: int | None = None
+    ) -> int:
+        """Start a request on its longest cached prefix; returns how many tokens that has.
+
+        It has `max_cached_tokens` at most and never all: one must be computed for its logits.
+        """
+        assert rid not in self._requests, f"{rid} is admitted twice"
+        num_tokens = len(tokens) // TOKEN_BYTES
+        limit = num_tokens - 1
+        if max_cached_tokens is not None:
+            limit = min(limit, max_cached_tokens)
+        match = self._cache.match(tokens[: max(0, limit) * TOKEN_BYTES], namespace)
+        node, newly_locked = self._cache.lock(match, namespace)
+        self._pool.hold(newly_locked)
+        self._requests[rid] = _Request(
+            node=node,
+            num_tree_pages=len(match.pages),
+            pages=match.pages,
+            hit_tokens=match.num_tokens,
+            prefill_tokens=num_tokens - match.num_tokens,
+        )
+        return match.num_tokens
+
+    def extend(self, rid: str, num_tokens: int) -> bool:
+        """Make sure that the request has pages for `num_tokens` in all; False, and nothing changed,
+        if there can't be."""
+        request = self._requests[rid]
+        num_missing = ceil_div(num_tokens, self._geometry.page_tokens) - len(request.pages)
+        if num_missing <= 0:
+            return True
+        if not self._make_pages(num_missing):
+            return False
+        request.pages += self._pool.allocate(num_missing)
+        self._count_prefill(request)
+        return True
+
+    def pages(self, rid: str) -> list[int]:
+        """The request's pages in the order of its tokens."""
+        return self._requests[rid].pages.tolist()
+
+    def token_id(self, rid: str, position: int) -> int:
+        """The KV token id of one position."""
+        page, offset = divmod(position, self._geometry.page_tokens)
+        return self._requests[rid].pages[page] * self._geometry.page_rows + offset
+
+    def token_ids(self, rid: str, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """The KV token ids of positions [start, stop): int32 ``[stop - start]``."""
+        page_tokens = self._geometry.page_tokens
+        first_page = start // page_tokens
+        pages = self._requests[rid].pages[first_page : ceil_div(stop, page_tokens)]
+        first_ids = np.frombuffer(pages, np.int32) * self._geometry.page_rows
+        ids = (first_ids[:, np.newaxis] + self._page_offsets).ravel()
+        return ids[start - first_page * page_tokens : stop - first_page * page_tokens]
+
+    def commit(self, rid: str, tokens: bytes, num_computed: int) -> bool:
+        """Share the full pages among the first `num_computed` tokens; True if the pages of any of
+        these have changed.
+
+        Pages change where another request has committed the same tokens before: then both use the
+        other's.
+        """
+        request = self._requests[rid]
+        start, stop = request.num_tree_pages, num_computed // self._geometry.page_tokens
+        if stop <= start:
+            return False
+        page_bytes = self._geometry.page_tokens * TOKEN_BYTES
+        inserted = self._cache.insert(
+            request.node, tokens[start * page_bytes : stop * page_bytes], request.pages[start:stop]
+        )
+        request.node, request.num_tree_pages = inserted.node, stop
+        if not inserted.known_pages:
+            return False
+        self._pool.hold(inserted.newly_locked)
+        known = slice(start, start + len(inserted.known_pages))
+        self._free_private(request.pages[known])
+        request.pages[known] = inserted.known_pages
+        return True
+
+    def release(self, rid: str, tokens: bytes, num_computed: int) -> None:
+        """Forget a request that has finished, was aborted or is preempted; what it computed stays
+        cached."""
+        self.commit(rid, tokens, num_computed)
+        request = self._requests.pop(rid)
+        self._order.tick()
+        self._pool.unhold(self._cache.unlock(request.node))
+        self._free_private(request.pages[request.num_tree_pages :])
+
+    def flush_cache(self) -> None:
+        """Forget all prefixes that no running request uses."""
+        while isinstance(leaf := self._order.pop(Tenant.KV), RadixNode):
+            self._evict_leaf(leaf, len(leaf.pages))
+
+    # -------------------------------------------------------------------------------------- experts
+
+    def waves(self, layer: int, experts: Sequence[int]) -> Generator[Sequence[int], None, None]:
+        """Groups of these distinct experts, resident and pinned until the next one is asked for.
+
+        Residents come first, together with as many others as there are frames for; with enough
+        frames that is the only wave. Leaving early, by `close` or by an exception, unpins too, at
+        the latest when the next layer asks.
+        """
+        self._end_wave(self._wave)
+        row = self._table.layer(layer)
+        waiting = [row[expert] for expert in experts]
+        num_waves = 0
+        while waiting:
+            wave = self._wave = _Wave()
+            try:
+                waiting = self._begin_wave(wave, waiting)
+                num_waves += 1
+                self._counters.num_waves += 1
+                self._counters.num_split_layers += num_waves == 2
+                yield [expert.expert for expert in wave.experts]
+            finally:
+                self._end_wave(wave)
+
+    # ---------------------------------------------------------------------------------- state, laws
+
+    def snapshot(self, step_id: int) -> MemorySnapshot:
+        """What the scheduler gets to see after a step."""
+        geometry, counters = self._geometry, self._counters
+        return MemorySnapshot(
+            step_id=step_id,
+            num_frames=geometry.num_frames,
+            frame_bytes=geometry.frame_bytes,
+            free_frames=self._frames.num_free,
+            expert_frames=self._frames.num_expert,
+            kv_frames=self._frames.num_kv,
+            total_pages=self._max_kv_frames * geometry.pages_per_frame,
+            locked_pages=self._pool.held_pages,
+            cached_pages=self._pool.idle_pages,
+            page_tokens=geometry.page_tokens,
+            expert_hits=self._table.hits,
+            expert_misses=self._table.misses,
+            expert_bytes_moved=self._table.misses * geometry.expert_bytes,
+            stall_seconds=counters.stall_seconds,
+            num_waves=counters.num_waves,
+            num_split_layers=counters.num_split_layers,
+            experts_evicted=counters.experts_evicted,
+            pages_evicted=counters.pages_evicted,
+            cache_hit_tokens=counters.cache_hit_tokens,
+            prefill_tokens=counters.prefill_tokens,
+        )
+
+    def violations(self) -> list[str]:
+        """Each conservation law of the arena that does not hold, in words; recomputed from scratch,
+        slow."""
+        held, idle = no_pages(), no_pages()
+        for node in self._cache.nodes():
+            (held if node.locks else idle).extend(node.pages)
+        found = []
+        for rid, request in self._requests.items():
+            held.extend(request.pages[request.num_tree_pages :])
+            if request.pages[: request.num_tree_pages] != path_pages(request.node):
+                found.append(f"the shared pages of {rid} are not those of its path in the tree")
+        return [
+            *found,
+            *self._frames.violations(),
+            *self._pool.violations(held=held, idle=idle),
+            *self._cache.violations(request.node for request in self._requests.values()),
+            *self._table.violations(),
+        ]
+
+    # ------------------------------------------------------------------------------------- eviction
+
+    def _make_pages(self, num_pages: int) -> bool:
+        """Evict until the pool has `num_pages` to hand out; False, and nothing evicted, if it never
+        can."""
+        num_frames = min(self._max_kv_frames, len(self._frames) - self._table.num_pinned)
+        if num_pages > num_frames * self._geometry.pages_per_frame - self._pool.held_pages:
+            return False
+        while (num_missing := num_pages - self._pool.available_pages) > 0:
+            tenants = (Tenant.EXPERT, Tenant.KV) if self._pool.may_grow else (Tenant.KV,)
+            victim = self._order.pop(*tenants)
+            assert victim is not None, f"{num_missing} pages are neither free nor evictable"
+            self._evict(victim, num_missing)
+        return True
+
+    def _make_frame(self) -> bool:
+        """Evict until a frame is free; False if only pinned experts and pages of running requests
+        are left."""
+        while not self._frames.num_free:
+            # With a running request in every KV frame, evicting prefixes would free none.
+            tenants = (Tenant.EXPERT, Tenant.KV) if self._pool.idle_frames else (Tenant.EXPERT,)
+            victim = self._order.pop(*tenants)
+            if victim is None:
+                return False
+            self._evict(victim, None)
+        return True
+
+    def _evict(self, victim: Evictable, num_pages: int | None) -> None:
+        """Evict an expert, or `num_pages` pages of a leaf; None: as few as may empty a frame."""
+        if isinstance(victim, Expert):
+            self._table.evict(victim)
+            self._counters.experts_evicted += 1
+            return
+        assert isinstance(victim, RadixNode)
+        self._evict_leaf(victim, num_pages or self._pool.last_run(victim.pages))
+
+    def _evict_leaf(self, leaf: RadixNode, num_pages: int) -> None:
+        pages = self._cache.evict(leaf, num_pages)
+        self._pool.free(pages)
+        self._counters.pages_evicted += len(pages)
+
+    def _free_private(self, pages: Pages) -> None:
+        self._pool.unhold(pages)
+        self._pool.free(pages)
+
+    # ---------------------------------------------------------------------------------------- waves
+
+    def _begin_wave(self, wave: _Wave, waiting: list[Expert]) -> list[Expert]:
+        """Fill and pin `wave`; returns the experts that must wait for the next one."""
+        wave.experts = [expert for expert in waiting if expert.frame >= 0]
+        self._table.pin(wave.experts)
+        self._table.hits += len(wave.experts)
+        if len(wave.experts) == len(waiting):
+            return []
+        missing = [expert for expert in waiting if expert.frame < 0]
+        loaded = self._load(missing)
+        wave.experts += loaded
+        assert wave.experts, "not one expert of a layer fits: floor_frames was broken"
+        return missing[len(loaded) :]
+
+    def _load(self, missing: list[Expert]) -> list[Expert]:
+        """Bring in, place and pin as many of the missing as fit."""
+        loads: list[Load] = []
+        for expert in missing:
+            if not self._make_frame():
+                break
+            frame = self._frames.take_for_expert(expert.layer, expert.expert)
+            loads.append(Load(frame, expert.layer, expert.expert))
+        if loads:
+            self._run_loads(loads)
+        loaded = missing[: len(loads)]
+        for expert, load in zip(loaded, loads, strict=True):
+            self._table.place(expert, load.frame)
+        return loaded
+
+    def _run_loads(self, loads: list[Load]) -> None:
+        started = time.perf_counter()
+        try:
+            self._load_experts(loads)
+        except BaseException:
+            for load in loads:
+                self._frames.give(load.frame)
+            raise
+        self._counters.stall_seconds += time.perf_counter() - started
+        self._table.misses += len(loads)
+
+    def _end_wave(self, wave: _Wave) -> None:
+        """Unpin, once, whoever notices first that the wave is over."""
+        experts, wave.experts = wave.experts, []
+        self._order.tick()
+        self._table.unpin(experts)
+
+    # ----------------------------------------------------------------------------------------- rest
+
+    def _count_prefill(self, request: _Request) -> None:
+        """Count when the request has got pages, and once: one that was admitted in vain comes
+        again."""
+        self._counters.cache_hit_tokens += request.hit_tokens
+        self._counters.prefill_tokens += request.prefill_tokens
+        request.hit_tokens = request.prefill_tokens = 0
+
+
+def _check_floor(geometry: Geometry, floor_frames: int) -> None:
+    needed_frames = floor_frames + 1
+    if geometry.num_frames >= needed_frames:
+        return
+    missing_bytes = (needed_frames - geometry.num_frames) * geometry.frame_bytes
+    raise ValueError(
+        f"the memory budget holds {geometry.num_frames} frames of"
+        f" {show_bytes(geometry.frame_bytes)}, but {floor_frames} are needed for experts and 1 for"
+        f" KV cache: raise --memory-budget by at least {show_bytes(missing_bytes)}"
+    )

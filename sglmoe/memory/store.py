@@ -1,0 +1,60 @@
+"""Where the bytes of experts that are not resident come from: views of host memory or of a mapped
+checkpoint file.
+
+Knows names and sizes. Copies nothing: what `put` is given must stay alive and unchanged.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+# As they lie in a frame: w13 is the rows of w1 (gate), then those of w3 (up); w2 (down) follows.
+PARTS = ("w1", "w3", "w2")
+
+
+class ExpertStore:
+    """(layer, expert) -> its tensors, in the order in which they lie in a frame."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[int, int, str], Bytes] = {}
+        self.total_bytes = 0
+
+    def put(self, layer: int, expert: int, part: str, array: Bytes) -> None:
+        """Keep a reference to one tensor's bytes: `array` is one-dimensional, contiguous uint8."""
+        if part not in PARTS:
+            raise ValueError(f"layer {layer} expert {expert} has no tensor {part!r}")
+        if (layer, expert, part) in self._parts:
+            raise ValueError(f"layer {layer} expert {expert} {part} is in the checkpoint twice")
+        assert array.dtype == np.uint8
+        assert array.ndim == 1
+        assert array.flags.c_contiguous
+        self._parts[layer, expert, part] = array
+        self.total_bytes += array.nbytes
+
+    def parts(self, layer: int, expert: int) -> list[tuple[int, Bytes]]:
+        """The expert's tensors with their offsets, in bytes, within a frame."""
+        placed = []
+        offset = 0
+        for part in PARTS:
+            array = self._parts[layer, expert, part]
+            placed.append((offset, array))
+            offset += array.nbytes
+        return placed
+
+    def expert_bytes(self) -> int:
+        """The bytes of the largest expert; 0 if there is none."""
+        sizes: dict[tuple[int, int], int] = {}
+        for (layer, expert, _), array in self._parts.items():
+            sizes[layer, expert] = sizes.get((layer, expert), 0) + array.nbytes
+        return max(sizes.values(), default=0)
+
+    def check_complete(self, num_layers: int, num_experts: int) -> None:
+        """Raises ValueError naming the first tensor that was never put."""
+        for layer in range(num_layers):
+            for expert in range(num_experts):
+                for part in PARTS:
+                    if (layer, expert, part) not in self._parts:
+                        raise ValueError(
+                            f"layer {layer} expert {expert} {part} is missing from the checkpoint"
+                        )

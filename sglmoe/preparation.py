@@ -1,0 +1,135 @@
+"""What both front doors do before any process starts: refuse what can't work, settle the device and the budget.
+
+One of the files that know sglang.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from sglmoe.checkpoint import check_checkpoint
+from sglmoe.config import EngineConfig, Options, plan_config
+from sglmoe.flags import refused_environment, refused_flags
+from sglmoe.machine import measure_machine
+from sglmoe.start_up import ChildEntry
+from sglmoe.supported_models import ModelFacts, refused_model
+
+# How Hugging Face configs of different families call the number of routed experts in a layer.
+NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def prepare(server_args: Any, options: Options) -> EngineConfig:
+    """Check and resolve `server_args`, which must be as the operator gave them.
+
+    Raises ValueError with one message for people: what is wrong and what to change.
+    """
+    refuse_flags(server_args)
+    server_args.device = choose_device(server_args.device)
+    page_tokens = take_page_tokens(server_args)
+    if is_local(server_args.model_path):
+        check_checkpoint(Path(server_args.model_path))
+    model_config = resolve(server_args)
+    if why := refused_model(read_facts(model_config)):
+        raise ValueError(why)
+    machine = measure_machine(device=server_args.device, gpu_id=server_args.base_gpu_id)
+    return plan_config(options, machine, page_tokens=page_tokens)
+
+
+def scheduler_entry(config: EngineConfig) -> ChildEntry:
+    """What sglang runs in place of its scheduler process."""
+    worker = ChildEntry("sglmoe.worker.process", "run_worker")
+    return ChildEntry("sglmoe.scheduler.process", "run_scheduler", config=config, run_worker=worker)
+
+
+def detokenizer_entry() -> ChildEntry:
+    """sglang's own detokenizer process, in a child of ours."""
+    return ChildEntry("sglang.srt.managers.detokenizer_manager", "run_detokenizer_process")
+
+
+def refuse_flags(server_args: Any) -> None:
+    namespaces = flag_namespaces()
+    values = {name: getattr(server_args, name) for name in namespaces}
+    refused = refused_environment(os.environ)
+    refused += refused_flags(values, flag_defaults(), namespaces)
+    if refused:
+        raise ValueError("\n  ".join(refused))
+
+
+def flag_namespaces() -> dict[str, str]:
+    """Every field of sglang's ServerArgs and the namespace it belongs to."""
+    from sglang.srt.arg_groups.arg_utils import namespace_of
+    from sglang.srt.server_args import ServerArgs
+
+    namespaces = namespace_of(ServerArgs)
+    return {field.name: namespaces[field.name] for field in msgspec.structs.fields(ServerArgs)}
+
+
+def flag_defaults() -> dict[str, Any]:
+    """The default of every field of sglang's ServerArgs; NODEFAULT for required ones."""
+    from sglang.srt.server_args import ServerArgs
+
+    return {
+        field.name: field.default
+        if field.default_factory is msgspec.NODEFAULT
+        else field.default_factory()
+        for field in msgspec.structs.fields(ServerArgs)
+    }
+
+
+def choose_device(device: str | None) -> str:
+    """The device to run on. The CPU platform is active only where there is no accelerator."""
+    available = torch.accelerator.is_available()
+    if device in (None, "cuda") and torch.cuda.is_available():
+        return "cuda"
+    if device in (None, "cpu") and not available:
+        return "cpu"
+    if device == "cpu":
+        raise ValueError("--device=cpu: there is an accelerator; set CUDA_VISIBLE_DEVICES= as well")
+    raise ValueError(f"--device={device}: torch finds no CUDA device; use --device=cpu without one")
+
+
+def take_page_tokens(server_args: Any) -> int | None:
+    """Our arena's page size from --page-size. sglang's side sees pages of one token: our token ids are scaled."""
+    page_tokens: int | None = server_args.page_size
+    if page_tokens is not None and page_tokens < 1:
+        raise ValueError(f"--page-size={page_tokens}: a KV page holds at least one token")
+    server_args.page_size = None
+    return page_tokens
+
+
+def is_local(model_path: str) -> bool:
+    """Whether a model path means a folder here rather than a repository to download."""
+    return Path(model_path).exists() or model_path.startswith((".", "/", "~"))
+
+
+def resolve(server_args: Any) -> Any:
+    """Let sglang fill in its defaults; its ModelConfig."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    try:
+        server_args.resolve_once()
+        return model_config_of(server_args)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{server_args.model_path}: {error}") from error
+
+
+def read_facts(model_config: Any) -> ModelFacts:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    config = model_config.hf_text_config.to_dict()
+    quantization = config.get("quantization_config") or {}
+    layer_types = set(config.get("layer_types") or ())
+    return ModelFacts(
+        architecture=model_config.hf_config.architectures[0],
+        num_experts=next((config[key] for key in NUM_EXPERTS_KEYS if config.get(key)), 0),
+        quantization=model_config.quantization or quantization.get("quant_method"),
+        tied_embeddings=bool(config.get("tie_word_embeddings")),
+        generates=model_config.is_generation,
+        multimodal=model_config.is_multimodal,
+        encoder_decoder=model_config.is_encoder_decoder,
+        recurrent_layers=mambaish_config(model_config) is not None,
+        sliding_window_layers=model_config.is_hybrid_swa or "sliding_attention" in layer_types,
+    )

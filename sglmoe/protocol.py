@@ -1,0 +1,231 @@
+"""What the scheduler and the worker say to each other.
+
+Two closed unions of frozen msgspec structs, `ToWorker` and `FromWorker`. A request's data is sent once (`NewRequest`) and
+named by its rid after that. Both ends ship in one wheel, so an unknown field is an error. Durations may cross the
+processes, timestamps may not. Token ids travel as little-endian int32 bytes: decoding 4,096 of them as a list costs 200
+times as much.
+"""
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+
+class Struct(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """A part of a message."""
+
+
+class Message(
+    msgspec.Struct, tag=True, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False
+):
+    """Something that is sent on its own."""
+
+
+# ---------------------------------------------------------------------------------------------------- scheduler -> worker
+
+
+class LogprobSpec(Struct, frozen=True):
+    """Which log probabilities a request wants back."""
+
+    start: int  # first prompt position whose logprob is wanted; the prompt's length if none is
+    num_top: int
+    token_ids: tuple[int, ...] | None
+
+
+class NewRequest(Struct, frozen=True):
+    """Everything the worker needs to know of a request, sent once."""
+
+    rid: str
+    prompt_ids: bytes  # int32
+    output_ids: bytes  # int32; what it has generated already, when the worker is a new one
+    sampling: bytes  # sglang's SamplingParams as msgpack; opaque but to the files that know sglang
+    max_new_tokens: int
+    namespace: str  # requests share cached prefixes only within one
+    logprobs: LogprobSpec | None
+    routed_experts_start: (
+        int | None
+    )  # return the routing of the tokens from here on; None for no routing
+    requires_reasoning: bool  # the grammar starts to bind after the reasoning ends
+
+
+class Row(Struct, frozen=True):
+    """Advance one request: prefill at most `num_tokens` more of it, or decode one token where nothing is left to prefill."""
+
+    rid: str
+    num_tokens: int
+
+
+class StepPlan(Message, frozen=True):
+    """One step of the worker. It first drops and preempts, then serves the rows, earlier ones first in line for memory."""
+
+    step_id: int
+    rows: tuple[Row, ...] = ()
+    drop: tuple[str, ...] = ()  # finished or aborted: forget them, keep their KV as cached prefixes
+    preempt: tuple[str, ...] = ()  # give their memory back, keep the rest for later
+    probe: tuple[str, ...] = ()  # answer how much of each is cached
+
+
+class AddRequests(Message, frozen=True):
+    """Requests that plans may name from now on."""
+
+    requests: tuple[NewRequest, ...]
+
+
+class FlushCache(Message, frozen=True):
+    """Forget every cached prefix that no running request uses; answered by `CallDone`."""
+
+    call_id: int
+
+
+class Profile(Message, frozen=True):
+    """Start (with a folder to write to) or stop (without) torch's profiler; answered by `CallDone`."""
+
+    call_id: int
+    output_dir: str | None
+    activities: tuple[str, ...] = ()
+    with_stack: bool = False
+    record_shapes: bool = False
+    name: str = ""
+
+
+class Shutdown(Message, frozen=True):
+    """Leave with exit status 0."""
+
+
+ToWorker = StepPlan | AddRequests | FlushCache | Profile | Shutdown
+
+# ---------------------------------------------------------------------------------------------------- worker -> scheduler
+
+
+class Limits(Struct, frozen=True):
+    """What the worker found it can do, fixed at start-up."""
+
+    total_tokens: int  # KV of running requests may grow to this
+    page_tokens: int
+    max_running: int
+    context_tokens: int
+    vocab_size: int
+
+
+class MemorySnapshot(Struct, frozen=True):
+    """The state of the worker's memory after a step; stale on arrival. Counters run from the start of the worker."""
+
+    step_id: int
+    num_frames: int
+    frame_bytes: int
+    free_frames: int
+    expert_frames: int
+    kv_frames: int
+    total_pages: int  # as many as all frames but the floor of expert frames would hold
+    locked_pages: int  # KV of running requests
+    cached_pages: int  # prefixes that nobody uses now
+    page_tokens: int
+    expert_hits: int
+    expert_misses: int
+    expert_bytes_moved: int
+    stall_seconds: float  # time the forward pass waited for experts
+    num_waves: int
+    num_split_layers: int  # layer passes that took more than one wave
+    experts_evicted: int
+    pages_evicted: int
+    cache_hit_tokens: int
+    prefill_tokens: int
+
+    @property
+    def available_pages(self) -> int:
+        """Pages that new KV could take: everything but running requests' KV and the floor of expert frames."""
+        return self.total_pages - self.locked_pages
+
+
+class TokenLogprobs(Struct, frozen=True):
+    """Log probabilities at one position."""
+
+    token_id: int
+    logprob: float | None  # None where there is none: the first token of a prompt
+    top_logprobs: tuple[float, ...] = ()
+    top_ids: tuple[int, ...] = ()
+    picked_logprobs: tuple[float, ...] = ()  # of LogprobSpec.token_ids, in their order
+
+
+class RoutedExperts(Struct, frozen=True):
+    """Expert ids chosen for a run of tokens: int32 `[tokens, layers, top_k]`."""
+
+    shape: tuple[int, int, int]
+    ids: bytes
+
+
+class RowResult(Struct, frozen=True):
+    """What a row came to."""
+
+    rid: str
+    num_computed: int  # tokens of the request whose KV exists
+    num_cached: int  # of these, found in the cache when the request was admitted
+    token_id: int | None  # sampled; None in the middle of a prefill
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of this step's prefill
+    routed_experts: RoutedExperts | None = None  # of the tokens computed in this step
+    grammar_done: bool = False  # the grammar admits nothing after this token
+
+
+class RowFailure(Struct, frozen=True):
+    """A request that can't go on, through its own fault (4xx) or ours (5xx)."""
+
+    rid: str
+    status: int
+    message: str
+
+
+class WorkerReady(Message, frozen=True):
+    """The first message of a worker that can serve."""
+
+    protocol_version: int
+    limits: Limits
+    snapshot: MemorySnapshot
+    load_seconds: float
+    description: str  # one paragraph for people: where the bytes went
+
+
+class WorkerProgress(Message, frozen=True):
+    """A sign of life while the worker is getting ready."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class RequestReady(Message, frozen=True):
+    """A request's grammar is compiled (`error` empty) or can't be."""
+
+    rid: str
+    error: str = ""
+
+
+class StepResult(Message, frozen=True):
+    """The answer to a `StepPlan`."""
+
+    step_id: int
+    rows: tuple[RowResult, ...]
+    rejected: tuple[
+        str, ...
+    ]  # no memory for them in this step; they hold none now, plan them again later
+    failed: tuple[RowFailure, ...]
+    cached_tokens: dict[str, int]  # answers the plan's probes
+    snapshot: MemorySnapshot
+    step_seconds: float
+
+
+class CallDone(Message, frozen=True):
+    """The answer to the message with this call_id."""
+
+    call_id: int
+    success: bool
+    message: str = ""
+
+
+class WorkerFailed(Message, frozen=True):
+    """The last words of a worker: what went wrong and, where it is known, what to change."""
+
+    error: str
+
+
+FromWorker = WorkerReady | WorkerProgress | RequestReady | StepResult | CallDone | WorkerFailed

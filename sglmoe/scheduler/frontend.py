@@ -1,0 +1,205 @@
+"""SGLang's side of the scheduler: the sockets of its tokenizer manager and detokenizer, and what goes through them.
+
+One of the files that know SGLang. Takes messages in and passes them to whoever understands them; sends results out.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from sglang.srt.environ import envs
+from sglang.srt.managers import io_struct as io
+from sglang.srt.runtime_context import get_serving
+from sglang.srt.utils.network import get_zmq_socket
+
+from sglmoe.protocol import WorkerReady
+from sglmoe.scheduler.finish import aborted
+from sglmoe.scheduler.frontend_control import Control, startup_time
+from sglmoe.scheduler.frontend_metrics import Metrics
+from sglmoe.scheduler.frontend_output import abort_message, build_batch, is_due, take_delta
+from sglmoe.scheduler.frontend_request import refused, translate
+from sglmoe.scheduler.frontend_setup import load_text_side, scheduler_settings
+from sglmoe.scheduler.report import StepReport
+from sglmoe.scheduler.request import Request
+from sglmoe.scheduler.scheduler import Scheduler, WorkerChannel
+
+logger = logging.getLogger(__name__)
+
+
+class Frontend:
+    """Connects SGLang's processes with a `Scheduler`. Make it, `connect` it to a worker, then `run` it."""
+
+    def __init__(self, *, server_args: Any, port_args: Any) -> None:
+        self._server_args = server_args
+        self._port_args = port_args
+        self._text = load_text_side(server_args)
+        self._settings = scheduler_settings()
+        self._decode = self._text.decode()
+        self._force_interval = envs.SGLANG_FORCE_STREAM_INTERVAL.get()
+        self._refusal: str | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def connect(self, worker: WorkerChannel, ready: WorkerReady) -> Scheduler:
+        """Open the sockets and make the scheduler that serves them."""
+        ports, context = self._port_args, zmq.asyncio.Context.instance()
+        detokenizer = ports.detokenizer_ipc_name
+        if get_serving().skip_tokenizer_init:
+            detokenizer = ports.tokenizer_ipc_name
+        self._requests = get_zmq_socket(context, zmq.PULL, ports.scheduler_input_ipc_name, False)
+        self._rpc = get_zmq_socket(context, zmq.DEALER, ports.rpc_ipc_name, False)
+        self._tokenizer = get_zmq_socket(context, zmq.PUSH, ports.tokenizer_ipc_name, False)
+        self._detokenizer = get_zmq_socket(context, zmq.PUSH, detokenizer, False)
+        self._rules = self._text.request_rules(ready.limits)
+        self._scheduler = Scheduler(
+            worker=worker,
+            outputs=self,
+            limits=ready.limits,
+            snapshot=ready.snapshot,
+            settings=self._settings,
+            decode=self._decode,
+            clock=time.perf_counter,
+        )
+        self._metrics = Metrics(
+            server_args=self._server_args, port_args=ports, scheduler=self._scheduler
+        )
+        self._control = Control(
+            scheduler=self._scheduler,
+            metrics=self._metrics,
+            ready=ready,
+            to_detokenizer=self._to_detokenizer,
+        )
+        return self._scheduler
+
+    def ready_message(self, ready: WorkerReady) -> dict[str, Any]:
+        """What SGLang's launcher waits for."""
+        return {
+            "status": "ready",
+            "max_total_num_tokens": ready.limits.total_tokens,
+            "max_req_input_len": self._rules.max_prompt_tokens,
+            "startup_time": startup_time(ready),
+        }
+
+    async def run(self) -> None:
+        """Serve until SGLang says to shut down."""
+        rpc = asyncio.create_task(self._serve_rpc())
+        try:
+            while True:
+                message = await io.async_sock_recv(self._requests)
+                if isinstance(message, io.ShutdownReq):
+                    return
+                await self._take(message)
+        finally:
+            for task in (rpc, *self._tasks):
+                task.cancel()
+
+    def refuse_all(self, message: str) -> None:
+        """From now on, every request is refused for this reason."""
+        self._refusal = message
+
+    # ------------------------------------------------------------------------------------------------------------- inward
+
+    async def _take(self, message: Any) -> None:
+        match message:
+            case io.TokenizedGenerateReqInput():
+                await self._generate(message)
+            case io.BatchTokenizedGenerateReqInput():
+                for part in message.batch:
+                    await self._generate(part)
+            case io.TokenizedEmbeddingReqInput():
+                await self._refuse(message, "this server generates text; it has no embeddings")
+            case io.BatchTokenizedEmbeddingReqInput():
+                for part in message.batch:
+                    await self._refuse(part, "this server generates text; it has no embeddings")
+            case _:
+                self._answer_later(message)
+
+    async def _generate(self, message: io.TokenizedGenerateReqInput) -> None:
+        if self._refusal is not None:
+            await self._refuse(message, self._refusal, status=503)
+            return
+        try:
+            request = translate(message, self._rules)
+        except ValueError as error:
+            await self._refuse(message, str(error))
+            return
+        if request.display.is_health_check and self._scheduler.roster.live:
+            # Answers keep coming, so that the server is well; nothing has to wait for a token of its own.
+            await self._to_tokenizer(io.HealthCheckOutput(), message)
+            return
+        if request.priority is not None and self._refuses_priorities():
+            reason = "Using priority is disabled for this server. Please send a new request without a priority."
+            self._scheduler.reject(request, aborted(reason, 503))
+            return
+        self._scheduler.add(request)
+
+    def _refuses_priorities(self) -> bool:
+        return not self._settings.use_priority and self._server_args.abort_on_priority_when_disabled
+
+    async def _refuse(self, message: Any, reason: str, *, status: int = 400) -> None:
+        request = refused(message)
+        request.finish = aborted(reason, status)
+        logger.warning("Refused request %s: %s", request.rid, reason)
+        await self.refuse([request])
+
+    def _answer_later(self, message: Any) -> None:
+        """Control messages may wait for the worker; requests behind them do not."""
+        task = asyncio.create_task(self._answer(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, message: Any) -> None:
+        reply = await self._control.handle(message)
+        if reply is not None:
+            await self._to_tokenizer(reply, message)
+
+    async def _serve_rpc(self) -> None:
+        while True:
+            reply = await self._control.handle(await io.async_sock_recv(self._rpc))
+            await io.async_sock_send(self._rpc, reply)
+
+    # ------------------------------------------------------------------------------------------------------------ outward
+
+    async def publish(self, requests: Sequence[Request]) -> None:
+        """See `Outputs`."""
+        due = [
+            request
+            for request in requests
+            if is_due(request, decode=self._decode, force_interval=self._force_interval)
+        ]
+        if not due:
+            return
+        with_times = self._metrics.wants_times(due)
+        for request in due:
+            if not request.sent.started:
+                self._metrics.first_output(request)
+        deltas = [take_delta(request) for request in due]
+        message = build_batch(
+            deltas,
+            weight_version=get_serving().weight_version,
+            vocab_size=self._rules.limits.vocab_size,
+            time_stats=self._metrics.time_stats if with_times else None,
+        )
+        await self._to_detokenizer(message)
+        if not self._scheduler.roster.live:
+            self._metrics.became_idle()
+
+    async def refuse(self, requests: Sequence[Request]) -> None:
+        """See `Outputs`."""
+        for request in requests:
+            await self._to_tokenizer(abort_message(request))
+
+    def step_done(self, report: StepReport) -> None:
+        """See `Outputs`."""
+        self._metrics.step_done(report)
+
+    async def _to_tokenizer(self, message: Any, answered: Any = None) -> None:
+        if answered is not None and message.http_worker_ipc is None:
+            message.http_worker_ipc = answered.http_worker_ipc
+        await io.async_sock_send(self._tokenizer, message)
+
+    async def _to_detokenizer(self, message: Any) -> None:
+        await io.async_sock_send(self._detokenizer, message)

@@ -1,0 +1,172 @@
+"""Plans in flight: what was promised to the worker, and what the next plan can therefore say.
+
+Gathers the views that `policy.plan_step` decides on, and keeps the estimates that it needs. Does no I/O.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+import msgspec
+
+from sglmoe.protocol import Limits, MemorySnapshot, StepPlan, StepResult
+from sglmoe.scheduler.policy import (
+    MAX_PREFIX_MATCHES,
+    NUM_PROBES,
+    Candidate,
+    Memory,
+    NewTokenRatio,
+    PolicySettings,
+    plan_step,
+)
+from sglmoe.scheduler.request import Request, State
+from sglmoe.scheduler.roster import Roster
+
+# One plan runs, the next one is with the worker already.
+MAX_PLANS_IN_FLIGHT = 2
+
+
+class InFlight(msgspec.Struct, frozen=True):
+    """A plan that was sent, and the requests that its rows named then."""
+
+    plan: StepPlan
+    requests: dict[str, Request]
+
+
+class Planner:
+    """Makes plans for the requests of a roster. `snapshot` is the worker's last word on its memory."""
+
+    def __init__(
+        self,
+        *,
+        roster: Roster,
+        limits: Limits,
+        snapshot: MemorySnapshot,
+        policy: PolicySettings,
+        ratio: NewTokenRatio,
+    ) -> None:
+        self.snapshot = snapshot
+        self.policy = policy
+        self.ratio = ratio
+        self._roster = roster
+        self._page_tokens = limits.page_tokens
+        self._plans: deque[InFlight] = deque()
+        self._next_step_id = 0
+        self._to_drop: list[str] = []
+        self._to_preempt: list[str] = []
+        self._pages_at_rejection: int | None = None  # admit nothing until more are available
+
+    @property
+    def oldest(self) -> StepPlan | None:
+        """The plan whose answer is due next."""
+        return self._plans[0].plan if self._plans else None
+
+    @property
+    def settled(self) -> bool:
+        """The worker has nothing to answer and nothing new to hear."""
+        return not (self._plans or self._to_drop or self._to_preempt)
+
+    def drop(self, request: Request) -> None:
+        """Have the worker forget a finished request."""
+        self._to_drop.append(request.rid)
+        if request.rid in self._to_preempt:
+            self._to_preempt.remove(request.rid)
+        self._pages_at_rejection = None
+
+    def preempt(self, request: Request) -> None:
+        """Have the worker take a running request's memory; it queues again."""
+        self._roster.evict(request, step_id=self._next_step_id)
+        self._to_preempt.append(request.rid)
+
+    def next_plan(self, *, paused: bool) -> StepPlan | None:
+        """The next plan, to be sent; None if the worker has enough or there is nothing to say."""
+        if len(self._plans) >= MAX_PLANS_IN_FLIGHT:
+            return None
+        plan = plan_step(
+            step_id=self._next_step_id,
+            running=() if paused else [self._view(r) for r in self._roster.running],
+            queued=() if paused else [self._view(r) for r in self._admissible()],
+            memory=Memory(
+                available_pages=self.snapshot.available_pages,
+                page_tokens=self._page_tokens,
+                new_token_ratio=self.ratio.current,
+            ),
+            settings=self.policy,
+            drop=tuple(self._to_drop),
+            preempt=tuple(self._to_preempt),
+        )
+        if not (plan.rows or plan.drop or plan.preempt):
+            return None
+        self._promise(plan)
+        return plan
+
+    def answer(self, result: StepResult) -> InFlight:
+        """Take a step's answer off the list. Raises ValueError if it is not the one that is due."""
+        if not self._plans or self._plans[0].plan.step_id != result.step_id:
+            raise ValueError(f"the worker answered step {result.step_id}, which is not due")
+        answered = self._plans.popleft()
+        self.snapshot = result.snapshot
+        for request in answered.requests.values():
+            request.in_flight.pop(0)
+        self._roster.left(answered.plan.drop)
+        for rid, num_tokens in result.cached_tokens.items():
+            if probed := self._roster.live.get(rid):
+                probed.probed_cached = num_tokens
+        return answered
+
+    def reject(self, rejected: Sequence[Request], *, step_id: int) -> None:
+        """Memory did not suffice for some requests of a step (or, with none, it did)."""
+        available_pages = self.snapshot.available_pages
+        if not rejected:
+            self.ratio.sink()
+            if self._pages_at_rejection is not None and available_pages > self._pages_at_rejection:
+                self._pages_at_rejection = None
+            return
+        for request in rejected:
+            self._roster.evict(request, step_id=step_id)
+        running = self._roster.running
+        self._pages_at_rejection = available_pages
+        self.ratio.after_rejection(
+            decoded_tokens=sum(len(request.output_ids) for request in running),
+            allowed_tokens=sum(request.stop.max_new_tokens for request in running),
+            num_running=len(running),
+        )
+
+    def _promise(self, plan: StepPlan) -> None:
+        """Remember what a plan that is about to be sent will do."""
+        for rid in plan.preempt[len(self._to_preempt) :]:
+            self._roster.evict(self._roster.live[rid], step_id=plan.step_id)
+        self._to_drop, self._to_preempt = [], []
+        self._next_step_id += 1
+        requests = {row.rid: self._roster.live[row.rid] for row in plan.rows}
+        self._plans.append(InFlight(plan, requests))
+        for row in plan.rows:
+            request = requests[row.rid]
+            request.in_flight.append(row.num_tokens)
+            if request.state is State.QUEUED:
+                self._roster.start(request)
+
+    def _admissible(self) -> Sequence[Request]:
+        """The queue as far as a plan could take it, and a few more whose cached prefixes to ask for."""
+        queue, room = self._roster.queue, self.policy.max_running - len(self._roster.running)
+        if self.policy.preemption_threshold is not None:
+            room = self.policy.max_running
+        if room <= 0 or (self._pages_at_rejection is not None and self._roster.running):
+            return ()
+        in_order_of_arrival = self.policy.order == "fcfs" or (
+            self.policy.order == "lpm" and len(queue) > MAX_PREFIX_MATCHES
+        )
+        return queue[: room + NUM_PROBES] if in_order_of_arrival else queue
+
+    def _view(self, request: Request) -> Candidate:
+        computed, total = request.expected_progress()
+        allowed = max(1, request.stop.max_new_tokens)  # every request samples once
+        return Candidate(
+            rid=request.rid,
+            num_tokens=total,
+            computed_tokens=computed,
+            new_tokens_left=allowed - (total - len(request.prompt_ids)),
+            settled_tokens=request.num_computed,
+            cached_tokens=request.probed_cached if request.state is State.QUEUED else None,
+            rank=self._roster.rank(request),
+            arrival=request.arrival,
+        )

@@ -1,0 +1,258 @@
+"""What the next step should do: which requests to admit, advance and preempt. Pure functions over immutable views.
+
+Knows neither the worker nor SGLang. Prefill goes first, as in SGLang: a step decodes only when nothing can be prefilled,
+or does both with `mix_decode`. Memory is estimated in pages and may be wrong; the worker refuses what does not fit.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import msgspec
+
+from sglmoe.protocol import Row, StepPlan
+from sglmoe.units import ceil_div
+
+# Beyond so many queued requests SGLang orders by arrival instead of matching prefixes; so do we.
+MAX_PREFIX_MATCHES = 128
+# Arbitrary: how many of the next requests are asked for their cached prefix, so that chunks are filled with real work.
+NUM_PROBES = 16
+# SGLang's SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION: a request is expected to generate no more than this.
+MAX_EXPECTED_TOKENS = 4096
+
+Order = Literal["fcfs", "lpm", "lof", "random"]
+
+
+class PolicySettings(msgspec.Struct, frozen=True):
+    """The flags that steer scheduling. `preemption_threshold` is None where priorities preempt nobody."""
+
+    max_running: int
+    max_prefill_tokens: int
+    chunk_tokens: int | None = None  # None: prompts are never cut
+    order: Order = "fcfs"
+    mix_decode: bool = False
+    preemption_threshold: int | None = None
+
+
+class Candidate(msgspec.Struct, frozen=True, gc=False):
+    """A request as it will be when the plans in flight have run."""
+
+    rid: str
+    num_tokens: int  # prompt and output
+    computed_tokens: int  # of these, with KV
+    new_tokens_left: int  # that it may still ask for
+    settled_tokens: int = 0  # of `computed_tokens`, already counted in the snapshot's locked pages
+    cached_tokens: int | None = (
+        None  # found by a probe, if it was asked; a queued request can start from there
+    )
+    rank: int = 0  # by priority: lower goes first
+    arrival: int = 0
+
+    @property
+    def remaining_tokens(self) -> int:
+        """KV to compute until its next token; 1 when it decodes."""
+        return self.num_tokens - max(self.computed_tokens, self.cached_tokens or 0)
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """What the last snapshot said, and how much of their allowance running requests are expected to use."""
+
+    available_pages: int
+    page_tokens: int
+    new_token_ratio: float
+
+    def pages(self, num_tokens: float) -> int:
+        return ceil_div(int(num_tokens), self.page_tokens)
+
+    def pages_to_finish(self, running: Candidate) -> int:
+        """Pages that a running request will still take, those of plans in flight included."""
+        expected = self.new_token_ratio * min(running.new_tokens_left, MAX_EXPECTED_TOKENS)
+        return self.pages(running.num_tokens + expected) - self.pages(running.settled_tokens)
+
+    def pages_to_admit(self, queued: Candidate) -> int:
+        return self.pages(queued.num_tokens + min(queued.new_tokens_left, MAX_EXPECTED_TOKENS))
+
+
+class PrefillBudget:
+    """The prompt tokens that one step may compute."""
+
+    def __init__(self, settings: PolicySettings, *, num_decoding: int) -> None:
+        self._chunk_tokens = settings.chunk_tokens
+        limits = [settings.max_prefill_tokens, settings.chunk_tokens or settings.max_prefill_tokens]
+        self._left = min(limits) - num_decoding
+        self._untouched = True
+
+    def take(self, remaining_tokens: int) -> int:
+        """Tokens granted, 0 if none are. Whole prompts only, if they must not be cut; the first one always fits then."""
+        granted = min(remaining_tokens, self._left)
+        if self._chunk_tokens is None and granted < remaining_tokens:
+            granted = remaining_tokens if self._untouched else 0
+        if granted <= 0:
+            return 0
+        self._left -= granted
+        self._untouched = False
+        return granted
+
+    @property
+    def exhausted(self) -> bool:
+        return self._left <= 0
+
+
+def plan_step(
+    *,
+    step_id: int,
+    running: Sequence[Candidate],
+    queued: Sequence[Candidate],
+    memory: Memory,
+    settings: PolicySettings,
+    drop: tuple[str, ...] = (),
+    preempt: tuple[str, ...] = (),
+) -> StepPlan:
+    """The step to run after those in flight; both sequences come most senior first. May be empty.
+
+    `drop` and `preempt` are passed on; the requests that have to go for others are appended to `preempt`.
+    """
+    active = [candidate for candidate in running if candidate.new_tokens_left > 0]
+    decoding = [candidate for candidate in active if candidate.remaining_tokens == 1]
+    prefilling = [candidate for candidate in active if candidate.remaining_tokens > 1]
+    budget = PrefillBudget(settings, num_decoding=len(decoding) if settings.mix_decode else 0)
+    prefill_rows = list(_grant(prefilling, budget))
+    waiting = order_queue(queued, settings.order, seed=step_id)
+    admitted, preempted = _admit(waiting, running, budget=budget, memory=memory, settings=settings)
+    prefill_rows += admitted
+    decode_rows = [Row(c.rid, 1) for c in decoding if c.rid not in preempted]
+    if prefill_rows and not settings.mix_decode:
+        decode_rows = []
+    return StepPlan(
+        step_id=step_id,
+        rows=(*decode_rows, *(row for row in prefill_rows if row.rid not in preempted)),
+        drop=drop,
+        preempt=(*preempt, *preempted),
+        probe=_probes(waiting[len(admitted) :], settings, admitting=bool(admitted)),
+    )
+
+
+def order_queue(queued: Sequence[Candidate], order: Order, *, seed: int) -> list[Candidate]:
+    """Queued requests in the order in which to admit them; `queued` comes by rank and arrival."""
+    candidates = list(queued)
+    match order:
+        case "lpm" if len(candidates) <= MAX_PREFIX_MATCHES:
+            candidates.sort(key=lambda candidate: (candidate.rank, -(candidate.cached_tokens or 0)))
+        case "lof":
+            candidates.sort(key=lambda candidate: (candidate.rank, -candidate.new_tokens_left))
+        case "random":
+            random.Random(seed).shuffle(candidates)
+        case _:
+            pass
+    return candidates
+
+
+def _grant(prefilling: Sequence[Candidate], budget: PrefillBudget) -> Iterator[Row]:
+    for candidate in prefilling:
+        if num_tokens := budget.take(candidate.remaining_tokens):
+            yield Row(candidate.rid, num_tokens)
+
+
+def _admit(
+    waiting: Sequence[Candidate],
+    running: Sequence[Candidate],
+    *,
+    budget: PrefillBudget,
+    memory: Memory,
+    settings: PolicySettings,
+) -> tuple[list[Row], tuple[str, ...]]:
+    """Rows for requests from the queue, strictly in its order, and the requests that have to go for them."""
+    if not waiting:
+        return [], ()
+    free_pages = memory.available_pages - sum(memory.pages_to_finish(c) for c in running)
+    num_running = len(running)
+    rows: list[Row] = []
+    victims: list[Candidate] = []
+    for candidate in waiting:
+        if budget.exhausted:
+            break
+        needed_pages = memory.pages_to_admit(candidate)
+        fits = needed_pages <= free_pages or not num_running
+        if not fits or num_running >= settings.max_running:
+            left = [other for other in running if other not in victims]
+            found = _victims(
+                candidate,
+                left,
+                lacking_pages=needed_pages - free_pages,
+                memory=memory,
+                settings=settings,
+            )
+            if not found:
+                break
+            victims += found
+            num_running -= len(found)
+            free_pages += sum(_pages_freed(victim, memory) for victim in found)
+        num_tokens = budget.take(candidate.remaining_tokens)
+        if not num_tokens:
+            break
+        rows.append(Row(candidate.rid, num_tokens))
+        free_pages -= needed_pages
+        num_running += 1
+    return rows, tuple(victim.rid for victim in victims)
+
+
+def _victims(
+    candidate: Candidate,
+    running: Sequence[Candidate],
+    *,
+    lacking_pages: int,
+    memory: Memory,
+    settings: PolicySettings,
+) -> list[Candidate]:
+    """The least important running requests whose leaving lets `candidate` in; none if that can't be done."""
+    if settings.preemption_threshold is None:
+        return []
+    victims: list[Candidate] = []
+    for other in sorted(running, key=lambda c: (c.rank, c.arrival), reverse=True):
+        if other.rank - candidate.rank <= settings.preemption_threshold:
+            break
+        victims.append(other)
+        lacking_pages -= _pages_freed(other, memory)
+        if lacking_pages <= 0:
+            return victims
+    return []
+
+
+def _pages_freed(victim: Candidate, memory: Memory) -> int:
+    return memory.pages(victim.settled_tokens) + memory.pages_to_finish(victim)
+
+
+def _probes(
+    waiting: Sequence[Candidate], settings: PolicySettings, *, admitting: bool
+) -> tuple[str, ...]:
+    """Whom to ask for cached prefixes: those who may be next, and whoever lpm has to place for the first time."""
+    if settings.order == "lpm":
+        asked = waiting if admitting else [c for c in waiting if c.cached_tokens is None]
+        return tuple(candidate.rid for candidate in asked[:MAX_PREFIX_MATCHES])
+    return tuple(candidate.rid for candidate in waiting[:NUM_PROBES]) if admitting else ()
+
+
+class NewTokenRatio:
+    """The share of their allowance that running requests are expected to use: SGLang's `NewTokenRatioTracker`.
+
+    It sinks while memory suffices and jumps up when it did not.
+    """
+
+    def __init__(self, *, initial: float, minimum: float, decay: float) -> None:
+        self._initial = initial
+        self._minimum = minimum
+        self._decay = decay
+        self.current = initial
+
+    def sink(self) -> None:
+        self.current = max(self.current - self._decay, self._minimum)
+
+    def reset(self) -> None:
+        self.current = self._initial
+
+    def after_rejection(
+        self, *, decoded_tokens: int, allowed_tokens: int, num_running: int
+    ) -> None:
+        # 20: SGLang's SGLANG_RETRACT_DECODE_STEPS, steps that should run before the next rejection.
+        estimate = (decoded_tokens + 20 * num_running) / (allowed_tokens + 1)
+        self.current = min(1.0, estimate)

@@ -1,0 +1,95 @@
+"""The scheduler's process: starts the worker, serves behind SGLang's front end, and leaves non-zero when that ends badly."""
+
+import asyncio
+import contextlib
+import logging
+import sys
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from sglmoe.scheduler.scheduler import WorkerLost
+from sglmoe.scheduler.worker_client import RunWorker, WorkerClient, WorkerProcess
+
+if TYPE_CHECKING:
+    from sglmoe.scheduler.frontend import Frontend
+
+logger = logging.getLogger(__name__)
+
+# SGLang kills the whole server within a second of our exit; clients get their errors before that.
+FAREWELL_SECONDS = 2.0
+
+
+def run_scheduler(
+    server_args: Any,
+    port_args: Any,
+    gpu_id: int,
+    tp_rank: int,
+    pp_rank: int,
+    dp_rank: int | None,
+    pipe_writer: "Connection[Any, Any]",
+    *,
+    config: Any,
+    run_worker: RunWorker,
+    **display: Any,
+) -> None:
+    """SGLang's process target, once `config` and `run_worker` are bound.
+
+    `config` goes to the worker as it is. `display` are ranks that SGLang shows; there is only one. Exits with status 1
+    when the worker is lost or can't start.
+    """
+    assert (tp_rank, pp_rank) == (0, 0), "one scheduler drives one device"
+    worker = WorkerProcess.start(
+        run_worker,
+        server_args=server_args,
+        config=config,
+        gpu_id=gpu_id,
+        nccl_port=port_args.nccl_port,
+    )
+    try:
+        # Here and not above, because importing SGLang takes 20 s, which the worker uses to start.
+        from sglmoe.scheduler.frontend import Frontend
+        from sglmoe.scheduler.frontend_setup import enter_process
+
+        enter_process(server_args, gpu_id=gpu_id, dp_rank=dp_rank)
+        frontend = Frontend(server_args=server_args, port_args=port_args)
+        asyncio.run(_serve(frontend, worker, pipe_writer))
+    except WorkerLost as lost:
+        logger.error("%s", lost)
+        sys.exit(1)
+    except Exception:
+        logger.exception("The scheduler failed")
+        sys.exit(1)
+    finally:
+        worker.stop()
+
+
+async def _serve(
+    frontend: "Frontend", worker: WorkerProcess, pipe_writer: "Connection[Any, Any]"
+) -> None:
+    """Serve until SGLang asks to leave. Raises WorkerLost after every request got its error."""
+    client = WorkerClient(worker)
+    try:
+        ready = await client.wait_until_ready()
+        logger.info("Worker ready after %.1f s: %s", ready.load_seconds, ready.description)
+        scheduler = frontend.connect(client, ready)
+        pipe_writer.send(frontend.ready_message(ready))
+        receiving = asyncio.create_task(frontend.run())
+        scheduling = asyncio.create_task(scheduler.run())
+        await asyncio.wait({receiving, scheduling}, return_when=asyncio.FIRST_COMPLETED)
+        if scheduling.done():
+            await _say_farewell(frontend, scheduling, receiving)
+        scheduling.cancel()
+        receiving.result()
+        await client.shut_down()
+    finally:
+        client.close()
+
+
+async def _say_farewell(
+    frontend: "Frontend", scheduling: "asyncio.Task[None]", receiving: "asyncio.Task[None]"
+) -> None:
+    """Refuse what still comes in for a moment, then raise what ended the scheduling."""
+    with contextlib.suppress(TimeoutError):
+        frontend.refuse_all(f"The server is going down: {scheduling.exception()}")
+        await asyncio.wait_for(receiving, FAREWELL_SECONDS)
+    scheduling.result()

@@ -1,0 +1,59 @@
+"""What a step came to, in numbers for logs and metrics."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from sglmoe.protocol import MemorySnapshot, RowResult, StepResult
+from sglmoe.scheduler.request import Request
+
+
+class StepReport(msgspec.Struct, frozen=True):
+    """One answered step. Tokens are those of requests that were still wanted."""
+
+    snapshot: MemorySnapshot
+    step_seconds: float
+    num_admitted: int
+    prefill_tokens: int
+    cached_tokens: int
+    decode_tokens: int
+    num_rejected: int = 0
+    rejected_input_tokens: int = 0
+    rejected_output_tokens: int = 0
+
+
+class RowTally(msgspec.Struct, frozen=True, gc=False):
+    """Tokens that one row stands for."""
+
+    num_admitted: int = 0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    decode_tokens: int = 0
+
+
+def tally_row(request: Request, row: RowResult) -> RowTally:
+    """To be called before `request` takes the row in."""
+    start = request.num_computed or row.num_cached
+    num_new = row.num_computed - start
+    if request.output_ids and num_new == 1:
+        return RowTally(decode_tokens=1)
+    if request.num_computed:
+        return RowTally(prefill_tokens=num_new)
+    return RowTally(num_admitted=1, prefill_tokens=num_new, cached_tokens=row.num_cached)
+
+
+def summarize(
+    result: StepResult, tallies: Sequence[RowTally], rejected: Sequence[Request]
+) -> StepReport:
+    """The report on `result`, whose wanted rows came to `tallies`."""
+    return StepReport(
+        snapshot=result.snapshot,
+        step_seconds=result.step_seconds,
+        num_admitted=sum(tally.num_admitted for tally in tallies),
+        prefill_tokens=sum(tally.prefill_tokens for tally in tallies),
+        cached_tokens=sum(tally.cached_tokens for tally in tallies),
+        decode_tokens=sum(tally.decode_tokens for tally in tallies),
+        num_rejected=len(rejected),
+        rejected_input_tokens=sum(len(request.prompt_ids) for request in rejected),
+        rejected_output_tokens=sum(len(request.output_ids) for request in rejected),
+    )

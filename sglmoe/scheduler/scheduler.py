@@ -1,0 +1,398 @@
+"""The owner of requests: takes them in, keeps the worker one plan ahead, hands results out.
+
+Every method that changes state is synchronous; only `run` and its tasks do I/O. Knows nothing of SGLang: the front end
+gives it `Request`s and is given them back through `Outputs`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol, assert_never
+
+import msgspec
+
+from sglmoe.protocol import (
+    AddRequests,
+    CallDone,
+    FlushCache,
+    FromWorker,
+    Limits,
+    MemorySnapshot,
+    Profile,
+    RequestReady,
+    RowFailure,
+    RowResult,
+    StepResult,
+    ToWorker,
+    WorkerFailed,
+    WorkerProgress,
+    WorkerReady,
+)
+from sglmoe.scheduler.finish import Decode, FinishReason, aborted, check_finish
+from sglmoe.scheduler.planner import Planner
+from sglmoe.scheduler.policy import NewTokenRatio
+from sglmoe.scheduler.report import RowTally, StepReport, summarize, tally_row
+from sglmoe.scheduler.request import Request, State
+from sglmoe.scheduler.roster import Roster
+from sglmoe.scheduler.settings import SchedulerSettings
+from sglmoe.scheduler.worker_calls import WorkerCalls
+from sglmoe.units import ceil_div
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerLost(Exception):
+    """The worker is gone or stuck; the message says why and what to change."""
+
+
+class WorkerChannel(Protocol):
+    """The worker, as far as serving goes. A worker that died is received as WorkerFailed."""
+
+    async def send(self, message: ToWorker) -> None: ...
+
+    async def receive(self) -> FromWorker: ...
+
+
+class Outputs(Protocol):
+    """Where results go."""
+
+    async def publish(self, requests: Sequence[Request]) -> None:
+        """Requests that have new tokens or came to their end while running."""
+
+    async def refuse(self, requests: Sequence[Request]) -> None:
+        """Requests that came to their end while they waited."""
+
+    def step_done(self, report: StepReport) -> None:
+        """The worker answered a step."""
+
+
+class Scheduler:
+    """Read `run`, `_pump` and `_on_step_result` first; plans are made in `planner`."""
+
+    def __init__(
+        self,
+        *,
+        worker: WorkerChannel,
+        outputs: Outputs,
+        limits: Limits,
+        snapshot: MemorySnapshot,
+        settings: SchedulerSettings,
+        decode: Decode,
+        clock: Callable[[], float],
+    ) -> None:
+        max_running = min(settings.policy.max_running, limits.max_running)
+        self.limits = limits
+        self.paused = False
+        self.roster = Roster(
+            use_priority=settings.use_priority, low_values_first=settings.low_values_first
+        )
+        self.planner = Planner(
+            roster=self.roster,
+            limits=limits,
+            snapshot=snapshot,
+            policy=msgspec.structs.replace(settings.policy, max_running=max_running),
+            ratio=NewTokenRatio(
+                initial=settings.new_token_ratio,
+                minimum=settings.min_new_token_ratio,
+                decay=settings.new_token_ratio_decay,
+            ),
+        )
+        self._settings = settings
+        self._worker = worker
+        self._outputs = outputs
+        self._decode = decode
+        self._clock = clock
+        self._calls = WorkerCalls(worker.send)
+
+        self._unannounced: list[Request] = []  # the worker does not know them yet
+        self._last_progress_at = clock()  # the worker spoke, or was given something to do
+        self._changed: dict[int, Request] = {}  # by id(); to be published
+        self._refused: list[Request] = []
+        self._wake = asyncio.Event()
+        self._progress = asyncio.Condition()
+
+    # -------------------------------------------------------------------------------------------- what is asked of it
+
+    def add(self, request: Request) -> None:
+        """Take a request in. A full queue or an rid in use refuses it."""
+        self.roster.number(request)
+        request.timing.queued_at = self._clock()
+        if request.rid in self.roster.live:
+            self.reject(request, aborted(f"a request with rid {request.rid!r} is running", 400))
+        elif self.roster.is_leaving(request.rid):
+            self.roster.hold_back(request)
+        elif self._has_room_for(request):
+            self.roster.enter(request)
+            self._unannounced.append(request)
+        self._wake.set()
+
+    def reject(self, request: Request, reason: FinishReason) -> None:
+        """End a request that is not live."""
+        request.state = State.FINISHED
+        request.finish = reason
+        self._refused.append(request)
+        self._wake.set()
+
+    def abort(self, matches: Callable[[Request], bool], reason: FinishReason) -> None:
+        """End every request that matches: what waits is refused, what runs gets its last output."""
+        for request in [live for live in self.roster.live.values() if matches(live)]:
+            self._end(request, reason)
+        for request in self.roster.take_held_back(matches):
+            self.reject(request, reason)
+        self._wake.set()
+
+    def pause(self, *, retract: bool) -> None:
+        """Plan nothing more until `resume`; with `retract`, running requests give their memory back and queue again."""
+        self.paused = True
+        if retract:
+            for request in list(self.roster.running):
+                self.planner.preempt(request)
+        self._wake.set()
+
+    def resume(self) -> None:
+        self.paused = False
+        self._wake.set()
+
+    async def flush_cache(self, *, timeout_seconds: float = 0.0) -> CallDone:
+        """Forget cached prefixes. Refused while requests run or, unless paused, wait; `timeout_seconds` waits for that."""
+        if not self._is_idle():
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    await self._until(self._is_idle)
+            except TimeoutError:
+                queued, running = len(self.roster.queue), len(self.roster.running)
+                message = f"requests are pending: {queued} queued, {running} running"
+                return CallDone(-1, success=False, message=message)
+        await self._until(lambda: self.planner.settled)
+        return await self._calls.call(FlushCache(-1))
+
+    async def profile(self, request: Profile) -> CallDone:
+        """Pass a profiling request on; its call_id is replaced."""
+        return await self._calls.call(request)
+
+    def fail_all(self, message: str) -> None:
+        """End everything with an error of ours, and every call too."""
+        self.abort(lambda request: True, aborted(message, 500))
+        self._calls.fail_all(message)
+
+    # ----------------------------------------------------------------------------------------------------- what it does
+
+    async def run(self) -> None:
+        """Serve until the worker is lost (WorkerLost) or something breaks; then end all requests and raise."""
+        tasks = [
+            asyncio.create_task(serve()) for serve in (self._pump, self._read_worker, self._tick)
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except Exception as error:
+            self.fail_all(str(error) if isinstance(error, WorkerLost) else f"scheduler: {error!r}")
+            await self.flush_outputs()
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def flush_outputs(self) -> None:
+        """Hand out whatever is new."""
+        if self._refused:
+            refused, self._refused = self._refused, []
+            await self._outputs.refuse(refused)
+        if self._changed:
+            changed, self._changed = self._changed, {}
+            await self._outputs.publish(list(changed.values()))
+
+    async def _pump(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await self._announce()
+            await self._send_plans()
+            await self.flush_outputs()
+            async with self._progress:
+                self._progress.notify_all()
+
+    async def _read_worker(self) -> None:
+        while True:
+            self._on_message(await self._worker.receive())
+            self._wake.set()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            self.check_clocks()
+
+    async def _send_plans(self) -> None:
+        while True:
+            if self.planner.oldest is None:
+                self._last_progress_at = self._clock()
+            plan = self.planner.next_plan(paused=self.paused)
+            if plan is None:
+                return
+            for row in plan.rows:
+                timing = self.roster.live[row.rid].timing
+                timing.scheduled_at = timing.scheduled_at or self._clock()
+            await self._worker.send(plan)
+
+    async def _announce(self) -> None:
+        if self._unannounced:
+            fresh, self._unannounced = self._unannounced, []
+            announcements = tuple(request.announcement() for request in fresh)
+            await self._worker.send(AddRequests(announcements))
+
+    # ---------------------------------------------------------------------------------------------------------- results
+
+    def _on_message(self, message: FromWorker) -> None:
+        self._last_progress_at = self._clock()
+        match message:
+            case StepResult():
+                self._on_step_result(message)
+            case RequestReady():
+                self._on_ready(message)
+            case CallDone():
+                self._calls.answer(message)
+            case WorkerFailed():
+                raise WorkerLost(message.error)
+            case WorkerReady() | WorkerProgress():
+                raise WorkerLost(f"the worker sent {type(message).__name__} while serving")
+            case _:
+                assert_never(message)
+
+    def _on_step_result(self, result: StepResult) -> None:
+        try:
+            answered = self.planner.answer(result)
+        except ValueError as error:
+            raise WorkerLost(str(error)) from error
+        tallies = [
+            self._on_row(request, row, result.step_id)
+            for row in result.rows
+            if not (request := answered.requests[row.rid]).finished
+        ]
+        for failure in result.failed:
+            self._on_failure(failure)
+        named = [answered.requests[rid] for rid in result.rejected]
+        rejected = [request for request in named if not request.finished]
+        self._outputs.step_done(summarize(result, tallies, rejected))
+        self._on_rejected(rejected, result.step_id)
+        for request in self.roster.take_held_back(lambda _: True):
+            self.add(request)
+
+    def _on_row(self, request: Request, row: RowResult, step_id: int) -> RowTally:
+        tally = tally_row(request, row)
+        if step_id >= request.evicted_step:
+            if not request.output_ids and not request.num_computed:
+                request.num_cached = row.num_cached
+            request.num_computed = row.num_computed
+            if request.state is State.QUEUED:  # rejected once, but the plan behind had room for it
+                self.roster.start(request)
+        request.record_prompt_logprobs(row.prompt_logprobs)
+        if request.routed_experts is not None and row.routed_experts is not None:
+            request.routed_experts.put(row.routed_experts, end=row.num_computed)
+        if row.token_id is not None:
+            self._on_token(request, row, row.token_id)
+        return tally
+
+    def _on_token(self, request: Request, row: RowResult, token_id: int) -> None:
+        request.output_ids.append(token_id)
+        request.timing.first_token_at = request.timing.first_token_at or self._clock()
+        if row.logprobs is not None:
+            request.record_output_logprobs(row.logprobs)
+        if request.reasoning is not None:
+            request.reasoning.count(token_id)
+        self._changed[id(request)] = request
+        finish = check_finish(
+            request.output_ids, request.stop, self._decode, grammar_done=row.grammar_done
+        )
+        if finish is not None:
+            if finish.last_token_id is not None:
+                request.output_ids[-1] = finish.last_token_id
+            request.finish_length = finish.num_tokens
+            self._end(request, finish.reason)
+
+    def _on_ready(self, ready: RequestReady) -> None:
+        request = self.roster.live.get(ready.rid)
+        if request is None or request.state is not State.PREPARING:
+            return
+        if ready.error:
+            self._end(request, aborted(ready.error, 400))
+        else:
+            self.roster.enqueue(request)
+
+    def _on_failure(self, failure: RowFailure) -> None:
+        if request := self.roster.live.get(failure.rid):
+            self._end(request, aborted(failure.message, failure.status))
+
+    def _on_rejected(self, rejected: Sequence[Request], step_id: int) -> None:
+        self.planner.reject(rejected, step_id=step_id)
+        if rejected:
+            logger.warning("KV memory is full, %d requests wait again", len(rejected))
+        if rejected and not self.roster.running and not self.roster.any_leaving:
+            self._end(rejected[0], self._never_fits(rejected[0]))
+
+    def _never_fits(self, request: Request) -> FinishReason:
+        pages = ceil_div(request.num_tokens, self.limits.page_tokens)
+        return aborted(
+            f"The request's {request.num_tokens} tokens take {pages} KV pages, but only "
+            f"{self.planner.snapshot.available_pages} are available although nothing else runs. Raise --memory-budget.",
+            503,
+        )
+
+    # ------------------------------------------------------------------------------------------------------------- ends
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        """Finish a live request and see to it that both sides hear of it."""
+        was_running = request.state is State.RUNNING
+        announced = request not in self._unannounced
+        self.roster.finish(request, reason, known_to_worker=announced)
+        request.timing.finished_at = self._clock()
+        if announced:
+            self.planner.drop(request)
+        else:
+            self._unannounced.remove(request)
+        if was_running:
+            self._changed[id(request)] = request
+        else:
+            self._changed.pop(id(request), None)
+            self._refused.append(request)
+        if not self.roster.live:
+            self.planner.ratio.reset()
+
+    def _has_room_for(self, request: Request) -> bool:
+        """Whether the queue takes one more; a less important request may have to go for it."""
+        queue, limit = self.roster.queue, self._settings.max_queued
+        if limit is None or len(queue) < limit:
+            return True
+        if queue and self.roster.rank(request) < self.roster.rank(queue[-1]):
+            reason = "The request is aborted by a higher priority request."
+            self._end(queue[-1], aborted(reason, 503))
+            return True
+        self.reject(request, aborted("The request queue is full.", 503))
+        return False
+
+    def check_clocks(self) -> None:
+        """End what waited or ran for too long; raise WorkerLost if the worker owes an answer for too long."""
+        now, settings = self._clock(), self._settings
+        if (limit := settings.waiting_timeout_seconds) is not None:
+            late = {r.rid for r in self.roster.queue if now - r.timing.queued_at > limit}
+            self._time_out(late, "Request waiting timeout reached.")
+        if (limit := settings.running_timeout_seconds) is not None:
+            late = {r.rid for r in self.roster.running if now - r.timing.scheduled_at > limit}
+            self._time_out(late, "Request running timeout reached.")
+        due, limit = self.planner.oldest, settings.watchdog_seconds
+        if due is not None and limit is not None and now - self._last_progress_at > limit:
+            raise WorkerLost(
+                f"the worker made no progress for {limit:.0f} s in step {due.step_id} (--watchdog-timeout)"
+            )
+
+    def _time_out(self, rids: set[str], message: str) -> None:
+        if rids:
+            self.abort(lambda request: request.rid in rids, aborted(message, 503))
+
+    def _is_idle(self) -> bool:
+        return not self.roster.running and (self.paused or not self.roster.live)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        async with self._progress:
+            await self._progress.wait_for(condition)

@@ -1,0 +1,155 @@
+"""The worker's process and the line to it. A worker that dies is received as `WorkerFailed`."""
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import shutil
+import signal
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import zmq.asyncio
+
+from sglmoe.protocol import (
+    PROTOCOL_VERSION,
+    FromWorker,
+    Shutdown,
+    ToWorker,
+    WorkerFailed,
+    WorkerProgress,
+    WorkerReady,
+)
+from sglmoe.scheduler.scheduler import WorkerLost
+from sglmoe.transport import (
+    AsyncReceiver,
+    AsyncSender,
+    make_socket_directory,
+    plans_address,
+    results_address,
+)
+
+logger = logging.getLogger(__name__)
+
+# run_worker(server_args, config, gpu_id, nccl_port, socket_directory)
+RunWorker = Callable[[Any, Any, int, int, str], None]
+
+# Arbitrary: how long a dead worker's last words may take to arrive, and a live one's exit.
+LAST_WORDS_SECONDS = 0.2
+EXIT_SECONDS = 5.0
+
+
+class WorkerProcess:
+    """The worker as the operating system sees it, with the directory of the sockets to it."""
+
+    def __init__(self, process: BaseProcess, directory: Path) -> None:
+        self.process = process
+        self.directory = directory
+
+    @classmethod
+    def start(
+        cls, run_worker: RunWorker, *, server_args: Any, config: Any, gpu_id: int, nccl_port: int
+    ) -> "WorkerProcess":
+        """Start a worker by the fork server, which may have the worker's imports done already."""
+        directory = make_socket_directory()
+        process = multiprocessing.get_context("forkserver").Process(
+            target=run_worker,
+            args=(server_args, config, gpu_id, nccl_port, str(directory)),
+            name="sglmoe-worker",
+        )
+        process.start()
+        return cls(process, directory)
+
+    def remove_directory(self) -> None:
+        """Connected sockets live on without their names, and no end of ours can leave them behind."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def stop(self) -> None:
+        """See to it that the process is gone, and the directory with it."""
+        self.process.join(0)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.remove_directory()
+
+
+class WorkerClient:
+    """Typed messages to and from a worker's process. To be made and used within one event loop."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
+        self._process = worker.process
+        context = zmq.asyncio.Context.instance()
+        self._sender = AsyncSender[ToWorker](context, plans_address(worker.directory), bind=True)
+        self._receiver = AsyncReceiver[FromWorker](
+            context, results_address(worker.directory), FromWorker, bind=True
+        )
+        self._arrived: asyncio.Queue[FromWorker] = asyncio.Queue()
+        self._death = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._process.sentinel, self._on_death)
+        self._tasks = [loop.create_task(self._read()), loop.create_task(self._report_death())]
+
+    async def send(self, message: ToWorker) -> None:
+        await self._sender.send(message)
+
+    async def receive(self) -> FromWorker:
+        return await self._arrived.get()
+
+    async def wait_until_ready(self) -> WorkerReady:
+        """The worker's first real message. Raises WorkerLost if it can't start."""
+        while True:
+            match await self.receive():
+                case WorkerReady() as ready:
+                    if ready.protocol_version != PROTOCOL_VERSION:
+                        raise WorkerLost(
+                            f"the worker speaks protocol {ready.protocol_version}, the scheduler {PROTOCOL_VERSION}"
+                        )
+                    self._worker.remove_directory()
+                    return ready
+                case WorkerProgress() as progress:
+                    logger.info("Worker: %s %d/%d", progress.stage, progress.done, progress.total)
+                case WorkerFailed() as failed:
+                    raise WorkerLost(failed.error)
+                case other:
+                    raise WorkerLost(f"the worker began with {type(other).__name__}")
+
+    async def shut_down(self) -> None:
+        """Ask the worker to leave, and wait for that a little."""
+        await self.send(Shutdown())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(EXIT_SECONDS):
+                await self._death.wait()
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._process.sentinel)
+        for task in self._tasks:
+            task.cancel()
+        self._sender.close()
+        self._receiver.close()
+
+    async def _read(self) -> None:
+        while True:
+            self._arrived.put_nowait(await self._receiver.receive())
+
+    def _on_death(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._process.sentinel)
+        self._death.set()
+
+    async def _report_death(self) -> None:
+        await self._death.wait()
+        await asyncio.sleep(LAST_WORDS_SECONDS)
+        self._process.join()
+        self._arrived.put_nowait(WorkerFailed(describe_exit(self._process.exitcode)))
+
+
+def describe_exit(exitcode: int | None) -> str:
+    """What a process's exit code says to people: ``-9`` is a kill, most likely for memory."""
+    if exitcode is None or exitcode >= 0:
+        return f"the worker exited with status {exitcode}; its log says why"
+    name = signal.Signals(-exitcode).name
+    if name == "SIGKILL":
+        return "the worker was killed by SIGKILL, probably out of memory; lower --memory-budget"
+    return f"the worker was killed by {name}; its log says why"

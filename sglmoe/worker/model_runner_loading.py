@@ -1,0 +1,248 @@
+"""Getting a model ready: sglang loads the dense weights, and the rest of the budget becomes one arena for KV and experts.
+
+One of the files that know sglang.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from sglmoe.memory.arena import Geometry, plan_geometry
+from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.store import ExpertStore
+from sglmoe.memory.transfer import HostCopier
+from sglmoe.units import show_bytes
+from sglmoe.worker.moe_layer import PagedExperts, install
+
+logger = logging.getLogger(__name__)
+
+# SGLang sizes its own KV pool from this; ours replaces its tensors at once, so it is as small as SGLang's checks allow.
+STOCK_POOL_TOKENS = 256
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A model that is ready to run, and where its bytes went."""
+
+    runner: Any  # sglang's ModelRunner
+    experts: PagedExperts
+    memory: MemoryManager
+    dense_bytes: int
+    arena_bytes: int
+    max_running: int
+    context_tokens: int
+    load_seconds: float
+
+
+def start_process(server_args: Any, gpu_id: int, *, process_name: str) -> None:
+    """What every process of sglang's does first: die with the launcher, load plugins, log as told, publish the config."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.runtime_context import SpawnRanks, get_context, get_device, publish
+    from sglang.srt.utils import (
+        configure_logger,
+        kill_itself_when_parent_died,
+        set_random_seed,
+        suppress_other_loggers,
+    )
+
+    kill_itself_when_parent_died()
+    configure_logger(server_args, prefix=f" {process_name}")
+    suppress_other_loggers()
+    load_plugins()
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=gpu_id))
+    get_context().override(
+        "sglmoe",
+        max_total_tokens=STOCK_POOL_TOKENS,
+        disable_overlap_schedule=True,
+        # Our MoE layers record routing themselves: sglang's recorder indexes by token id, and ours are scaled.
+        enable_return_routed_experts=False,
+    )
+    # Its copy into fixed buffers is sized by the stock pool.
+    os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
+    set_random_seed(get_device().random_seed)
+
+
+def load_model(
+    server_args: Any,
+    *,
+    gpu_id: int,
+    nccl_port: int,
+    budget_bytes: int,
+    page_tokens: int | None,
+    num_copy_threads: int,
+    on_progress: Callable[[str, int, int], None],
+) -> Loaded:
+    """Load the dense weights, remember where the experts are, and give the rest of the budget to one arena.
+
+    Raises ValueError, with the numbers and the flag to change, where the budget can't hold the model's dense weights, one
+    wave of experts and one request.
+    """
+    started = time.perf_counter()
+    store = ExpertStore()
+    tensors_seen = 0
+
+    def on_tensor() -> None:
+        nonlocal tensors_seen
+        tensors_seen += 1
+        if tensors_seen % 256 == 0:
+            on_progress("expert tensors found", tensors_seen, 0)
+
+    experts = PagedExperts(store, on_tensor)
+    install(experts)
+    on_progress("loading dense weights", 0, 0)
+    runner = build_runner(server_args, gpu_id=gpu_id, nccl_port=nccl_port)
+    dense_bytes = model_bytes(runner.model)
+    num_layers = len(experts.layer_ids)
+    num_experts = experts.shape.num_experts if experts.shape else 0
+    store.check_complete(num_layers, num_experts)
+
+    runner.alloc_memory_pool()
+    kv = KvLayout.of(runner.token_to_kv_pool)
+    arena_bytes = budget_bytes - dense_bytes
+    if arena_bytes <= 0:
+        raise ValueError(
+            f"the dense weights alone take {show_bytes(dense_bytes)} of the {show_bytes(budget_bytes)} budget; "
+            "raise --memory-budget"
+        )
+    geometry = plan_geometry(
+        arena_bytes=arena_bytes,
+        expert_bytes=experts.shape.expert_bytes if experts.shape else 0,
+        token_bytes=kv.token_bytes,
+        token_rows=kv.token_rows,
+        page_tokens=page_tokens,
+    )
+    # One token's experts: below that a decode step of a single request would need several waves.
+    floor = experts.shape.top_k if experts.shape else 0
+    arena = torch.empty(
+        geometry.num_frames * geometry.frame_bytes, dtype=torch.uint8, device=runner.device
+    )
+    copier = HostCopier(
+        arena.numpy(),
+        frame_bytes=geometry.frame_bytes,
+        store=store,
+        num_threads=num_copy_threads,
+    )
+    memory = MemoryManager(
+        geometry,
+        num_layers=num_layers,
+        num_experts=num_experts,
+        floor_frames=floor,
+        load_experts=copier.load,
+    )
+    kv.move_to(arena, geometry.page_tokens)
+    if experts.shape:
+        experts.attach(
+            arena=arena,
+            frame_bytes=geometry.frame_bytes,
+            num_frames=geometry.num_frames,
+            frame_table=memory.frame_table,
+            waves=memory.waves,
+        )
+    context_tokens = fit_context(runner, geometry, floor)
+    on_progress("starting attention backends", 0, 0)
+    runner.init_attention_backends()
+    runner.init_cuda_graphs()
+    return Loaded(
+        runner=runner,
+        experts=experts,
+        memory=memory,
+        dense_bytes=dense_bytes,
+        arena_bytes=arena.nbytes,
+        max_running=runner.req_to_token_pool.size,
+        context_tokens=context_tokens,
+        load_seconds=time.perf_counter() - started,
+    )
+
+
+class KvLayout(msgspec.Struct, frozen=True):
+    """How a token's KV lies in the arena: one row a layer for MLA, a row of K and a row of V a layer otherwise."""
+
+    pool: Any  # sglang's KV pool, whose per-layer tensors become views of the arena
+    layers: tuple[tuple[torch.Tensor, ...], ...]  # the stock buffers of each layer
+    row_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pool: Any) -> "KvLayout":
+        """Read the layout off a stock pool. Raises ValueError for pools that are neither MHA nor MLA."""
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+        if type(pool) is MLATokenToKVPool:
+            layers = tuple((buffer,) for buffer in pool.kv_buffer)
+        elif type(pool) is MHATokenToKVPool:
+            layers = tuple(zip(pool.k_buffer, pool.v_buffer, strict=True))
+        else:
+            raise ValueError(f"KV of kind {type(pool).__name__} does not fit the arena yet")
+        shapes = {tuple(buffer.shape[1:]) for buffers in layers for buffer in buffers}
+        if len(shapes) != 1:
+            raise ValueError(f"K and V rows of different shapes do not fit the arena yet: {shapes}")
+        return cls(pool=pool, layers=layers, row_shape=shapes.pop())
+
+    @property
+    def token_rows(self) -> int:
+        return sum(len(buffers) for buffers in self.layers)
+
+    @property
+    def token_bytes(self) -> int:
+        buffer = self.layers[0][0]
+        return self.token_rows * int(np.prod(self.row_shape)) * buffer.element_size()
+
+    def move_to(self, arena: torch.Tensor, page_tokens: int) -> None:
+        """Make the pool's tensors views of the arena (`uint8`), so that token o of page p has id `p * token_rows * P + o`."""
+        rows = arena.view(self.layers[0][0].dtype).view(-1, *self.row_shape)
+        views = [rows[index * page_tokens :] for index in range(self.token_rows)]
+        if len(self.layers[0]) == 1:
+            self.pool.kv_buffer = views
+        else:
+            self.pool.k_buffer, self.pool.v_buffer = views[0::2], views[1::2]
+
+
+def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:
+    """SGLang's ModelRunner with its weights loaded and no memory pools yet."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.layers.moe.utils import initialize_moe_config
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.runtime_context import get_device, get_schedule
+
+    initialize_moe_config()
+    model_config = ModelConfig.from_server_args(server_args)
+    bootstrap.init_parallel_runtime(
+        server_args=server_args, device=get_device().device, dist_port=nccl_port
+    )
+    bootstrap.init_layer_runtime(model_config=model_config)
+    return ModelRunner(
+        model_config=model_config,
+        mem_fraction_static=get_schedule().mem_fraction_static,
+        gpu_id=gpu_id,
+        nccl_port=nccl_port,
+        server_args=server_args,
+    )
+
+
+def model_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, shared ones once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
+def fit_context(runner: Any, geometry: Geometry, floor: int) -> int:
+    """Give the token table rows as long as the longest request that can be held; that length."""
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+
+    total_tokens = (geometry.num_frames - floor) * geometry.pages_per_frame * geometry.page_tokens
+    context_tokens = min(runner.model_config.context_len, total_tokens)
+    runner.req_to_token_pool = ReqToTokenPool(
+        size=runner.req_to_token_pool.size,
+        max_context_len=context_tokens + geometry.page_tokens,
+        device=runner.device,
+        enable_memory_saver=False,
+    )
+    return int(context_tokens)

@@ -1,0 +1,274 @@
+"""SGLang's fused MoE layer with its experts in the arena.
+
+`PagedExperts` stands behind every MoE layer of the model: while the checkpoint is read it collects references to the experts'
+tensors, then it computes each layer from whatever frames `MemoryManager.waves` makes resident. Models, routers and top-k are
+sglang's; only the method that creates and applies expert weights is replaced, through sglang's own plugin hooks.
+
+One of the files that know sglang.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from sglmoe.memory.store import ExpertStore
+
+# sglang's names of an expert's matrices, in the order in which a frame holds them: gate, up, down.
+PARTS = ("w1", "w3", "w2")
+
+Waves = Callable[[int, Sequence[int]], Iterator[Sequence[int]]]
+
+
+class ExpertShape(msgspec.Struct, frozen=True):
+    """What all experts of a model have in common: w13 is `[2 * inner, hidden]`, w2 `[hidden, inner]`."""
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    dtype: Any  # torch.dtype; a msgspec field can't name it
+
+    @property
+    def expert_bytes(self) -> int:
+        return int(3 * self.hidden * self.inner * self.dtype.itemsize)
+
+    def part_shape(self, part: str) -> tuple[int, int]:
+        return (self.hidden, self.inner) if part == "w2" else (self.inner, self.hidden)
+
+
+class PagedExperts:
+    """All experts of the model: where they come from, and how a layer computes with them."""
+
+    def __init__(self, store: ExpertStore, on_tensor: Callable[[], None]):
+        self.store = store
+        self.shape: ExpertShape | None = None
+        self.layer_ids: list[int] = []  # sglang's layer_id of each MoE layer, in order
+        self.converted_bytes = 0  # experts whose dtype in the checkpoint is another: held on the heap
+        self._on_tensor = on_tensor
+        self._waves: Waves | None = None
+        self._frame_table = np.empty((0, 0), dtype=np.int32)
+        self._w13 = self._w2 = torch.empty(0)
+        self._routing: dict[int, torch.Tensor] | None = None
+
+    # ------------------------------------------------------------------------------------------------ while loading
+
+    def add_layer(self, layer_id: int, shape: ExpertShape) -> int:
+        """Register a layer; its place in the frame table."""
+        if self.shape is None:
+            self.shape = shape
+        if shape != self.shape:
+            raise ValueError(
+                f"layer {layer_id} has experts of shape {shape}, earlier ones {self.shape}: "
+                "models whose experts differ from layer to layer can't be paged yet"
+            )
+        self.layer_ids.append(layer_id)
+        return len(self.layer_ids) - 1
+
+    def take_tensor(self, layer: int, expert: int, part: str, tensor: torch.Tensor) -> None:
+        """Remember one matrix of the checkpoint; a view of the mapped file stays a view."""
+        assert self.shape is not None
+        expected = self.shape.part_shape(part)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"expert {expert} of MoE layer {layer}: {part} has shape {tuple(tensor.shape)} in "
+                f"the checkpoint where the model's config asks for {expected}"
+            )
+        if tensor.dtype != self.shape.dtype:
+            tensor = tensor.to(self.shape.dtype)
+            self.converted_bytes += tensor.nbytes
+        self.store.put(layer, expert, part, as_bytes(tensor.contiguous()))
+        self._on_tensor()
+
+    # ------------------------------------------------------------------------------------------------ while serving
+
+    def attach(
+        self,
+        *,
+        arena: torch.Tensor,
+        frame_bytes: int,
+        num_frames: int,
+        frame_table: np.ndarray,
+        waves: Waves,
+    ) -> None:
+        """Look at the arena (`uint8`) as experts: frame f's w13 and w2 lie one behind the other at its start.
+
+        `frame_table`: int32 `[layers, experts]`, the frame of each expert; `waves` keeps it true while it iterates.
+        """
+        assert self.shape is not None
+        shape = self.shape
+        flat, stride = arena.view(shape.dtype), frame_bytes // shape.dtype.itemsize
+        up, down = (2 * shape.inner, shape.hidden), (shape.hidden, shape.inner)
+        self._w13 = flat.as_strided((num_frames, *up), (stride, shape.hidden, 1))
+        self._w2 = flat.as_strided(
+            (num_frames, *down), (stride, shape.inner, 1), storage_offset=up[0] * up[1]
+        )
+        self._frame_table = frame_table
+        self._waves = waves
+
+    def record_routing(self, record: bool) -> None:
+        """Start to keep the expert ids of the coming forward pass, or stop."""
+        self._routing = {} if record else None
+
+    def routing(self, num_layers: int) -> torch.Tensor:
+        """The recorded ids, int32 `[tokens, num_layers, top_k]`; zeros for layers without experts."""
+        assert self._routing, "no MoE layer ran since record_routing"
+        any_ids = next(iter(self._routing.values()))
+        ids = any_ids.new_zeros((any_ids.shape[0], num_layers, any_ids.shape[1]), dtype=torch.int32)
+        for layer, layer_ids in self._routing.items():
+            ids[:, self.layer_ids[layer]] = layer_ids
+        return ids
+
+    def forward(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """The layer's output `[tokens, hidden]`, bit for bit that of sglang's `moe_forward_native`.
+
+        Tokens are sorted by expert as there, so every expert multiplies the same rows in the same order, whichever frame it
+        is in and whichever wave it runs in; outputs are combined once, when all waves have run.
+
+        `hidden`: `[tokens, hidden]`; `weights`, `ids`: `[tokens, top_k]`.
+        """
+        assert self._waves is not None
+        if self._routing is not None:
+            self._routing[layer] = ids.to(torch.int32, copy=True)
+        order = ids.reshape(-1).argsort()
+        sorted_hidden = hidden[order // ids.shape[1]]
+        bounds = expert_bounds(ids)
+        frame_of = self._frame_table[layer]
+        outputs: dict[int, torch.Tensor] = {}
+        for wave in self._waves(layer, list(bounds)):
+            for expert in wave:
+                start, stop = bounds[expert]
+                frame = int(frame_of[expert])
+                inner = activation(F.linear(sorted_hidden[start:stop], self._w13[frame]))
+                outputs[expert] = F.linear(inner, self._w2[frame])
+        return combine((outputs[expert] for expert in bounds), order, weights, hidden)
+
+
+def expert_bounds(ids: torch.Tensor) -> dict[int, tuple[int, int]]:
+    """Which rows, after sorting by expert, belong to which: expert -> (start, stop), in ascending order of experts."""
+    experts, counts = np.unique(ids.numpy(), return_counts=True)
+    stops = counts.cumsum()
+    return {
+        expert: (stop - count, stop)
+        for expert, count, stop in zip(
+            experts.tolist(), counts.tolist(), stops.tolist(), strict=True
+        )
+    }
+
+
+def combine(
+    outputs: Iterable[torch.Tensor],
+    order: torch.Tensor,
+    weights: torch.Tensor,
+    hidden: torch.Tensor,
+) -> torch.Tensor:
+    """Undo the sort and sum each token's experts by their weights, as `moe_forward_native` does."""
+    sorted_outputs = torch.cat(list(outputs), dim=0)
+    unsorted = torch.empty_like(sorted_outputs)
+    unsorted[order] = sorted_outputs
+    return (
+        unsorted.view(*weights.shape, -1)
+        .type(weights.dtype)
+        .mul_(weights.unsqueeze(dim=-1))
+        .sum(dim=1)
+        .type(hidden.dtype)
+    )
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's bytes, without a copy: uint8 `[nbytes]`."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def install(experts: PagedExperts) -> None:
+    """Have sglang build its MoE layers on `experts`; before the model is constructed."""
+    from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(
+        "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod",
+        make_paged_method(UnquantizedFusedMoEMethod, experts),
+        HookType.REPLACE,
+    )
+    HookRegistry.apply_hooks()
+
+
+def make_paged_method(base: type, experts: PagedExperts) -> type:
+    """A subclass of sglang's method (its isinstance checks go on to hold) whose weights are `experts`."""
+
+    class PagedFusedMoEMethod(base):  # type: ignore[misc]
+        def create_weights(
+            self,
+            layer: torch.nn.Module,
+            num_experts: int,
+            hidden_size: int,
+            intermediate_size_per_partition: int,
+            params_dtype: torch.dtype,
+            with_bias: bool = False,
+            **attributes: Any,
+        ) -> None:
+            if with_bias or not layer.moe_runner_config.is_gated:
+                raise ValueError("experts with biases or without a gate can't be paged yet")
+            self.with_bias = False
+            shape = ExpertShape(
+                num_experts, layer.top_k, hidden_size, intermediate_size_per_partition, params_dtype
+            )
+            self.layer_index = experts.add_layer(layer.layer_id, shape)
+            for name in ("w13_weight", "w2_weight"):
+                # Empty: the model's loader finds its parameters by these names.
+                parameter = torch.nn.Parameter(
+                    torch.empty(0, dtype=params_dtype), requires_grad=False
+                )
+                parameter.weight_loader = self.load_weight
+                layer.register_parameter(name, parameter)
+
+        def load_weight(
+            self,
+            parameter: torch.nn.Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+        ) -> None:
+            experts.take_tensor(self.layer_index, expert_id, shard_id, loaded_weight)
+
+        def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+            self.activation = activation_of(layer.moe_runner_config)
+
+        def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
+            from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+
+            weights, ids, _ = dispatch_output.topk_output
+            output = experts.forward(
+                self.layer_index,
+                dispatch_output.hidden_states,
+                weights,
+                ids,
+                self.activation,
+            )
+            return StandardCombineInput(hidden_states=output)
+
+    return PagedFusedMoEMethod
+
+
+def activation_of(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `moe_forward_native` does between an expert's two products."""
+    from sglang.srt.layers.activation import GeluAndMul, SiluAndMul
+
+    if config.apply_router_weight_on_input:
+        raise ValueError("router weights on the input can't be paged yet")
+    if config.activation == "silu" and config.gemm1_alpha is None:
+        return SiluAndMul()  # type: ignore[no-any-return]
+    if config.activation == "gelu":
+        return GeluAndMul()  # type: ignore[no-any-return]
+    raise ValueError(f"experts with activation {config.activation!r} can't be paged yet")

@@ -1,0 +1,154 @@
+"""The worker process: load, then answer the scheduler's messages one after the other until it says to leave.
+
+Owns the process and its two sockets. Any failure becomes a last message, so that the scheduler can name it.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, assert_never
+
+import zmq
+
+from sglmoe.protocol import (
+    PROTOCOL_VERSION,
+    AddRequests,
+    CallDone,
+    FlushCache,
+    FromWorker,
+    Limits,
+    Profile,
+    RequestReady,
+    Shutdown,
+    StepPlan,
+    ToWorker,
+    WorkerFailed,
+    WorkerProgress,
+    WorkerReady,
+)
+from sglmoe.transport import Receiver, Sender, plans_address, results_address
+from sglmoe.units import show_bytes
+from sglmoe.worker.model_runner import ModelRunner
+from sglmoe.worker.model_runner_loading import Loaded, load_model, start_process
+from sglmoe.worker.profiler import Profiler
+from sglmoe.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+# How long the loop sleeps at most while a grammar is being compiled.
+GRAMMAR_POLL_SECONDS = 0.005
+
+
+def run_worker(
+    server_args: Any, config: Any, gpu_id: int, nccl_port: int, socket_directory: str
+) -> None:
+    """The process's target. `config` is an `EngineConfig` whose defaults are filled in."""
+    context: zmq.Context[Any] = zmq.Context()
+    directory = Path(socket_directory)
+    sender: Sender[FromWorker] = Sender(context, results_address(directory), bind=False)
+    plans: Receiver[ToWorker] = Receiver(context, plans_address(directory), ToWorker, bind=False)
+    try:
+        start_process(server_args, gpu_id, process_name="WORKER")
+        loaded = load_model(
+            server_args,
+            gpu_id=gpu_id,
+            nccl_port=nccl_port,
+            budget_bytes=config.memory_budget_bytes,
+            page_tokens=config.page_tokens,
+            num_copy_threads=os.cpu_count() or 1,
+            on_progress=lambda *stage: sender.send(WorkerProgress(*stage)),
+        )
+        model = ModelRunner(loaded, server_args)
+        worker = Worker(memory=loaded.memory, model=model, max_running=loaded.max_running)
+        sender.send(ready_message(loaded, model))
+        Loop(plans, sender, worker, model).run()
+        status = 0
+    except ValueError as error:  # says itself what to change
+        logger.error("%s", error)
+        sender.send(WorkerFailed(str(error)))
+        status = 1
+    except Exception:
+        logger.exception("the worker failed")
+        sender.send(WorkerFailed(traceback.format_exc()))
+        status = 1
+    plans.close()
+    sender.close()
+    context.term()  # waits, within the sockets' linger, for the last message to leave
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # copy threads and grammar compilers must not hold the process
+
+
+def ready_message(loaded: Loaded, model: ModelRunner) -> WorkerReady:
+    snapshot = loaded.memory.snapshot(0)
+    tokens = snapshot.total_pages * snapshot.page_tokens
+    expert_bytes = loaded.experts.store.total_bytes
+    return WorkerReady(
+        protocol_version=PROTOCOL_VERSION,
+        limits=Limits(
+            total_tokens=tokens,
+            page_tokens=snapshot.page_tokens,
+            max_running=loaded.max_running,
+            context_tokens=loaded.context_tokens,
+            vocab_size=model.vocab_size,
+        ),
+        snapshot=snapshot,
+        load_seconds=loaded.load_seconds,
+        description=(
+            f"dense weights {show_bytes(loaded.dense_bytes)}, arena {show_bytes(loaded.arena_bytes)} "
+            f"in {snapshot.num_frames} frames of {show_bytes(snapshot.frame_bytes)}; experts "
+            f"{show_bytes(expert_bytes)} in the checkpoint; KV of up to {tokens} tokens "
+            f"in pages of {snapshot.page_tokens}"
+        ),
+    )
+
+
+class Loop:
+    """Receives, dispatches, answers."""
+
+    def __init__(
+        self,
+        plans: Receiver[ToWorker],
+        sender: Sender[FromWorker],
+        worker: Worker,
+        model: ModelRunner,
+    ):
+        self._plans = plans
+        self._sender = sender
+        self._worker = worker
+        self._model = model
+        self._profiler = Profiler()
+
+    def run(self) -> None:
+        while True:
+            pending = self._model.has_pending_grammars
+            message = self._plans.receive(GRAMMAR_POLL_SECONDS if pending else None)
+            for rid, error in self._model.ready_grammars():
+                self._sender.send(RequestReady(rid=rid, error=error))
+            if isinstance(message, Shutdown):
+                return
+            if message is not None:
+                self._handle(message)
+
+    def _handle(self, message: StepPlan | AddRequests | FlushCache | Profile) -> None:
+        match message:
+            case StepPlan():
+                self._sender.send(self._worker.step(message))
+            case AddRequests():
+                self._add(message)
+            case FlushCache():
+                self._worker.flush_cache()
+                self._sender.send(CallDone(call_id=message.call_id, success=True))
+            case Profile():
+                success, text = self._profiler.handle(message)
+                self._sender.send(CallDone(message.call_id, success, text))
+            case _:
+                assert_never(message)
+
+    def _add(self, message: AddRequests) -> None:
+        for spec in message.requests:
+            error = self._model.add(self._worker.add(spec))
+            if error is not None:
+                self._sender.send(RequestReady(rid=spec.rid, error=error))

@@ -1,0 +1,223 @@
+"""The worker's part of a step: find memory for the rows of a plan, run the model, account for what was computed.
+
+Owns the requests the scheduler has named and the rows of the token table. Memory truth is the `MemoryManager`'s, tensors and
+sampling are the `Model`'s. Knows neither sockets nor sglang.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from sglmoe.memory.manager import MemoryManager
+from sglmoe.protocol import (
+    NewRequest,
+    RoutedExperts,
+    Row,
+    RowFailure,
+    RowResult,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+from sglmoe.worker.request import BatchRow, WorkerRequest
+
+
+class RowOutput(msgspec.Struct, frozen=True):
+    """What the model says of one row."""
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    routed_experts: RoutedExperts | None = None
+    grammar_done: bool = False
+    error: str = ""
+
+
+class Model(Protocol):
+    """The seam to tensors: everything here happens on the device and in sglang."""
+
+    def write_token_ids(self, table_row: int, start: int, token_ids: np.ndarray) -> None:
+        """Set `req_to_token[table_row, start:]` to the KV ids of these positions."""
+
+    def write_decode_ids(
+        self, table_rows: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]
+    ) -> None:
+        """Set one position in each of several rows."""
+
+    def forward(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
+        """Compute the rows and sample where one is complete; one output a row, in the same order."""
+
+    def forget(self, rid: str) -> None:
+        """Let go of a request's sampling state."""
+
+
+class Worker:
+    """Executes `StepPlan`s, one after the other."""
+
+    def __init__(self, *, memory: MemoryManager, model: Model, max_running: int):
+        self._memory = memory
+        self._model = model
+        self._requests: dict[str, WorkerRequest] = {}
+        # Row 0 is where sglang's padded batches point to.
+        self._free_table_rows = list(range(max_running, 0, -1))
+
+    def add(self, spec: NewRequest) -> WorkerRequest:
+        request = WorkerRequest(spec)
+        self._requests[spec.rid] = request
+        return request
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Drop, preempt, then advance the rows that memory can be found for."""
+        started = time.perf_counter()
+        for rid in plan.drop:
+            self._drop(rid)
+        for rid in plan.preempt:
+            self._give_back(self._requests[rid])
+        rows, rejected = self._reserve(plan.rows)
+        results, failed = self._run(rows)
+        return StepResult(
+            step_id=plan.step_id,
+            rows=results,
+            rejected=rejected,
+            failed=failed,
+            cached_tokens={rid: self._probe(rid) for rid in plan.probe if rid in self._requests},
+            snapshot=self._memory.snapshot(plan.step_id),
+            step_seconds=time.perf_counter() - started,
+        )
+
+    def flush_cache(self) -> None:
+        self._memory.flush_cache()
+
+    # ------------------------------------------------------------------------------------------------ memory of rows
+
+    def _reserve(self, rows: Sequence[Row]) -> tuple[list[BatchRow], tuple[str, ...]]:
+        """Find pages for each row, seniors first; juniors of the same plan give way to them."""
+        waiting = [self._requests[row.rid] for row in rows]
+        reserved: list[BatchRow] = []
+        rejected: list[str] = []
+        for index, row in enumerate(rows):
+            request = waiting[index]
+            if request.rid in rejected:
+                continue
+            juniors = [r for r in waiting[index + 1 :] if r.holds_memory]
+            batch_row = self._reserve_row(request, row.num_tokens)
+            while batch_row is None and juniors:
+                junior = juniors.pop()
+                self._give_back(junior)
+                rejected.append(junior.rid)
+                batch_row = self._reserve_row(request, row.num_tokens)
+            if batch_row is None:
+                self._give_back(request)
+                rejected.append(request.rid)
+            else:
+                reserved.append(batch_row)
+        self._write_decode_ids([row for row in reserved if row.decodes])
+        return reserved, tuple(rejected)
+
+    def _reserve_row(self, request: WorkerRequest, num_tokens: int) -> BatchRow | None:
+        if not request.holds_memory and not self._admit(request):
+            return None
+        start = request.num_computed
+        stop = min(start + max(num_tokens, 1), len(request.tokens))
+        if not self._memory.extend(request.rid, stop):
+            return None
+        row = BatchRow(request=request, start=start, stop=stop)
+        if not row.decodes:
+            ids = self._memory.token_ids(request.rid, start, stop)
+            self._model.write_token_ids(request.table_row, start, ids)
+        return row
+
+    def _admit(self, request: WorkerRequest) -> bool:
+        if not self._free_table_rows:
+            return False
+        request.table_row = self._free_table_rows.pop()
+        # The manager leaves one token to compute, so it is shown one more than may be cached.
+        tokens = request.token_bytes(request.max_cached + 1)
+        num_cached = self._memory.admit(request.rid, tokens, request.spec.namespace)
+        request.num_cached = request.num_computed = num_cached
+        if num_cached:
+            ids = self._memory.token_ids(request.rid, 0, num_cached)
+            self._model.write_token_ids(request.table_row, 0, ids)
+        return True
+
+    def _write_decode_ids(self, rows: Sequence[BatchRow]) -> None:
+        if not rows:
+            return
+        positions = [row.start for row in rows]
+        self._model.write_decode_ids(
+            [row.request.table_row for row in rows],
+            positions,
+            [
+                int(self._memory.token_ids(row.request.rid, start, start + 1)[0])
+                for row, start in zip(rows, positions, strict=True)
+            ],
+        )
+
+    def _give_back(self, request: WorkerRequest) -> None:
+        """Keep what is computed as a cached prefix and hold no memory."""
+        if not request.holds_memory:
+            return
+        tokens = request.token_bytes(request.num_computed)
+        self._memory.release(request.rid, tokens, request.num_computed)
+        self._free_table_rows.append(request.table_row)
+        request.table_row = -1
+        request.num_computed = 0
+
+    def _drop(self, rid: str) -> None:
+        request = self._requests.pop(rid, None)
+        if request is not None:
+            self._give_back(request)
+            self._model.forget(rid)
+
+    def _probe(self, rid: str) -> int:
+        request = self._requests[rid]
+        if request.holds_memory:
+            return request.num_computed
+        return self._memory.probe(request.token_bytes(request.max_cached), request.spec.namespace)
+
+    # ------------------------------------------------------------------------------------------------ running rows
+
+    def _run(
+        self, rows: Sequence[BatchRow]
+    ) -> tuple[tuple[RowResult, ...], tuple[RowFailure, ...]]:
+        if not rows:
+            return (), ()
+        results: list[RowResult] = []
+        failed: list[RowFailure] = []
+        for row, output in zip(rows, self._model.forward(rows), strict=True):
+            if output.error:
+                failed.append(RowFailure(rid=row.request.rid, status=400, message=output.error))
+            else:
+                results.append(self._account(row, output))
+        return tuple(results), tuple(failed)
+
+    def _account(self, row: BatchRow, output: RowOutput) -> RowResult:
+        request = row.request
+        request.num_computed = row.stop
+        if not row.decodes:
+            self._share(request)
+        request.next_logprob = max(request.next_logprob, row.stop)
+        if request.next_routed is not None:
+            request.next_routed = max(request.next_routed, row.stop)
+        if output.token_id is not None:
+            request.tokens.append(output.token_id)
+        return RowResult(
+            rid=request.rid,
+            num_computed=row.stop,
+            num_cached=request.num_cached,
+            token_id=output.token_id,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+            routed_experts=output.routed_experts,
+            grammar_done=output.grammar_done,
+        )
+
+    def _share(self, request: WorkerRequest) -> None:
+        """Make a prefilled prefix visible to others; where another was first, use its pages instead of ours."""
+        tokens = request.token_bytes(request.num_computed)
+        if self._memory.commit(request.rid, tokens, request.num_computed):
+            ids = self._memory.token_ids(request.rid, 0, request.num_computed)
+            self._model.write_token_ids(request.table_row, 0, ids)

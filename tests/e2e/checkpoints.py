@@ -1,0 +1,253 @@
+"""Tiny random checkpoints of every family we serve, in the layout of the published ones.
+
+A random model is a poor oracle when its choices are near-ties: two correct implementations round
+differently and part ways. So the output head is fitted to the states that the network itself
+reaches (`_fit_head`): the chosen token then leads by far more than bfloat16 can move, while states
+are mostly expert output, so that a wrong expert changes the choice. Knows nothing of SGLang.
+"""
+
+import argparse
+import json
+import math
+import re
+import textwrap
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 1024
+SPECIAL_TOKENS = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# Logit of a chosen token; the others are below 3. Sampling at temperature 1 still varies.
+CHOSEN_LOGIT = 8.0
+
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+
+def _qwen3_moe() -> PretrainedConfig:
+    return transformers.Qwen3MoeConfig(
+        **_SIZES,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+    )
+
+
+def _qwen2_moe() -> PretrainedConfig:
+    return transformers.Qwen2MoeConfig(
+        **_SIZES,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=128,
+        num_experts=16,
+        num_experts_per_tok=4,
+    )
+
+
+def _mixtral() -> PretrainedConfig:
+    return transformers.MixtralConfig(
+        **_SIZES,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
+
+
+def _deepseek_v2() -> PretrainedConfig:
+    """As DeepSeek-V2: MLA, yarn rope, grouped routing, shared experts, a dense first layer."""
+    return transformers.DeepseekV2Config(
+        **_SIZES,
+        num_key_value_heads=4,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        first_k_dense_replace=1,
+        moe_layer_freq=1,
+        q_lora_rank=64,
+        kv_lora_rank=32,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        n_routed_experts=16,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        topk_method="group_limited_greedy",
+        scoring_func="softmax",
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.0,
+        norm_topk_prob=False,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 1024,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    )
+
+
+def _olmoe() -> PretrainedConfig:
+    return transformers.OlmoeConfig(
+        **_SIZES,
+        num_key_value_heads=4,
+        intermediate_size=64,
+        num_experts=32,
+        num_experts_per_tok=4,
+    )
+
+
+def _phimoe() -> PretrainedConfig:
+    """As Phi-3.5-MoE: LayerNorm, biases everywhere, sparsemixer routing of two experts."""
+    return transformers.PhimoeConfig(
+        **_SIZES,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        num_local_experts=16,
+        num_experts_per_tok=2,
+        attention_bias=True,
+        lm_head_bias=True,
+    )
+
+
+def _qwen3() -> PretrainedConfig:
+    """Dense: no experts."""
+    return transformers.Qwen3Config(
+        **_SIZES, num_key_value_heads=2, head_dim=32, intermediate_size=256
+    )
+
+
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "qwen3_moe": _qwen3_moe,
+    "qwen2_moe": _qwen2_moe,
+    "mixtral": _mixtral,
+    "deepseek_v2": _deepseek_v2,
+    "olmoe": _olmoe,
+    "phimoe": _phimoe,
+    "qwen3": _qwen3,
+}
+
+
+def make_checkpoint(
+    family: str,
+    directory: Path,
+    *,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+    attention_gain: float = 0.06,
+) -> Path:
+    """Write a random checkpoint of one of `FAMILIES`, with tokenizer, to `directory`; return it.
+
+    The same arguments give the same weights. Weights are rounded to bfloat16 whatever `dtype`
+    says, so that one seed is one model in every dtype. With the default `attention_gain` the next
+    token hangs mostly on the last one, by a margin; at 1.0 it hangs on the whole context, and
+    near-ties come back: compare in float32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+        _randomise(model, attention_gain, generator)
+        _fit_head(model, generator)
+    model.to(torch.bfloat16).to(getattr(torch, dtype)).save_pretrained(directory)
+    _rename_architecture(directory / "config.json")
+    _tokenizer().save_pretrained(directory)
+    return directory
+
+
+def _randomise(
+    model: torch.nn.Module, attention_gain: float, generator: torch.Generator
+) -> None:
+    """Unit-gain weights, but for these: signals neither vanish nor explode."""
+    gains = {
+        r"embed_tokens\.weight$": 5.0,
+        r"o_proj\.weight$": attention_gain,
+        r"down_proj(\.weight)?$": 2.0,
+        r"(mlp\.gate|block_sparse_moe\.gate|router)\.weight$": 2.0,  # a few experts dominate
+    }
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            parameter.copy_(float(name.endswith("norm.weight")) + 0.1 * noise)
+            continue
+        gain = next((gain for pattern, gain in gains.items() if re.search(pattern, name)), 1.0)
+        parameter.copy_(gain * noise / math.sqrt(parameter.shape[-1]))
+    model.to(torch.bfloat16).to(torch.float32)
+
+
+def _fit_head(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Make every token call for one other: a cycle through the vocabulary, specials left out.
+
+    The head's row of a token is the mean state of its predecessor in the cycle.
+    """
+    states = _mean_states(model, generator)
+    centre = states.mean(dim=0)
+    num_special = len(SPECIAL_TOKENS)
+    cycle = num_special + torch.randperm(VOCAB_SIZE - num_special, generator=generator)
+    scale = CHOSEN_LOGIT / (states - centre).norm(dim=-1).mean()
+    head = model.get_output_embeddings().weight
+    head[cycle.roll(-1)] = scale * torch.nn.functional.normalize(states[cycle] - centre, dim=-1)
+    head[:num_special] = -scale * torch.nn.functional.normalize(centre, dim=0)
+
+
+def _mean_states(model: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
+    """What the head will see after each token, [VOCAB_SIZE, hidden_size]: the mean over contexts."""
+    num_contexts, context_length = 8, 32
+    tokens = torch.cat(
+        [torch.randperm(VOCAB_SIZE, generator=generator) for _ in range(num_contexts)]
+    )
+    hidden = model.model(tokens.view(-1, context_length), use_cache=False).last_hidden_state
+    sums = hidden.new_zeros(VOCAB_SIZE, hidden.shape[-1])
+    return sums.index_add_(0, tokens, hidden.flatten(0, 1)) / num_contexts
+
+
+def _rename_architecture(config_file: Path) -> None:
+    """Published Phi-3.5-MoE names its own class, which SGLang goes by, not transformers'."""
+    text = config_file.read_text()
+    config_file.write_text(text.replace("PhimoeForCausalLM", "PhiMoEForCausalLM"))
+
+
+@cache
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: any text and any bytes go in and come back."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((Path(module.__file__).read_text() for module in (argparse, json, textwrap)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+    )

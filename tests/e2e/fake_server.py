@@ -1,0 +1,23 @@
+"""SGLang's real server over our scheduler and a fake worker. Takes SGLang's flags."""
+
+import sys
+
+from sglmoe import start_up
+
+if __name__ == "__main__":
+    start_up.start_importing()
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    start_up.keep_start_method()
+    launch_server(
+        prepare_server_args(sys.argv[1:]),
+        run_scheduler_process_func=start_up.ChildEntry(
+            "sglmoe.scheduler.process",
+            "run_scheduler",
+            config=None,
+            run_worker=start_up.ChildEntry("fake_worker", "run_fake_worker"),
+        ),
+    )

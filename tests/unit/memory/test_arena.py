@@ -1,0 +1,119 @@
+"""How a budget becomes frames and pages."""
+
+import pytest
+
+from sglmoe.memory.arena import FrameKind, Frames, Geometry, plan_geometry
+
+
+def test_frame_is_one_expert_in_whole_pages() -> None:
+    # Qwen3-30B-A3B in bf16: an expert is 3 x 2048 x 768, a token of KV 48 x 2 x 4 x 128.
+    geometry = plan_geometry(
+        arena_bytes=24 * 2**30,
+        expert_bytes=2048 * 768 * 3 * 2,
+        token_bytes=48 * 2 * 4 * 128 * 2,
+        token_rows=48 * 2,
+        page_tokens=None,
+    )
+    # The expert happens to be exactly 96 tokens, so the largest page wastes nothing.
+    assert geometry == Geometry(
+        num_frames=2730,
+        frame_bytes=9_437_184,
+        expert_bytes=9_437_184,
+        page_bytes=16 * 98_304,
+        page_tokens=16,
+        pages_per_frame=6,
+        page_rows=2 * 48 * 16,
+    )
+    assert geometry.arena_bytes == 2730 * 9_437_184
+
+
+@pytest.mark.parametrize(
+    ("expert_tokens", "page_tokens"),
+    [(1600, 16), (200, 8), (51, 4), (50, 2), (49, 1), (15, 1)],
+)
+def test_largest_page_that_wastes_under_two_percent(expert_tokens: int, page_tokens: int) -> None:
+    geometry = plan_geometry(
+        arena_bytes=2**30,
+        expert_bytes=expert_tokens * 256,
+        token_bytes=256,
+        token_rows=4,
+        page_tokens=None,
+    )
+    assert geometry.page_tokens == page_tokens
+
+
+def test_when_every_page_size_wastes_much_the_least_wasteful_is_taken() -> None:
+    # An expert of 2.5 tokens: pages of 1 token waste a sixth, larger pages more.
+    geometry = plan_geometry(
+        arena_bytes=2**20, expert_bytes=640, token_bytes=256, token_rows=4, page_tokens=None
+    )
+    assert (geometry.page_tokens, geometry.pages_per_frame) == (1, 3)
+
+
+def test_page_size_can_be_prescribed() -> None:
+    geometry = plan_geometry(
+        arena_bytes=2**20, expert_bytes=640, token_bytes=256, token_rows=4, page_tokens=64
+    )
+    assert (geometry.page_tokens, geometry.pages_per_frame, geometry.page_rows) == (64, 1, 256)
+
+
+def test_frames_start_aligned_even_if_pages_do_not() -> None:
+    # Tensor cores and vector loads want w13 at a multiple of 256 bytes; pages are 96 bytes here.
+    geometry = plan_geometry(
+        arena_bytes=2**20, expert_bytes=1000, token_bytes=96, token_rows=2, page_tokens=1
+    )
+    assert (geometry.pages_per_frame, geometry.frame_bytes) == (16, 1536)
+
+
+def test_dense_model_has_frames_of_about_a_mebibyte() -> None:
+    geometry = plan_geometry(
+        arena_bytes=2**30, expert_bytes=0, token_bytes=768, token_rows=6, page_tokens=None
+    )
+    assert (geometry.page_tokens, geometry.pages_per_frame) == (16, 86)
+    assert geometry.frame_bytes == 86 * 16 * 768
+
+
+def test_token_ids_stay_within_int32() -> None:
+    # 64 GiB of 16-byte rows would be 2**32 ids: the arena is cut where they run out.
+    geometry = plan_geometry(
+        arena_bytes=2**36, expert_bytes=2**20, token_bytes=64, token_rows=4, page_tokens=16
+    )
+    assert geometry.arena_bytes == 2**35
+    num_pages = geometry.num_frames * geometry.pages_per_frame
+    assert num_pages * geometry.page_rows == 2**31
+
+
+@pytest.mark.parametrize("expert_bytes", [2**20, 0])
+def test_too_small_an_arena_names_numbers_and_flag(expert_bytes: int) -> None:
+    with pytest.raises(
+        ValueError, match=r"leaves 512\.00 KiB .*raise --memory-budget by at least \d.* [MK]iB"
+    ):
+        plan_geometry(
+            arena_bytes=2**19,
+            expert_bytes=expert_bytes,
+            token_bytes=1024,
+            token_rows=4,
+            page_tokens=None,
+        )
+
+
+def test_frames_change_hands_and_are_counted() -> None:
+    frames = Frames(4)
+    assert frames.take_for_expert(1, 3) == 0
+    assert frames.take_for_kv() == 1
+    assert frames.expert(0) == (1, 3)
+    assert (frames.num_free, frames.num_expert, frames.num_kv) == (2, 1, 1)
+    frames.give(0)
+    # Given back last, taken first: its bytes are the warmest.
+    assert frames.take_for_kv() == 0
+    assert frames.kind(0) is FrameKind.KV
+    assert (frames.num_free, frames.num_expert, frames.num_kv) == (2, 0, 2)
+    assert frames.violations() == []
+
+
+def test_giving_a_frame_back_twice_is_caught() -> None:
+    frames = Frames(2)
+    frame = frames.take_for_kv()
+    frames.give(frame)
+    with pytest.raises(AssertionError, match="given back twice"):
+        frames.give(frame)

@@ -1,0 +1,56 @@
+"""Where experts that are not resident are found."""
+
+import numpy as np
+import pytest
+
+from sglmoe.memory.store import Bytes, ExpertStore
+
+
+def some_bytes(size: int) -> Bytes:
+    return np.zeros(size, np.uint8)
+
+
+def test_parts_lie_gate_up_down_whatever_the_order_of_the_checkpoint() -> None:
+    store = ExpertStore()
+    gate, up, down = some_bytes(6), some_bytes(6), some_bytes(8)
+    store.put(0, 0, "w2", down)
+    store.put(0, 0, "w3", up)
+    store.put(0, 0, "w1", gate)
+    parts = store.parts(0, 0)
+    assert [offset for offset, _ in parts] == [0, 6, 12]
+    # References, not copies: a mapped checkpoint is never held twice.
+    assert parts[0][1] is gate
+    assert parts[1][1] is up
+    assert parts[2][1] is down
+    assert store.expert_bytes() == store.total_bytes == 20
+
+
+def test_a_frame_must_hold_the_largest_expert() -> None:
+    store = ExpertStore()
+    assert store.expert_bytes() == 0
+    store.put(0, 0, "w1", some_bytes(4))
+    store.put(1, 0, "w1", some_bytes(4))
+    store.put(1, 0, "w2", some_bytes(3))
+    assert store.expert_bytes() == 7
+    assert store.total_bytes == 11
+
+
+def test_an_incomplete_checkpoint_names_the_tensor() -> None:
+    store = ExpertStore()
+    for layer in range(2):
+        for part in ("w1", "w3", "w2"):
+            store.put(layer, 0, part, some_bytes(1))
+    store.check_complete(2, 1)
+    for part in ("w1", "w2"):
+        store.put(0, 1, part, some_bytes(1))
+    with pytest.raises(ValueError, match="layer 0 expert 1 w3 is missing from the checkpoint"):
+        store.check_complete(2, 2)
+
+
+def test_a_tensor_that_comes_twice_or_has_no_place_is_refused() -> None:
+    store = ExpertStore()
+    store.put(3, 5, "w2", some_bytes(1))
+    with pytest.raises(ValueError, match="layer 3 expert 5 w2 is in the checkpoint twice"):
+        store.put(3, 5, "w2", some_bytes(1))
+    with pytest.raises(ValueError, match="layer 3 expert 5 has no tensor 'bias'"):
+        store.put(3, 5, "bias", some_bytes(1))

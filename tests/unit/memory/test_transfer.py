@@ -1,0 +1,59 @@
+"""Experts' bytes reach their frames and nothing else."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from sglmoe.memory.experts import Load
+from sglmoe.memory.store import Bytes, ExpertStore
+from sglmoe.memory.transfer import HostCopier
+
+FRAME_BYTES = 8  # the last of which no expert uses
+
+
+@pytest.fixture
+def arena() -> Bytes:
+    return np.full(5 * FRAME_BYTES, 255, np.uint8)
+
+
+@pytest.fixture
+def copier(arena: Bytes) -> Iterator[HostCopier]:
+    store = ExpertStore()
+    for expert in range(4):  # expert e is e, e, e+10, e+10, e+20, e+20, e+20
+        for step, (part, size) in enumerate((("w1", 2), ("w3", 2), ("w2", 3))):
+            store.put(0, expert, part, np.full(size, expert + 10 * step, np.uint8))
+    copier = HostCopier(arena, frame_bytes=FRAME_BYTES, store=store, num_threads=2)
+    yield copier
+    copier.close()
+
+
+def test_one_expert(copier: HostCopier, arena: Bytes) -> None:
+    copier.load([Load(frame=1, layer=0, expert=3)])
+    assert arena.reshape(5, FRAME_BYTES).tolist() == [
+        [255] * 8,
+        [3, 3, 13, 13, 23, 23, 23, 255],
+        *[[255] * 8] * 3,
+    ]
+    assert copier.bytes_moved == 7
+
+
+def test_several_experts_by_several_threads(copier: HostCopier, arena: Bytes) -> None:
+    copier.load([Load(frame, 0, expert) for frame, expert in ((4, 0), (0, 1), (2, 2))])
+    frames = arena.reshape(5, FRAME_BYTES)
+    assert frames[:, 0].tolist() == [1, 255, 2, 255, 0]
+    assert frames[:, 6].tolist() == [21, 255, 22, 255, 20]
+    assert copier.bytes_moved == 21
+
+
+def test_nothing_to_load(copier: HostCopier) -> None:
+    copier.load([])
+    assert copier.bytes_moved == 0
+
+
+def test_a_failure_is_raised_when_all_threads_are_done(copier: HostCopier, arena: Bytes) -> None:
+    with pytest.raises(KeyError):
+        copier.load([Load(0, 0, 9), Load(1, 0, 1), Load(2, 0, 9), Load(3, 0, 2)])
+    frames = arena.reshape(5, FRAME_BYTES)
+    assert frames[1, 0] == 1
+    assert frames[3, 0] == 2
