@@ -4,43 +4,49 @@ One of the files that know sglang, but nothing here may import it before the for
 """
 
 import argparse
-import logging
 import os
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from sglmoe.config import EngineConfig, Options
 from sglmoe.demo_model import demo_model_path, ensure_demo_model
 from sglmoe.start_up import keep_start_method, start_importing
 from sglmoe.units import parse_bytes
 
-logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PROGRAM = "python -m sglmoe.launch_server"
 
 
 def main() -> None:
     argv = sys.argv[1:]
-    try:
-        options = read_options(argv)
-    except ValueError as error:
-        fail(error)
+    options = or_leave(read_options, argv)
     start_importing()
     from sglang.srt.utils import kill_process_tree
 
     try:
-        server_args = read_server_args(argv)
-        from sglmoe.preparation import prepare
-
-        serve(server_args, prepare(server_args, options))
-    except ValueError as error:
-        fail(error)
+        server_args, config = or_leave(read_command_line, argv, options)
+        serve(server_args, config)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-def fail(error: Exception) -> NoReturn:
-    sys.exit(f"{PROGRAM}: {error}")
+def or_leave(function: Callable[P, T], *args: P.args, **keywords: P.kwargs) -> T:
+    """Call a function whose ValueErrors are messages to the operator, not bugs."""
+    try:
+        return function(*args, **keywords)
+    except ValueError as error:
+        sys.exit(f"{PROGRAM}: {error}")
+
+
+def read_command_line(argv: list[str], options: Options) -> tuple[Any, EngineConfig]:
+    """sglang's ServerArgs and ours, checked. Raises ValueError, saying what to change."""
+    server_args = read_server_args(argv)
+    from sglmoe.preparation import prepare
+
+    return server_args, prepare(server_args, options)
 
 
 def serve(server_args: Any, config: EngineConfig) -> None:
@@ -50,11 +56,17 @@ def serve(server_args: Any, config: EngineConfig) -> None:
     from sglmoe.preparation import detokenizer_entry, scheduler_entry
 
     keep_start_method()
-    launch_server(
-        server_args,
-        run_scheduler_process_func=scheduler_entry(config),
-        run_detokenizer_process_func=detokenizer_entry(),
-    )
+    try:
+        launch_server(
+            server_args,
+            run_scheduler_process_func=scheduler_entry(config),
+            run_detokenizer_process_func=detokenizer_entry(),
+        )
+    except RuntimeError as error:
+        # sglang's words for a scheduler that has logged its reasons and left.
+        if "died during initialization" not in str(error):
+            raise
+        sys.exit(f"{PROGRAM}: the server did not start; the reason is in the log above")
 
 
 # ---------------------------------------------------------------------------------------------------- command line

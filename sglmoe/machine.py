@@ -41,7 +41,7 @@ def measure_machine(*, device: str, gpu_id: int) -> Machine:
 
 def host_memory_bytes(root: Path = Path("/")) -> int:
     """The least of the system's memory and the limits of the cgroups that this process is in, v1 and v2."""
-    return min([psutil.virtual_memory().total, *cgroup_limits(root)])
+    return min([int(psutil.virtual_memory().total), *cgroup_limits(root)])
 
 
 def cgroup_limits(root: Path) -> Iterator[int]:

@@ -105,6 +105,10 @@ class Limits(Struct, frozen=True):
     max_running: int
     context_tokens: int
     vocab_size: int
+    dense_bytes: int = 0  # weights that stay on the device
+    arena_bytes: int = 0  # the rest of the budget, cut into frames
+    expert_bytes: int = 0  # of all experts in the checkpoint, as the device holds them
+    floor_frames: int = 0  # never taken by KV
 
 
 class MemorySnapshot(Struct, frozen=True):

@@ -102,6 +102,6 @@ def reuse_fork_server() -> None:
 
     Python (3.11 to 3.14) hands the address down for this, and then starts another server, without the imports.
     """
-    server = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     if server._forkserver_address is not None and server._forkserver_pid is None:
         server.ensure_running = lambda: None

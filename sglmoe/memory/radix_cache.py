@@ -226,17 +226,14 @@ class RadixCache:
 
     def _lock_path(self, node: RadixNode, *, above: RadixNode | None) -> Pages:
         """Lock from `node` up to, without, `above`; the pages that nobody had locked."""
-        runs: list[Pages] = []
+        newly_locked = no_pages()
         path: RadixNode | None = node
         while path is not above:
             assert path is not None
             if not path.locks:
-                runs.append(path.pages)
+                newly_locked += path.pages
             path.locks += 1
             path = path.parent
-        newly_locked = no_pages()
-        for run in reversed(runs):
-            newly_locked += run
         self.locked_pages += len(newly_locked)
         self.cached_pages -= len(newly_locked)
         return newly_locked

@@ -34,6 +34,7 @@ class Loaded(msgspec.Struct, frozen=True):
     memory: MemoryManager
     dense_bytes: int
     arena_bytes: int
+    floor_frames: int
     max_running: int
     context_tokens: int
     load_seconds: float
@@ -153,6 +154,7 @@ def load_model(
         memory=memory,
         dense_bytes=dense_bytes,
         arena_bytes=arena.nbytes,
+        floor_frames=floor,
         max_running=runner.req_to_token_pool.size,
         context_tokens=context_tokens,
         load_seconds=time.perf_counter() - started,

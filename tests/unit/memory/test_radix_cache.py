@@ -152,6 +152,19 @@ def test_a_used_prefix_outlives_others() -> None:
     assert tree.evict(1) == [1]
 
 
+def test_locking_tells_all_pages_that_nobody_had_locked() -> None:
+    tree = Tree()
+    tree.cached("abcd", 0, 1)
+    tree.cached("abXX", 0, 2)
+    tree.cached("abXXYY", 0, 2, 3)
+    tree.admit("ab")
+    match = tree.cache.match(tokens("abXXYY"), "")
+    node, newly_locked = tree.cache.lock(match, "")
+    tree.locks.append(node)
+    tree.check()
+    assert sorted(newly_locked) == [2, 3]
+
+
 def test_locked_leaves_are_not_offered() -> None:
     tree = Tree()
     tree.cached("ab", 0)

@@ -1,0 +1,130 @@
+"""Which part of sglmoe may import which. A new arrow is a design decision: edit the tables, in review."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "sglmoe"
+
+FOUNDATION = {"units", "config", "protocol"}
+LAUNCH = {"checkpoint", "config", "demo_model", "flags", "machine", "start_up", "supported_models"}
+MAY_IMPORT = {  # part -> parts it may import, inside functions too
+    "units": set(),
+    "flags": set(),
+    "supported_models": set(),
+    "checkpoint": set(),
+    "demo_model": set(),
+    "cpu_kernels": set(),
+    "cpu_platform": {"cpu_kernels"},
+    "config": {"units"},
+    "machine": {"config"},
+    "protocol": {"units"},
+    "transport": {"protocol"},
+    "kernels": {"units"},
+    "memory": FOUNDATION | {"kernels"},
+    "prediction": FOUNDATION | {"memory"},
+    "scheduler": FOUNDATION | {"transport"},
+    "worker": FOUNDATION | {"transport", "memory", "prediction", "kernels"},
+    "start_up": {"machine"},
+    "preload": {"scheduler", "worker"},
+    "preparation": LAUNCH,
+    "launch_server": LAUNCH | {"preparation", "units"},
+    "engine": LAUNCH | {"preparation"},
+}
+DEVICE = {"torch", "triton"}
+FORBIDDEN = {  # packages that a part must not see
+    "units": DEVICE | {"zmq", "sglang"},
+    "flags": DEVICE | {"zmq", "sglang"},
+    "supported_models": DEVICE | {"zmq", "sglang"},
+    "checkpoint": DEVICE | {"zmq", "sglang"},
+    "config": DEVICE | {"zmq", "sglang"},
+    "protocol": DEVICE | {"zmq", "sglang", "pickle"},
+    "transport": DEVICE | {"sglang", "pickle"},
+    "kernels": {"zmq", "sglang", "asyncio"},
+    "memory": {"zmq", "sglang", "asyncio"},
+    "prediction": {"zmq", "sglang", "asyncio"},
+    "scheduler": DEVICE | {"sglang", "pickle"},
+}
+KNOWS_SGLANG = (  # the only files that do, as patterns
+    "scheduler/frontend*.py",
+    "worker/model_runner*.py",
+    "worker/moe_layer*.py",
+    "worker/sampling*.py",
+    "worker/profiler.py",
+    "cpu_kernels.py",
+    "cpu_platform.py",
+    "engine.py",
+    "launch_server.py",
+    "preload.py",
+    "preparation.py",
+    "start_up.py",
+)
+SOURCES = sorted(ROOT.rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the full name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def knows_sglang(relative: Path) -> bool:
+    return any(relative.match(pattern) for pattern in KNOWS_SGLANG)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_layers(path: Path) -> None:
+    relative = path.relative_to(ROOT)
+    part = relative.parts[0].removesuffix(".py")
+    if relative.name == "__init__.py":
+        lazy_export = (
+            {"typing.TYPE_CHECKING", "sglmoe.engine.Engine"} if part == "__init__" else set()
+        )
+        assert imported_modules(path) <= lazy_export, f"{relative} imports nothing"
+        return
+    assert part in MAY_IMPORT, f"{relative}: no layer for it; add it to the table or find it a home"
+    banned = FORBIDDEN.get(part, set())
+    banned = banned - {"sglang"} if knows_sglang(relative) else banned | {"sglang"}
+    for module in imported_modules(path):
+        top, _, rest = module.partition(".")
+        if top == "sglmoe":
+            allowed = MAY_IMPORT[part] | {part}
+            assert rest.partition(".")[0] in allowed, f"{relative} may not import {module}"
+        assert top not in banned, f"{relative} may not import {module}"
+
+
+def test_the_named_exceptions_exist() -> None:
+    unused = [p for p in KNOWS_SGLANG if not any(s.relative_to(ROOT).match(p) for s in SOURCES)]
+    assert not unused, f"shrink KNOWS_SGLANG: nothing matches {unused}"
+
+
+def test_packages_say_nothing_themselves() -> None:
+    """Importing one module of a package must not run another."""
+    for init in ROOT.glob("*/__init__.py"):
+        assert init.read_text() == "", f"{init} is not empty"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400, f"{path}: split it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+            num_lines = node.end_lineno - node.lineno + 1
+            assert num_lines <= 60, f"{path}:{node.lineno} {node.name} has {num_lines} lines"
+
+
+@pytest.mark.parametrize("module", ["sglmoe", "sglmoe.scheduler.policy", "sglmoe.launch_server"])
+def test_light_modules_stay_light(module: str) -> None:
+    """torch costs three seconds and sglang ten, in every process and every unit test."""
+    code = f"import sys, {module}; print([m for m in ('torch', 'sglang') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,41 @@
+"""The budget that a machine gives and an operator asks for."""
+
+import pytest
+
+from sglmoe.config import EngineConfig, Machine, Options, plan_config
+
+CPU = Machine(device_bytes=1000, free_device_bytes=1000, host_bytes=1000, has_gpu=False)
+GPU = Machine(device_bytes=1000, free_device_bytes=800, host_bytes=5000, has_gpu=True)
+
+
+def test_on_a_cpu_half_of_the_memory_is_the_budget_and_there_is_no_tier_beside_it() -> None:
+    config = plan_config(Options(), CPU, page_tokens=None)
+    assert config == EngineConfig(memory_budget_bytes=500, host_memory_bytes=0, page_tokens=None)
+
+
+def test_on_a_gpu_the_budget_is_a_share_of_what_is_free() -> None:
+    config = plan_config(Options(), GPU, page_tokens=16)
+    assert config == EngineConfig(memory_budget_bytes=680, host_memory_bytes=3500, page_tokens=16)
+
+
+def test_shares_that_are_asked_for_are_of_the_whole_device() -> None:
+    config = plan_config(Options(memory_budget="50%", host_memory="1k"), GPU, page_tokens=None)
+    assert (config.memory_budget_bytes, config.host_memory_bytes) == (500, 1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(memory_budget="2k"), "--memory-budget: 2k is more than the 1000 B"),
+        (Options(memory_budget="much"), "--memory-budget: 'much' is not a size"),
+        (Options(host_memory="6k"), "--host-memory: 6k is more than the 4.88 KiB"),
+    ],
+)
+def test_what_the_machine_has_not_got_is_refused_by_flag(options: Options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_config(options, GPU, page_tokens=None)
+
+
+def test_a_cpu_has_no_host_memory_beside_its_own() -> None:
+    with pytest.raises(ValueError, match="use --memory-budget"):
+        plan_config(Options(host_memory="1k"), CPU, page_tokens=None)

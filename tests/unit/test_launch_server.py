@@ -1,0 +1,24 @@
+"""The command line, as far as it can be read without sglang."""
+
+import pytest
+
+from sglmoe.config import Options
+from sglmoe.launch_server import read_options
+
+
+def test_our_flags_are_found_among_sglangs() -> None:
+    argv = ["--port", "1", "--memory-budget", "2GiB", "--tp", "1", "--host-memory=50%"]
+    assert read_options(argv) == Options(memory_budget="2GiB", host_memory="50%")
+
+
+def test_abbreviations_are_left_to_sglang() -> None:
+    """`--mem-fraction-static` must not become a budget."""
+    assert read_options(["--mem-fraction-static", "0.8", "--mem", "1"]) == Options()
+
+
+@pytest.mark.parametrize(
+    "argv", [["--memory-budget", "lots"], ["--memory-budget"], ["--host-memory", "0%"]]
+)
+def test_nonsense_is_refused_by_flag_before_anything_starts(argv: list[str]) -> None:
+    with pytest.raises(ValueError, match=argv[0]):
+        read_options(argv)
