@@ -1,7 +1,7 @@
 """Where the bytes of experts that are not resident come from: views of host memory or of a mapped
 checkpoint file.
 
-Knows names and sizes. Copies nothing: what `put` is given must stay alive and unchanged.
+Knows names and sizes. Keeps no copy: what `put` is given must stay alive and unchanged.
 """
 
 import numpy as np
@@ -41,6 +41,18 @@ class ExpertStore:
             placed.append((offset, array))
             offset += array.nbytes
         return placed
+
+    def read(self, layer: int, expert: int, target: Bytes) -> int:
+        """Copy the expert to the start of `target`, contiguous and large enough; its bytes."""
+        num_bytes = 0
+        for offset, part in self.parts(layer, expert):
+            target[offset : offset + part.nbytes] = part
+            num_bytes += part.nbytes
+        return num_bytes
+
+    def experts(self) -> list[tuple[int, int]]:
+        """Every (layer, expert), in order."""
+        return sorted({(layer, expert) for layer, expert, _ in self._parts})
 
     def expert_bytes(self) -> int:
         """The bytes of the largest expert; 0 if there is none."""

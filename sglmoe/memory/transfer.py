@@ -19,8 +19,7 @@ class HostCopier:
     """
 
     def __init__(self, arena: Bytes, *, frame_bytes: int, store: ExpertStore, num_threads: int):
-        self._arena = arena
-        self._frame_bytes = frame_bytes
+        self._frames = arena.reshape(-1, frame_bytes)  # a view
         self._store = store
         self._num_threads = num_threads
         self._threads = ThreadPoolExecutor(num_threads, "expert-copy")
@@ -41,10 +40,6 @@ class HostCopier:
         self._threads.shutdown()
 
     def _copy(self, loads: Sequence[Load]) -> int:
-        num_bytes = 0
-        for load in loads:
-            for offset, part in self._store.parts(load.layer, load.expert):
-                start = load.frame * self._frame_bytes + offset
-                self._arena[start : start + part.nbytes] = part
-                num_bytes += part.nbytes
-        return num_bytes
+        return sum(
+            self._store.read(load.layer, load.expert, self._frames[load.frame]) for load in loads
+        )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 from sglang.srt.environ import envs
@@ -88,7 +89,11 @@ class Frontend:
         rpc = asyncio.create_task(self._serve_rpc())
         try:
             while True:
-                message = await io.async_sock_recv(self._requests)
+                try:
+                    message = await io.async_sock_recv(self._requests)
+                except msgspec.MsgspecError:
+                    logger.exception("A message that is none")
+                    continue
                 if isinstance(message, io.ShutdownReq):
                     return
                 await self._take(message)
@@ -126,6 +131,10 @@ class Frontend:
         except ValueError as error:
             await self._refuse(message, str(error))
             return
+        except Exception as error:  # ours; it must not end the others
+            logger.exception("Request %s could not be read", message.rid)
+            await self._refuse(message, f"the request could not be read: {error!r}", status=500)
+            return
         if request.display.is_health_check and self._scheduler.roster.live:
             # Answers keep coming, so that the server is well; nothing has to wait for a token of its own.
             await self._to_tokenizer(io.HealthCheckOutput(), message)
@@ -152,7 +161,11 @@ class Frontend:
         task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, message: Any) -> None:
-        reply = await self._control.handle(message)
+        try:
+            reply = await self._control.handle(message)
+        except Exception:
+            logger.exception("%s failed", type(message).__name__)
+            return
         if reply is not None:
             await self._to_tokenizer(reply, message)
 

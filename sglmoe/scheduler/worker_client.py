@@ -17,6 +17,7 @@ from sglmoe.protocol import (
     PROTOCOL_VERSION,
     FromWorker,
     Shutdown,
+    StepResult,
     ToWorker,
     WorkerFailed,
     WorkerProgress,
@@ -63,7 +64,7 @@ class WorkerProcess:
         return cls(process, directory)
 
     def remove_directory(self) -> None:
-        """Connected sockets live on without their names, and no end of ours can leave them behind."""
+        """Connected sockets live on without their names, which no end of ours, however sudden, then leaves behind."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def stop(self) -> None:
@@ -107,7 +108,6 @@ class WorkerClient:
                         raise WorkerLost(
                             f"the worker speaks protocol {ready.protocol_version}, the scheduler {PROTOCOL_VERSION}"
                         )
-                    self._worker.remove_directory()
                     return ready
                 case WorkerProgress() as progress:
                     logger.info("Worker: %s %d/%d", progress.stage, progress.done, progress.total)
@@ -131,8 +131,13 @@ class WorkerClient:
         self._receiver.close()
 
     async def _read(self) -> None:
+        connected = False
         while True:
-            self._arrived.put_nowait(await self._receiver.receive())
+            message = await self._receiver.receive()
+            self._arrived.put_nowait(message)
+            if isinstance(message, StepResult) and not connected:  # both ways work
+                connected = True
+                self._worker.remove_directory()
 
     def _on_death(self) -> None:
         asyncio.get_running_loop().remove_reader(self._process.sentinel)

@@ -2,8 +2,8 @@
 
 A random model is a poor oracle when its choices are near-ties: two correct implementations round
 differently and part ways. So the output head is fitted to the states that the network itself
-reaches (`_fit_head`): the chosen token then leads by far more than bfloat16 can move, while states
-are mostly expert output, so that a wrong expert changes the choice. Knows nothing of SGLang.
+reaches (`_fit_head`), and the chosen token leads by more than bfloat16 can move. Knows nothing of
+SGLang.
 """
 
 import argparse
@@ -124,7 +124,11 @@ def _olmoe() -> PretrainedConfig:
 
 
 def _phimoe() -> PretrainedConfig:
-    """As Phi-3.5-MoE: LayerNorm, biases everywhere, sparsemixer routing of two experts."""
+    """As Phi-3.5-MoE: LayerNorm, biases, longrope, sparsemixer routing of two experts.
+
+    The head's bias stays 0: SGLang 0.5.23 loads it and leaves it out.
+    """
+    num_frequencies = 16
     return transformers.PhimoeConfig(
         **_SIZES,
         num_key_value_heads=2,
@@ -133,6 +137,15 @@ def _phimoe() -> PretrainedConfig:
         num_experts_per_tok=2,
         attention_bias=True,
         lm_head_bias=True,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 2048,
+            "short_factor": [1.0 + index / num_frequencies for index in range(num_frequencies)],
+            "long_factor": [2.0 + index for index in range(num_frequencies)],
+            "short_mscale": 1.1,
+            "long_mscale": 1.2,
+        },
     )
 
 
@@ -164,10 +177,12 @@ def make_checkpoint(
 ) -> Path:
     """Write a random checkpoint of one of `FAMILIES`, with tokenizer, to `directory`; return it.
 
-    The same arguments give the same weights. Weights are rounded to bfloat16 whatever `dtype`
-    says, so that one seed is one model in every dtype. With the default `attention_gain` the next
-    token hangs mostly on the last one, by a margin; at 1.0 it hangs on the whole context, and
-    near-ties come back: compare in float32.
+    The same arguments give the same weights, rounded to bfloat16 whatever `dtype` says: one seed
+    is one model in every dtype. How much states owe to attention is a choice of oracle:
+
+    * 0.06: a token hangs on the last one alone, by a wide margin. For half precision.
+    * 1.0: it hangs on the whole context, and one wrong expert of one layer changes one token in
+      ten; margins are those of any random model. For float32.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(), torch.no_grad():
@@ -180,9 +195,7 @@ def make_checkpoint(
     return directory
 
 
-def _randomise(
-    model: torch.nn.Module, attention_gain: float, generator: torch.Generator
-) -> None:
+def _randomise(model: torch.nn.Module, attention_gain: float, generator: torch.Generator) -> None:
     """Unit-gain weights, but for these: signals neither vanish nor explode."""
     gains = {
         r"embed_tokens\.weight$": 5.0,
@@ -193,7 +206,8 @@ def _randomise(
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
-            parameter.copy_(float(name.endswith("norm.weight")) + 0.1 * noise)
+            is_scale, is_head = name.endswith("norm.weight"), name.startswith("lm_head")
+            parameter.copy_(float(is_scale) + (0.0 if is_head else 0.1) * noise)
             continue
         gain = next((gain for pattern, gain in gains.items() if re.search(pattern, name)), 1.0)
         parameter.copy_(gain * noise / math.sqrt(parameter.shape[-1]))
@@ -216,7 +230,7 @@ def _fit_head(model: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 def _mean_states(model: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
-    """What the head will see after each token, [VOCAB_SIZE, hidden_size]: the mean over contexts."""
+    """What the head sees after each token, averaged over contexts: [VOCAB_SIZE, hidden_size]."""
     num_contexts, context_length = 8, 32
     tokens = torch.cat(
         [torch.randperm(VOCAB_SIZE, generator=generator) for _ in range(num_contexts)]
@@ -244,7 +258,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((Path(module.__file__).read_text() for module in (argparse, json, textwrap)), trainer)
+    tokenizer.train_from_iterator(
+        (Path(module.__file__).read_text() for module in (argparse, json, textwrap)), trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

@@ -1,6 +1,7 @@
-"""A worker that computes nothing: it answers plans by the book with tokens that count up, and fails on demand.
+"""A worker that computes nothing: it answers plans with tokens that count up, and fails on demand.
 
-So that the front end and the scheduler can be tried with real processes and real sockets, without a model.
+So that the front end and the scheduler can be tried with real processes and real sockets, without
+a model.
 """
 
 import os

@@ -29,7 +29,8 @@ def hf_logprobs(model_dir: Path, tokens: Sequence[int]) -> list[float]:
     """Log-probability of each token of `tokens` but the first, given those before it."""
     logits = _logits(_load(model_dir), tokens)[:-1]
     logprobs = logits.log_softmax(dim=-1)
-    return logprobs.gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1).tolist()
+    chosen = logprobs.gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
+    return [float(logprob) for logprob in chosen]
 
 
 def _continue_all(
@@ -50,6 +51,7 @@ def _continue(
 
 
 def _load(model_dir: Path) -> torch.nn.Module:
+    torch.set_num_threads(1)  # more cost tiny models more than they bring
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32, attn_implementation="eager"
     )

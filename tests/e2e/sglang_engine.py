@@ -49,9 +49,7 @@ def greedy_answers(
         Answer(
             tokens=output["output_ids"],
             logprobs=[entry[0] for entry in output["meta_info"]["output_token_logprobs"]],
-            prompt_logprobs=[
-                entry[0] for entry in output["meta_info"]["input_token_logprobs"][1:]
-            ],
+            prompt_logprobs=[entry[0] for entry in output["meta_info"]["input_token_logprobs"][1:]],
         )
         for output in outputs
     ]

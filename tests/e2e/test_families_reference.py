@@ -28,9 +28,7 @@ PROMPTS = random_prompts(3, 40, 300)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_follows_the_whole_context_as_transformers_do(family: str, tmp_path: Path) -> None:
     # Red if attention, rope, routing, shared experts or norms of a family go wrong on a CPU.
-    model_dir = run_in_fork(
-        make_checkpoint, family, tmp_path, dtype="float32", attention_gain=1.0
-    )
+    model_dir = run_in_fork(make_checkpoint, family, tmp_path, dtype="float32", attention_gain=1.0)
     expected = run_in_fork(hf_greedy, model_dir, PROMPTS, NUM_TOKENS)
     answers = run_in_fork(greedy_answers, model_dir, PROMPTS, NUM_TOKENS, dtype="float32")
     assert [answer.tokens for answer in answers] == expected

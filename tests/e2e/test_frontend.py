@@ -1,4 +1,4 @@
-"""SGLang's HTTP server, tokenizer manager and detokenizer over our scheduler, with a worker that computes nothing.
+"""SGLang's HTTP server, tokenizer manager and detokenizer over our scheduler and a fake worker.
 
 The fake worker's tokens count up from 300, so that every answer is known.
 """
@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_stream_says_the_same_as_the_whole(server: Server) -> None:
     assert len(chunks) > 5
     assert chunks[-1]["text"] == server.generate(**body)["text"]
     texts = [chunk["text"] for chunk in chunks]
-    assert all(longer.startswith(text) for text, longer in zip(texts, texts[1:], strict=False))
+    assert all(longer.startswith(text) for text, longer in pairwise(texts))
 
 
 def test_stop_string_is_trimmed_and_never_streamed(server: Server) -> None:
@@ -166,7 +167,9 @@ def test_routed_experts_of_all_tokens_but_the_last(server: Server) -> None:
     )
     encoded = base64.b64decode(answer["meta_info"]["routed_experts"])
     per_token = 4 * 2 * 3
-    firsts = [int.from_bytes(encoded[i : i + 4], "little") for i in range(0, len(encoded), per_token)]
+    firsts = [
+        int.from_bytes(encoded[i : i + 4], "little") for i in range(0, len(encoded), per_token)
+    ]
     assert firsts == [0, 1, 2, 3, 4, 5]
 
 

@@ -1,4 +1,4 @@
-"""Which part of sglmoe may import which. A new arrow is a design decision: edit the tables, in review."""
+"""Which part of sglmoe may import which. A new arrow is a design decision: edit the tables."""
 
 import ast
 import subprocess

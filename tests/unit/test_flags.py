@@ -1,4 +1,4 @@
-"""What is refused, on flags of a made-up sglang: two honoured ones, one of a refused family, and one that is new."""
+"""What is refused, on the flags of a made-up sglang: honoured, refused and new ones."""
 
 import pytest
 

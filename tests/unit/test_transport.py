@@ -33,8 +33,9 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture
 def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    with zmq.Context() as context:
-        yield context
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield context
+    context.destroy(linger=0)  # a failed test must not wait for its sockets
 
 
 def test_only_we_may_enter_the_directory(directory: Path) -> None:
@@ -80,8 +81,9 @@ def test_the_asynchronous_ends_speak_to_the_blocking_ones(
         results: AsyncReceiver[FromWorker] = AsyncReceiver(
             loop_context, results_address(directory), FromWorker, bind=True
         )
-        await plans.send(FlushCache(call_id=3))
-        answer = await asyncio.gather(results.receive(), asyncio.to_thread(worker))
+        answer = await asyncio.gather(
+            results.receive(), asyncio.to_thread(worker), plans.send(FlushCache(call_id=3))
+        )
         plans.close()
         results.close()
         loop_context.term()

@@ -25,6 +25,16 @@ def test_parts_lie_gate_up_down_whatever_the_order_of_the_checkpoint() -> None:
     assert store.expert_bytes() == store.total_bytes == 20
 
 
+def test_reading_an_expert_fills_the_start_of_its_target() -> None:
+    store = ExpertStore()
+    for part, value in (("w2", 3), ("w1", 1), ("w3", 2)):
+        store.put(1, 7, part, np.full(2, value, np.uint8))
+    target = np.full(8, 9, np.uint8)
+    assert store.read(1, 7, target) == 6
+    assert target.tolist() == [1, 1, 2, 2, 3, 3, 9, 9]
+    assert store.experts() == [(1, 7)]
+
+
 def test_a_frame_must_hold_the_largest_expert() -> None:
     store = ExpertStore()
     assert store.expert_bytes() == 0

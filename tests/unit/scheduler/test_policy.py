@@ -1,4 +1,4 @@
-"""What the next step does. Pages hold 4 tokens; a candidate with one token left to compute decodes."""
+"""What the next step does. Pages hold 4 tokens; a candidate with one token to compute decodes."""
 
 from typing import Any
 

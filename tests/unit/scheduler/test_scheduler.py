@@ -1,4 +1,4 @@
-"""The scheduler against a scripted worker: every plan it sends is seen, every answer is written by hand.
+"""The scheduler against a scripted worker: every plan is seen, every answer written by hand.
 
 Pages hold 4 tokens. A prompt of n tokens is 0..n-1. No clock ticks but the one in the test.
 """
@@ -259,7 +259,7 @@ def test_rejected_but_served_by_the_plan_behind() -> None:
         await stage.answer(1, {"a": 51}, computed={"a": 5})
         await stage.answer(2, {}, rejected=("b",))
         assert stage.scheduler.roster.queue[0].state is State.QUEUED
-        # Step 3 granted "b" one token, a decode when it was planned; now it is a piece of the prompt.
+        # Step 3 granted "b" one token, meant as a decode; now it is a piece of the prompt.
         await stage.answer(3, {"a": 52, "b": None}, computed={"a": 6, "b": 1})
         b = stage.scheduler.roster.running[1]
         assert (b.rid, b.num_computed) == ("b", 1)
