@@ -2,9 +2,10 @@
 
     python eval/throughput.py --model-path MODEL --output eval/results/throughput-NAME.json
 
-Starts both servers on this machine, then runs `sglang.benchmark.serving` against them in turn, A B A B, for each concurrency.
-The server that is not being measured is stopped (SIGSTOP), so that it takes no CPU: the unmodified scheduler polls while idle.
-Prints the ratio ours / theirs pair by pair, and writes every figure, with machine and commands, to the output file.
+Starts both servers on this machine, then runs `sglang.benchmark.serving` against them in turn,
+A B A B, for each concurrency. The server that is not being measured is stopped (SIGSTOP), so that
+it takes no CPU: the unmodified scheduler polls while idle. Prints the ratios ours / theirs and
+writes every figure, with machine and command, to the output file.
 """
 
 import argparse
@@ -36,11 +37,12 @@ class Server:
     def __init__(self, module: str, flags: list[str]):
         self.port = free_port()
         self.command = [sys.executable, "-m", module, *flags, "--port", str(self.port)]
-        self._log = tempfile.NamedTemporaryFile("w+", prefix=f"{module}-", suffix=".log")
+        self._log = Path(tempfile.mkdtemp()) / f"{module}.log"
         started = time.perf_counter()
-        self._process = subprocess.Popen(
-            self.command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
         self._wait_until_healthy()
         self.start_seconds = time.perf_counter() - started
         # A fork server's children stay in the group of whoever started it, which is this one.
@@ -54,7 +56,8 @@ class Server:
                 return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
-        raise RuntimeError(f"{' '.join(self.command)} did not start:\n{Path(self._log.name).read_text()[-3000:]}")
+        tail = self._log.read_text()[-3000:]
+        raise RuntimeError(f"{' '.join(self.command)} did not start:\n{tail}")
 
     @contextmanager
     def alone(self, other: "Server") -> Iterator[None]:
@@ -78,17 +81,27 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_benchmark(server: Server, options: argparse.Namespace, concurrency: int, seed: int) -> dict[str, float]:
+def run_benchmark(
+    server: Server, options: argparse.Namespace, concurrency: int, seed: int
+) -> dict[str, float]:
     """One run of sglang's benchmark, in a fork: it keeps its arguments in globals."""
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as output:
-        argv = [
-            "serving", "--backend", "sglang", "--host", "127.0.0.1", "--port", str(server.port),
-            "--model", options.model_path, "--dataset-name", "random-ids",
-            "--random-input-len", str(options.input_len), "--random-output-len", str(options.output_len),
-            "--random-range-ratio", "0.5", "--num-prompts", str(options.prompts_per_client * concurrency),
-            "--max-concurrency", str(concurrency), "--seed", str(seed), "--flush-cache", "--disable-tqdm",
-            "--output-file", output.name,
-        ]  # fmt: skip
+        settings = {
+            "backend": "sglang",
+            "host": "127.0.0.1",
+            "port": server.port,
+            "model": options.model_path,
+            "dataset-name": "random-ids",
+            "random-input-len": options.input_len,
+            "random-output-len": options.output_len,
+            "random-range-ratio": 0.5,
+            "num-prompts": options.prompts_per_client * concurrency,
+            "max-concurrency": concurrency,
+            "seed": seed,
+            "output-file": output.name,
+        }
+        argv = ["serving", *(f"--{name}={value}" for name, value in settings.items())]
+        argv += ["--flush-cache", "--disable-tqdm"]
         child = multiprocessing.get_context("fork").Process(target=benchmark_in_fork, args=(argv,))
         child.start()
         child.join()
@@ -107,7 +120,9 @@ def benchmark_in_fork(argv: list[str]) -> None:
         cli_main()
 
 
-def compare(ours: Server, theirs: Server, options: argparse.Namespace, concurrency: int) -> dict[str, Any]:
+def compare(
+    ours: Server, theirs: Server, options: argparse.Namespace, concurrency: int
+) -> dict[str, Any]:
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
     for pair in range(-options.warmup, options.pairs):
         for name, server, other in (("ours", ours, theirs), ("theirs", theirs, ours)):
@@ -121,39 +136,49 @@ def compare(ours: Server, theirs: Server, options: argparse.Namespace, concurren
     }
     for figure, values in ratios.items():
         print(
-            f"concurrency {concurrency:3d}  {figure:18s} ours/theirs  median {statistics.median(values):.3f}  "
-            f"[{min(values):.3f} .. {max(values):.3f}]",
+            f"concurrency {concurrency:3d}  {figure:18s} ours/theirs  "
+            f"median {statistics.median(values):.3f}  [{min(values):.3f} .. {max(values):.3f}]",
             flush=True,
         )
     return {"concurrency": concurrency, "runs": runs, "ratios": ratios}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model-path", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--memory-budget", default="2GiB", help="for ours; theirs gets as many KV tokens as it likes")
+    parser.add_argument("--memory-budget", default="2GiB", help="of our server")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1, help="pairs that are not counted")
     parser.add_argument("--prompts-per-client", type=int, default=3)
     parser.add_argument("--input-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--server-flag", action="append", default=[], help="for both servers, e.g. --server-flag=--dtype=float32")
-    options = parser.parse_args()
-    flags = ["--model-path", options.model_path, "--device", "cpu", "--random-seed", "0", *options.server_flag]
-    ours = Server("sglmoe.launch_server", [*flags, "--memory-budget", options.memory_budget])
-    theirs = Server("sglang.launch_server", [*flags, "--max-total-tokens", "32768", "--max-running-requests", "64"])
+    parser.add_argument("--server-flag", action="append", default=[], help="for both servers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = read_options()
+    flags = ["--model-path", options.model_path, "--device=cpu", "--random-seed=0"]
+    flags += options.server_flag
+    ours = Server("sglmoe.launch_server", [*flags, f"--memory-budget={options.memory_budget}"])
+    theirs = Server(
+        "sglang.launch_server", [*flags, "--max-total-tokens=32768", "--max-running-requests=64"]
+    )
     import sglang.benchmark.serving  # noqa: F401 - once, before the forks
 
     try:
-        results = [compare(ours, theirs, options, concurrency) for concurrency in options.concurrency]
+        results = [compare(ours, theirs, options, count) for count in options.concurrency]
     finally:
         ours.stop()
         theirs.stop()
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
     report = {
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+        "commit": commit,
         "command": " ".join(["python", *sys.argv]),
         "start_seconds": {"ours": ours.start_seconds, "theirs": theirs.start_seconds},
         "results": results,

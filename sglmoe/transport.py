@@ -52,7 +52,7 @@ class Receiver(Generic[T]):
         self, context: zmq.Context[zmq.Socket[bytes]], address: str, union: object, *, bind: bool
     ):
         self._socket = _open(context, zmq.PULL, address, bind)
-        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)  # type: ignore[call-overload]
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     def receive(self, timeout_seconds: float | None = None) -> T | None:
         """The next message, or None when `timeout_seconds` have passed without one."""
@@ -83,7 +83,7 @@ class AsyncReceiver(Generic[T]):
 
     def __init__(self, context: zmq.asyncio.Context, address: str, union: object, *, bind: bool):
         self._socket = _open(context, zmq.PULL, address, bind)
-        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)  # type: ignore[call-overload]
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     async def receive(self) -> T:
         return self._decoder.decode(await self._socket.recv())

@@ -7,7 +7,10 @@ Knows names and sizes. Keeps no copy: what `put` is given must stay alive and un
 import numpy as np
 import numpy.typing as npt
 
+from sglmoe.memory.mapped_files import Extent, MappedFiles
+
 Bytes = npt.NDArray[np.uint8]
+Part = Bytes | Extent
 
 # As they lie in a frame: w13 is the rows of w1 (gate), then those of w3 (up); w2 (down) follows.
 PARTS = ("w1", "w3", "w2")
@@ -17,7 +20,7 @@ class ExpertStore:
     """(layer, expert) -> its tensors, in the order in which they lie in a frame."""
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[int, int, str], Bytes] = {}
+        self._parts: dict[tuple[int, int, str], Part] = {}
         self.total_bytes = 0
 
     def put(self, layer: int, expert: int, part: str, array: Bytes) -> None:
@@ -32,7 +35,7 @@ class ExpertStore:
         self._parts[layer, expert, part] = array
         self.total_bytes += array.nbytes
 
-    def parts(self, layer: int, expert: int) -> list[tuple[int, Bytes]]:
+    def parts(self, layer: int, expert: int) -> list[tuple[int, Part]]:
         """The expert's tensors with their offsets, in bytes, within a frame."""
         placed = []
         offset = 0
@@ -46,9 +49,31 @@ class ExpertStore:
         """Copy the expert to the start of `target`, contiguous and large enough; its bytes."""
         num_bytes = 0
         for offset, part in self.parts(layer, expert):
-            target[offset : offset + part.nbytes] = part
+            place = target[offset : offset + part.nbytes]
+            if isinstance(part, Extent):
+                part.read_into(memoryview(place.data))
+            else:
+                place[:] = part
             num_bytes += part.nbytes
         return num_bytes
+
+    def unmap(self) -> int:
+        """From now on, read what is a view of a mapped file from that file; the bytes still in memory.
+
+        Lets go of the views, and with the last of them of the mapping: no absent expert counts as
+        this process's memory any more. What is in memory of our own stays there.
+        """
+        files = MappedFiles()
+        held_bytes = 0
+        for key, part in self._parts.items():
+            if isinstance(part, Extent):
+                continue
+            extent = files.extent(part.ctypes.data, part.nbytes)
+            if extent is None:
+                held_bytes += part.nbytes
+            else:
+                self._parts[key] = extent
+        return held_bytes
 
     def experts(self) -> list[tuple[int, int]]:
         """Every (layer, expert), in order."""

@@ -21,7 +21,7 @@ from sglang.srt.runtime_context import get_model, get_serving
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-from sglmoe.protocol import NewRequest, RoutedExperts
+from sglmoe.protocol import RoutedExperts
 from sglmoe.worker.model_runner_loading import Loaded
 from sglmoe.worker.model_runner_logprobs import PromptLogprobs, output_logprobs
 from sglmoe.worker.request import BatchRow, WorkerRequest

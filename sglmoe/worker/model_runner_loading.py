@@ -4,16 +4,17 @@ One of the files that know sglang.
 """
 
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
 from sglmoe.memory.arena import Geometry, plan_geometry
+from sglmoe.memory.experts import Load
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
@@ -75,7 +76,7 @@ def load_model(
     nccl_port: int,
     budget_bytes: int,
     page_tokens: int | None,
-    num_copy_threads: int,
+    host_bytes: int,
     on_progress: Callable[[str, int, int], None],
 ) -> Loaded:
     """Load the dense weights, remember where the experts are, and give the rest of the budget to one arena.
@@ -101,6 +102,13 @@ def load_model(
     num_layers = len(experts.layer_ids)
     num_experts = experts.shape.num_experts if experts.shape else 0
     store.check_complete(num_layers, num_experts)
+    held_bytes = store.unmap()
+    if held_bytes:
+        logger.warning(
+            "%s of experts are held in memory beside the budget: their tensors are not views of a mapped file "
+            "(another dtype than the checkpoint's, or no safetensors)",
+            show_bytes(held_bytes),
+        )
 
     runner.alloc_memory_pool()
     kv = KvLayout.of(runner.token_to_kv_pool)
@@ -122,18 +130,12 @@ def load_model(
     arena = torch.empty(
         geometry.num_frames * geometry.frame_bytes, dtype=torch.uint8, device=runner.device
     )
-    copier = HostCopier(
-        arena.numpy(),
-        frame_bytes=geometry.frame_bytes,
-        store=store,
-        num_threads=num_copy_threads,
-    )
     memory = MemoryManager(
         geometry,
         num_layers=num_layers,
         num_experts=num_experts,
         floor_frames=floor,
-        load_experts=copier.load,
+        load_experts=expert_loader(arena, geometry, store, host_bytes=host_bytes),
     )
     kv.move_to(arena, geometry.page_tokens)
     if experts.shape:
@@ -174,7 +176,7 @@ class KvLayout(msgspec.Struct, frozen=True):
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
         if type(pool) is MLATokenToKVPool:
-            layers = tuple((buffer,) for buffer in pool.kv_buffer)
+            layers: tuple[tuple[torch.Tensor, ...], ...] = tuple((b,) for b in pool.kv_buffer)
         elif type(pool) is MHATokenToKVPool:
             layers = tuple(zip(pool.k_buffer, pool.v_buffer, strict=True))
         else:
@@ -191,7 +193,7 @@ class KvLayout(msgspec.Struct, frozen=True):
     @property
     def token_bytes(self) -> int:
         buffer = self.layers[0][0]
-        return self.token_rows * int(np.prod(self.row_shape)) * buffer.element_size()
+        return self.token_rows * math.prod(self.row_shape) * int(buffer.element_size())
 
     def move_to(self, arena: torch.Tensor, page_tokens: int) -> None:
         """Make the pool's tensors views of the arena (`uint8`), so that token o of page p has id `p * token_rows * P + o`."""
@@ -201,6 +203,24 @@ class KvLayout(msgspec.Struct, frozen=True):
             self.pool.kv_buffer = views
         else:
             self.pool.k_buffer, self.pool.v_buffer = views[0::2], views[1::2]
+
+
+def expert_loader(
+    arena: torch.Tensor, geometry: Geometry, store: ExpertStore, *, host_bytes: int
+) -> Callable[[Sequence[Load]], None]:
+    """What copies experts into frames on this device; `host_bytes` may be page-locked for that on a GPU."""
+    if arena.device.type == "cpu":
+        return HostCopier(
+            arena.numpy(),
+            frame_bytes=geometry.frame_bytes,
+            store=store,
+            num_threads=os.cpu_count() or 1,
+        ).load
+    from sglmoe.memory.device_transfer import DeviceCopier
+
+    return DeviceCopier(
+        arena, frame_bytes=geometry.frame_bytes, store=store, host_bytes=host_bytes
+    ).load
 
 
 def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:

@@ -47,7 +47,9 @@ class PagedExperts:
         self.store = store
         self.shape: ExpertShape | None = None
         self.layer_ids: list[int] = []  # sglang's layer_id of each MoE layer, in order
-        self.converted_bytes = 0  # experts whose dtype in the checkpoint is another: held on the heap
+        self.converted_bytes = (
+            0  # experts whose dtype in the checkpoint is another: held on the heap
+        )
         self._on_tensor = on_tensor
         self._waves: Waves | None = None
         self._frame_table = np.empty((0, 0), dtype=np.int32)
@@ -156,7 +158,7 @@ class PagedExperts:
 
 def expert_bounds(ids: torch.Tensor) -> dict[int, tuple[int, int]]:
     """Which rows, after sorting by expert, belong to which: expert -> (start, stop), in ascending order of experts."""
-    experts, counts = np.unique(ids.numpy(), return_counts=True)
+    experts, counts = np.unique(ids.cpu().numpy(), return_counts=True)
     stops = counts.cumsum()
     return {
         expert: (stop - count, stop)
@@ -187,7 +189,8 @@ def combine(
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     """The tensor's bytes, without a copy: uint8 `[nbytes]`."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+    array: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
+    return array
 
 
 def install(experts: PagedExperts) -> None:
@@ -206,7 +209,7 @@ def install(experts: PagedExperts) -> None:
 def make_paged_method(base: type, experts: PagedExperts) -> type:
     """A subclass of sglang's method (its isinstance checks go on to hold) whose weights are `experts`."""
 
-    class PagedFusedMoEMethod(base):  # type: ignore[misc]
+    class PagedFusedMoEMethod(base):
         def create_weights(
             self,
             layer: torch.nn.Module,

@@ -57,7 +57,7 @@ def run_worker(
             nccl_port=nccl_port,
             budget_bytes=config.memory_budget_bytes,
             page_tokens=config.page_tokens,
-            num_copy_threads=os.cpu_count() or 1,
+            host_bytes=config.host_memory_bytes,
             on_progress=lambda *stage: sender.send(WorkerProgress(*stage)),
         )
         model = ModelRunner(loaded, server_args)

@@ -134,9 +134,12 @@ class Worker:
         if not self._free_table_rows:
             return False
         request.table_row = self._free_table_rows.pop()
-        # The manager leaves one token to compute, so it is shown one more than may be cached.
-        tokens = request.token_bytes(request.max_cached + 1)
-        num_cached = self._memory.admit(request.rid, tokens, request.spec.namespace)
+        num_cached = self._memory.admit(
+            request.rid,
+            request.tokens.tobytes(),
+            request.spec.namespace,
+            max_cached_tokens=request.max_cached,
+        )
         request.num_cached = request.num_computed = num_cached
         if num_cached:
             ids = self._memory.token_ids(request.rid, 0, num_cached)
@@ -146,14 +149,10 @@ class Worker:
     def _write_decode_ids(self, rows: Sequence[BatchRow]) -> None:
         if not rows:
             return
-        positions = [row.start for row in rows]
         self._model.write_decode_ids(
             [row.request.table_row for row in rows],
-            positions,
-            [
-                int(self._memory.token_ids(row.request.rid, start, start + 1)[0])
-                for row, start in zip(rows, positions, strict=True)
-            ],
+            [row.start for row in rows],
+            [self._memory.token_id(row.request.rid, row.start) for row in rows],
         )
 
     def _give_back(self, request: WorkerRequest) -> None:

@@ -32,7 +32,7 @@ TIMEOUT_SECONDS = 300.0
 def preload() -> None:
     """Import what SGLang's processes import, and let engines of forks fork, not spawn, theirs.
 
-    Our own engine goes on to start its processes through a fork server; the session has one for all.
+    Our own engine goes on to start its processes through a fork server; the session has one.
     """
     start_importing()
     for name in PRELOADED:

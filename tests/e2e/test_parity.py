@@ -1,8 +1,8 @@
 """Our engine answers as unmodified SGLang does, whatever part of the experts is resident.
 
-Both engines are asked the same questions (`interview`): prompts one at a time, a prompt whose beginning they have seen, and 16
-requests at once. Float32 checkpoints choose each token by the whole context, so that a wrong KV id shows; bfloat16 ones leave
-no near-ties.
+Both engines are asked the same questions (`interview`): prompts one at a time, a prompt whose
+beginning they have seen, and 16 requests at once. Float32 checkpoints choose each token by the
+whole context, so that a wrong KV id shows; bfloat16 ones leave no near-ties.
 """
 
 import random
@@ -84,7 +84,7 @@ def interview_sglmoe(model_dir: Path, dtype: str, memory_budget: str) -> Intervi
 
 
 def check_same(ours: Interview, theirs: Interview) -> None:
-    """Alone: the same tokens and the same bits of their logprobs. Together: the tokens of each one alone."""
+    """Alone: the same tokens and the same bits of their logprobs. Together: the same tokens."""
     assert [output.tokens for output in ours.solo] == [output.tokens for output in theirs.solo]
     assert [output.logprobs for output in ours.solo] == [output.logprobs for output in theirs.solo]
     assert ours.after_prefix_hit == theirs.after_prefix_hit
@@ -94,9 +94,7 @@ def check_same(ours: Interview, theirs: Interview) -> None:
 
 @pytest.mark.parametrize("family", PAGED_FAMILIES)
 def test_every_budget_gives_the_answers_of_unmodified_sglang(family: str, tmp_path: Path) -> None:
-    model_dir = run_in_fork(
-        make_checkpoint, family, tmp_path, dtype="float32", attention_gain=1.0
-    )
+    model_dir = run_in_fork(make_checkpoint, family, tmp_path, dtype="float32", attention_gain=1.0)
     theirs = run_in_fork(interview_sglang, model_dir, "float32")
     roomy = run_in_fork(interview_sglmoe, model_dir, "float32", "200MB")
     check_same(roomy, theirs)
@@ -120,9 +118,7 @@ def pages_per_frame(memory: dict[str, Any], interview: Interview) -> int:
 
 @pytest.mark.parametrize("family", PAGED_FAMILIES)
 def test_fewer_frames_than_a_layer_has_experts(family: str, tmp_path: Path) -> None:
-    model_dir = run_in_fork(
-        make_checkpoint, family, tmp_path, dtype="float32", attention_gain=1.0
-    )
+    model_dir = run_in_fork(make_checkpoint, family, tmp_path, dtype="float32", attention_gain=1.0)
     theirs = run_in_fork(interview_sglang, model_dir, "float32")
     roomy = run_in_fork(interview_sglmoe, model_dir, "float32", "200MB")
     memory, limits = roomy.state["memory"], roomy.state["limits"]

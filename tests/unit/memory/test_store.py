@@ -1,5 +1,8 @@
 """Where experts that are not resident are found."""
 
+import mmap
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -64,3 +67,22 @@ def test_a_tensor_that_comes_twice_or_has_no_place_is_refused() -> None:
         store.put(3, 5, "w2", some_bytes(1))
     with pytest.raises(ValueError, match="layer 3 expert 5 has no tensor 'bias'"):
         store.put(3, 5, "bias", some_bytes(1))
+
+
+def test_a_mapped_expert_is_read_from_its_file_once_unmapped(tmp_path: Path) -> None:
+    # The first expert lies in a file, w1, w3, w2 one behind the other; the second one in memory.
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(range(24)))
+    with path.open("rb") as file:
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    store = ExpertStore()
+    for index, part in enumerate(("w1", "w3", "w2")):
+        store.put(0, 0, part, mapped[8 * index : 8 * index + 8])
+        store.put(0, 1, part, np.full(8, 100 + index, np.uint8))
+    assert store.unmap() == 24
+    target = np.zeros(24, np.uint8)
+    assert store.read(0, 0, target) == 24
+    assert target.tolist() == list(range(24))
+    store.read(0, 1, target)
+    assert target.tolist() == [100] * 8 + [101] * 8 + [102] * 8
+    assert store.total_bytes == 48

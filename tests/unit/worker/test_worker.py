@@ -1,6 +1,7 @@
 """The worker's part of a step, with a model that samples the number of tokens it has seen.
 
-The arena has 8 frames of one expert or two pages of 4 tokens; two frames are kept for experts, so KV has 12 pages, 48 tokens.
+The arena has 8 frames of one expert or two pages of 4 tokens. Two frames are kept for experts, so
+KV has 12 pages, 48 tokens.
 """
 
 from array import array
@@ -19,7 +20,7 @@ PAGE_TOKENS = 4
 
 
 class CountingModel:
-    """Samples the request's length, so tokens say what was computed; keeps the token table the worker writes."""
+    """Samples the request's length, so that tokens say what was computed; keeps the token table."""
 
     def __init__(self) -> None:
         self.table: dict[tuple[int, int], int] = {}

@@ -1,0 +1,106 @@
+"""Every flag of the installed sglang has been thought about, and what can't work is refused at start-up."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import FAMILIES, make_checkpoint
+from forking import run_in_fork
+
+from sglmoe import flags
+
+
+@pytest.mark.usefixtures("preloaded")
+def test_every_flag_of_sglang_is_in_a_table() -> None:
+    """An upgrade that brings a flag has to say what becomes of it."""
+    from sglmoe.preparation import flag_namespaces
+
+    assert flags.unclassified(flag_namespaces()) == []
+
+
+@pytest.mark.usefixtures("preloaded")
+def test_every_table_names_flags_that_exist() -> None:
+    from sglmoe.preparation import flag_namespaces
+
+    existing = flag_namespaces()
+    named = flags.HONOURED | set(flags.VALUES) | set(flags.REASONS)
+    assert named - existing.keys() == set()
+    assert set(flags.NAMESPACE_REASONS) <= set(existing.values())
+
+
+@pytest.mark.usefixtures("preloaded")
+def test_no_flag_is_classified_twice() -> None:
+    parts = [flags.FRONT_END, flags.MODEL, flags.OURS, flags.ALREADY_SO, frozenset(flags.VALUES)]
+    assert len(frozenset().union(*parts)) == sum(map(len, parts))
+    assert flags.HONOURED.isdisjoint(flags.REASONS)
+
+
+def refusal(*flags_given: str) -> str:
+    """What the launcher says to these flags; it must say it, and leave, before any process serves."""
+    return run_in_fork(_refusal, flags_given)
+
+
+def _refusal(flags_given: tuple[str, ...]) -> str:
+    from sglmoe.launch_server import read_command_line, read_options
+
+    try:
+        argv = list(flags_given)
+        read_command_line(argv, read_options(argv))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
+    folder = tmp_path_factory.mktemp("flags") / "qwen3"
+    run_in_fork(make_checkpoint, FAMILIES["qwen3"], folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--tp 2", "--tp-size=2: "),
+        ("--pp-size 2", "--pp-size=2: "),
+        ("--dp-size 2", "--dp-size=2: "),
+        ("--ep-size 2", "--ep-size=2: "),
+        ("--nnodes 2", "--nnodes=2: "),
+        ("--speculative-algorithm NGRAM", "speculative decoding does not work yet"),
+        ("--enable-lora", "merge them into the checkpoint"),
+        ("--disaggregation-mode prefill", "disaggregated prefill"),
+        ("--enable-hierarchical-cache", "caching KV beyond the device"),
+        ("--enable-paged-experts", "use --memory-budget"),
+        ("--cpu-offload-gb 4", "use --memory-budget"),
+        ("--mem-fraction-static 0.8", "use --memory-budget"),
+        ("--enable-multimodal", "only text"),
+        ("--is-embedding", "use unmodified SGLang for embeddings"),
+        ("--quantization fp8", "quantised weights"),
+        ("--page-size 0", "at least one token"),
+        ("--memory-budget 900TiB", "--memory-budget: 900TiB is more than"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+    ],
+)
+def test_what_can_not_work_is_refused_in_one_message(model: Path, given: str, words: str) -> None:
+    assert words in refusal("--model-path", str(model), *given.split())
+
+
+def test_tied_embeddings_are_refused(model: Path) -> None:
+    override = '{"tie_word_embeddings": true}'
+    message = refusal("--model-path", str(model), "--json-model-override-args", override)
+    assert "tie_word_embeddings" in message
+
+
+def test_honoured_flags_are_served(model: Path) -> None:
+    given = "--schedule-policy lpm --page-size 4 --memory-budget 50% --enable-metrics --port 1"
+    assert refusal("--model-path", str(model), *given.split()) == ""
+
+
+@pytest.mark.slow
+def test_the_launcher_leaves_with_one_message_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sglmoe.launch_server", "--model-path", str(tmp_path / "none")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1
+    assert run.stderr.rstrip().endswith("none is not a folder with a checkpoint")
+    assert "Traceback" not in run.stderr
