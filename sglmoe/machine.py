@@ -76,10 +76,9 @@ def gpu_memory_bytes(gpu_id: int, environ: Mapping[str, str]) -> tuple[int, int]
     try:
         visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
         name = visible[gpu_id] if visible != [""] else str(gpu_id)
-        if name.isdigit():
-            handle = pynvml.nvmlDeviceGetHandleByIndex(int(name))
-        else:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(name)
+        by_index = name.isdigit()
+        find = pynvml.nvmlDeviceGetHandleByIndex if by_index else pynvml.nvmlDeviceGetHandleByUUID
+        handle = find(int(name) if by_index else name)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         return memory.free, memory.total
     finally:

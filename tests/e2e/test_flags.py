@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import FAMILIES, make_checkpoint
+from checkpoints import make_checkpoint
 from forking import run_in_fork
 
 from sglmoe import flags
@@ -54,9 +54,7 @@ def _refusal(flags_given: tuple[str, ...]) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
-    folder = tmp_path_factory.mktemp("flags") / "qwen3"
-    run_in_fork(make_checkpoint, FAMILIES["qwen3"], folder)
-    return folder
+    return run_in_fork(make_checkpoint, "qwen3_moe", tmp_path_factory.mktemp("flags"))
 
 
 @pytest.mark.parametrize(

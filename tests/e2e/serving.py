@@ -1,0 +1,122 @@
+"""Real HTTP servers, ours and the unmodified one, started by their own command lines in a fork.
+
+`forking` says why forks. The command line is the one a user types: `python -m MODULE FLAGS`.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NamedTuple
+
+import requests
+from forking import share_fork_server
+
+START_SECONDS = 240.0
+STOP_SECONDS = 30.0
+
+
+class Server:
+    """A running server. `poll` is as `subprocess.Popen.poll`, for SGLang's kits."""
+
+    def __init__(self, process: BaseProcess, url: str, log: Path):
+        self.process = process
+        self.url = url
+        self.log = log
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+
+class Outcome(NamedTuple):
+    """How a command ended by itself, and what it said."""
+
+    exitcode: int | None
+    log: str
+
+
+@contextmanager
+def running_server(
+    module: str, *flags: str, log: Path, environ: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """`python -m MODULE FLAGS --port ...`, healthy; stopped by SIGTERM in the end."""
+    port = free_port()
+    process = start(module, *flags, f"--port={port}", log=log, environ=environ)
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        wait_until_healthy(server)
+        yield server
+    finally:
+        stop(process)
+
+
+def run_to_end(module: str, *flags: str, log: Path) -> Outcome:
+    """The same command where it is expected to refuse to start."""
+    process = start(module, *flags, f"--port={free_port()}", log=log)
+    process.join(START_SECONDS)
+    exitcode = process.exitcode
+    stop(process)
+    return Outcome(exitcode, log.read_text())
+
+
+def start(
+    module: str, *flags: str, log: Path, environ: dict[str, str] | None = None
+) -> BaseProcess:
+    process = multiprocessing.get_context("fork").Process(
+        target=command, args=(module, flags, log, environ or {})
+    )
+    process.start()
+    return process
+
+
+def command(module: str, flags: tuple[str, ...], log: Path, environ: dict[str, str]) -> None:
+    """What `python -m` does, with output into a file."""
+    os.setsid()
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environ)
+    share_fork_server()
+    sys.argv = [module, *flags]
+    if module == "sglmoe.launch_server":
+        from sglmoe.launch_server import main
+
+        main()
+    else:
+        from sglang.launch_server import run_server
+        from sglang.srt.server_args import prepare_server_args
+
+        run_server(prepare_server_args(sys.argv[1:]))
+
+
+def wait_until_healthy(server: Server) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"{server.url}/health", timeout=10).status_code == 200:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"the server did not start:\n{server.log.read_text()[-4000:]}")
+
+
+def stop(process: BaseProcess) -> None:
+    """End the command and whatever it leaves behind: it leads their process group."""
+    assert process.pid is not None
+    process.terminate()
+    process.join(STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

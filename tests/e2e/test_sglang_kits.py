@@ -1,0 +1,138 @@
+"""SGLang's own test kits, asked of both servers: ours passes whatever the unmodified one passes.
+
+The model is a random one, so kits that ask for knowledge fail on both; docs/testing.md lists them.
+"""
+
+import unittest
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import requests
+from checkpoints import make_checkpoint
+from forking import run_in_fork
+from serving import Server, running_server
+
+pytestmark = pytest.mark.usefixtures("preloaded")
+
+KITS = {
+    "basic_api_contract_kit": ("BasicAPIContractMixin",),
+    "basic_decode_correctness_kit": ("BasicDecodeCorrectnessMixin",),
+    "matched_stop_kit": ("MatchedStopMixin",),
+    "json_constrained_kit": ("JSONConstrainedMixin",),
+    "regex_constrained_kit": ("RegexConstrainedMixin",),
+    "ebnf_constrained_kit": ("EBNFConstrainedMixin",),
+    "json_mode_kit": ("JSONModeMixin",),
+    "abort_timeout_kit": ("AbortAllMixin",),
+    "pause_generation_kit": ("PauseResumeInPlaceMixin",),
+    "basic_scheduler_stress_kit": ("BasicSchedulerStressMixin",),
+}
+# They hang on a model that knows something; a random one may pass or fail them on either server.
+NEED_KNOWLEDGE = {"test_no_repetition_blowup", "test_ascii_ratio"}
+
+
+def run_kits(server: Server, model: str) -> dict[str, str]:
+    """Each test of the kits and how it went: "ok", or the last line of what went wrong."""
+    outcomes: dict[str, str] = {}
+    for kit, mixins in KITS.items():
+        module = __import__(f"sglang.test.kits.{kit}", fromlist=mixins)
+        for mixin in mixins:
+            outcomes |= run_kit(getattr(module, mixin), server, model)
+    return outcomes
+
+
+def run_kit(mixin: type, server: Server, model: str) -> dict[str, str]:
+    attributes: dict[str, Any] = {
+        "base_url": server.url,
+        "model": model,
+        "process": server,
+        "client": openai.Client(api_key="EMPTY", base_url=f"{server.url}/v1"),
+        # Small enough for a server on two cores.
+        "abort_all_num_requests": 8,
+        "abort_all_max_new_tokens": 1800,
+        "pause_num_requests": 8,
+        "pause_duration": 2,
+        "pause_max_new_tokens": 128,
+        "pause_ignore_eos": True,
+        "sanity_max_new_tokens_short": 16,
+        "sanity_max_new_tokens_long": 32,
+    }
+    case = type(mixin.__name__, (mixin, unittest.TestCase), attributes)
+    suite = unittest.defaultTestLoader.loadTestsFromTestCase(case)
+    result = unittest.TestResult()
+    suite.run(result)
+    bad = {
+        test.id(): text.strip().splitlines()[-1] for test, text in result.failures + result.errors
+    }
+    return {
+        name.rsplit(".", 1)[-1]: bad.get(name, "ok")
+        for name in (f"{case.__module__}.{case.__qualname__}.{m}" for m in names_of(case))
+    }
+
+
+def names_of(case: type[unittest.TestCase]) -> list[str]:
+    return list(unittest.defaultTestLoader.getTestCaseNames(case))
+
+
+def outcomes_of(module: str, model_dir: Path, log: Path, *flags: str) -> dict[str, str]:
+    with running_server(module, f"--model-path={model_dir}", "--random-seed=0", *flags, log=log) as s:
+        return run_kits(s, str(model_dir))
+
+
+def test_ours_passes_what_the_unmodified_server_passes(tmp_path: Path) -> None:
+    model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path / "model")
+    theirs = run_in_fork(
+        outcomes_of,
+        "sglang.launch_server",
+        model_dir,
+        tmp_path / "theirs.log",
+        "--device=cpu",
+        "--max-total-tokens=8192",
+    )
+    ours = run_in_fork(
+        outcomes_of,
+        "sglmoe.launch_server",
+        model_dir,
+        tmp_path / "ours.log",
+        "--memory-budget=20MB",
+    )
+    assert ours.keys() == theirs.keys()
+    print("\n".join(f"{name:45s} {ours[name][:60]:60s} | {theirs[name][:60]}" for name in ours))
+    worse = {
+        name: ours[name]
+        for name, outcome in theirs.items()
+        if outcome == "ok" and ours[name] != "ok" and name not in NEED_KNOWLEDGE
+    }
+    assert worse == {}
+
+
+def test_radix_tree_of_requests(tmp_path: Path) -> None:
+    """`radix_cache_server_kit`, scaled to two cores, and a hit that it does not look for."""
+    model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path / "model")
+    run_in_fork(send_radix_tree, model_dir, tmp_path / "log")
+
+
+def send_radix_tree(model_dir: Path, log: Path) -> None:
+    from sglang.test.kits import radix_cache_server_kit as kit
+
+    nodes = kit.gen_radix_tree(num_nodes=40, chunk_len=64)
+    for node in nodes:
+        node["input_ids"] = [token % 1000 for token in node["input_ids"]]
+    with running_server(
+        "sglmoe.launch_server", f"--model-path={model_dir}", "--memory-budget=8MB", log=log
+    ) as server:
+        response = requests.post(
+            f"{server.url}/generate",
+            json={
+                "input_ids": [node["input_ids"] for node in nodes],
+                "sampling_params": [
+                    {"max_new_tokens": node["decode_len"] // 4, "temperature": 0} for node in nodes
+                ],
+            },
+            timeout=300,
+        )
+    assert response.status_code == 200, response.text
+    answers = response.json()
+    assert len(answers) == len(nodes)
+    assert sum(answer["meta_info"]["cached_tokens"] for answer in answers) > 0
