@@ -1,6 +1,6 @@
 """The bundled demo model: a tiny random Qwen3-MoE, made once and kept in the user's cache.
 
-It answers nonsense, at once and on any machine: four layers of 32 experts, 15 MB. Until a trained one is bundled.
+It answers nonsense, at once and on any machine: four layers of 32 experts, 29 MB. Until a trained one is bundled.
 """
 
 import os

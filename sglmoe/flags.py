@@ -17,7 +17,7 @@ FRONT_END = _names(
     """
     admin_api_key allow_auto_truncate api_key batch_notify_size bucket_e2e_request_latency
     bucket_inter_token_latency bucket_time_to_first_token chat_template completion_template
-    crash_dump_folder custom_sigquit_handler default_chat_template_kwargs
+    crash_dump_folder custom_sigquit_handler default_chat_template_kwargs default_priority_value
     disable_tokenizer_batch_decode dynamic_batch_tokenizer_batch_size
     dynamic_batch_tokenizer_batch_timeout enable_cache_report enable_dynamic_batch_tokenizer
     enable_http2 enable_response_store enable_ssl_refresh enable_tokenizer_batch_encode
@@ -56,7 +56,7 @@ OURS = _names(
     """
     abort_on_priority_when_disabled base_gpu_id chunked_prefill_size
     constrained_json_disable_any_whitespace constrained_json_max_whitespace_cnt
-    decode_log_interval default_priority_value disable_priority_preemption enable_metrics
+    decode_log_interval disable_priority_preemption enable_metrics
     enable_mixed_chunk enable_priority_scheduling enable_return_routed_experts max_prefill_tokens
     max_queued_requests max_running_requests page_size priority_scheduling_preemption_threshold
     schedule_conservativeness schedule_low_priority_values_first skip_tokenizer_init stream_interval
@@ -84,7 +84,7 @@ VALUES: dict[str, tuple[object, ...]] = {
     "load_format": ("auto", "safetensors"),
     "model_impl": ("auto", "sglang"),
     "moe_runner_backend": ("auto", "triton"),
-    "schedule_policy": ("fcfs", "lpm", "lof", "random", "priority"),
+    "schedule_policy": ("fcfs", "lpm", "lof", "random"),
 }
 
 BUDGET = "KV cache and experts share one budget; use --memory-budget"
@@ -188,12 +188,12 @@ _REASONS_BY_FLAGS = {
     "experts move between steps, so steps are not compiled; leave it out": "enable_torch_compile",
     "prefixes are cached always, and give way when memory is needed": "disable_radix_cache",
     "experts are loaded from the checkpoint while serving; keep it": "delete_ckpt_after_loading",
-    "experts are loaded from the mapped checkpoint; leave it out": "weight_loader_disable_mmap",
+    "whole files would be read into memory, and experts come from them one by one; leave it out": "weight_loader_disable_mmap",
     "experts are read from safetensors files in place; convert the checkpoint": "load_format",
     "experts of other implementations can't be paged; use auto or sglang": "model_impl",
     "KV is kept in the model's dtype or in bf16; use auto or bfloat16": "kv_cache_dtype",
     "only CPUs and CUDA devices are served; use cpu or cuda": "device",
-    "sglmoe's scheduler does not know it; use fcfs, lpm, lof, random or priority": "schedule_policy",
+    "use fcfs, lpm, lof or random; --enable-priority-scheduling goes with any": "schedule_policy",
     "processes are not bound to NUMA nodes; start the server under numactl": "numa_node",
     "there are no CUDA graphs to capture meanwhile; leave it out": "startup_weight_load_mode",
 }

@@ -187,6 +187,7 @@ class WorkerReady(Message, frozen=True):
     snapshot: MemorySnapshot
     load_seconds: float
     description: str  # one paragraph for people: where the bytes went
+    pid: int = 0
 
 
 class WorkerProgress(Message, frozen=True):

@@ -254,6 +254,7 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
             "paused": scheduler.paused,
             "new_token_ratio": scheduler.planner.ratio.current,
             "worker": ready.description,
+            "worker_pid": ready.pid,
         },
     }
 

@@ -100,6 +100,7 @@ def ready_message(loaded: Loaded, model: ModelRunner) -> WorkerReady:
         ),
         snapshot=snapshot,
         load_seconds=loaded.load_seconds,
+        pid=os.getpid(),
         description=(
             f"dense weights {show_bytes(loaded.dense_bytes)}, arena {show_bytes(loaded.arena_bytes)} "
             f"in {snapshot.num_frames} frames of {show_bytes(snapshot.frame_bytes)}; experts "

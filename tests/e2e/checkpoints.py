@@ -191,7 +191,7 @@ def make_checkpoint(
         _fit_head(model, generator)
     model.to(torch.bfloat16).to(getattr(torch, dtype)).save_pretrained(directory)
     _rename_architecture(directory / "config.json")
-    _tokenizer().save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
     return directory
 
 
@@ -248,7 +248,7 @@ def _rename_architecture(config_file: Path) -> None:
 
 
 @cache
-def _tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: any text and any bytes go in and come back."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -82,6 +82,8 @@ def command(module: str, flags: tuple[str, ...], log: Path, environ: dict[str, s
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # The test runner has put objects of its own in their place.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     os.environ.update(environ)
     share_fork_server()
     sys.argv = [module, *flags]
