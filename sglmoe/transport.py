@@ -65,7 +65,7 @@ class Receiver(Generic[T]):
 
 
 class AsyncSender(Generic[T]):
-    """The PUSH end, in an event loop. Never waits: a peer that does not read makes the queue grow, not the loop stop."""
+    """The PUSH end, in an event loop. A connected peer that does not read makes the queue grow, not the loop stop."""
 
     def __init__(self, context: zmq.asyncio.Context, address: str, *, bind: bool):
         self._socket = _open(context, zmq.PUSH, address, bind)

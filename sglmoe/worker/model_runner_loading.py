@@ -6,6 +6,7 @@ One of the files that know sglang.
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,67 +86,34 @@ def load_model(
     wave of experts and one request.
     """
     started = time.perf_counter()
-    store = ExpertStore()
-    tensors_seen = 0
-
-    def on_tensor() -> None:
-        nonlocal tensors_seen
-        tensors_seen += 1
-        if tensors_seen % 256 == 0:
-            on_progress("expert tensors found", tensors_seen, 0)
-
-    experts = PagedExperts(store, on_tensor)
+    experts = PagedExperts(ExpertStore(), TensorCounter(on_progress).count)
     install(experts)
     on_progress("loading dense weights", 0, 0)
     runner = build_runner(server_args, gpu_id=gpu_id, nccl_port=nccl_port)
+    close_store(experts)
     dense_bytes = model_bytes(runner.model)
-    num_layers = len(experts.layer_ids)
-    num_experts = experts.shape.num_experts if experts.shape else 0
-    store.check_complete(num_layers, num_experts)
-    held_bytes = store.unmap()
-    if held_bytes:
-        logger.warning(
-            "%s of experts are held in memory beside the budget: their tensors are not views of a mapped file "
-            "(another dtype than the checkpoint's, or no safetensors)",
-            show_bytes(held_bytes),
-        )
-
     runner.alloc_memory_pool()
     kv = KvLayout.of(runner.token_to_kv_pool)
-    arena_bytes = budget_bytes - dense_bytes
-    if arena_bytes <= 0:
-        raise ValueError(
-            f"the dense weights alone take {show_bytes(dense_bytes)} of the {show_bytes(budget_bytes)} budget; "
-            "raise --memory-budget"
-        )
     geometry = plan_geometry(
-        arena_bytes=arena_bytes,
+        arena_bytes=arena_bytes_within(budget_bytes, dense_bytes),
         expert_bytes=experts.shape.expert_bytes if experts.shape else 0,
         token_bytes=kv.token_bytes,
         token_rows=kv.token_rows,
         page_tokens=page_tokens,
     )
+    arena = torch.empty(geometry.arena_bytes, dtype=torch.uint8, device=runner.device)
     # One token's experts: below that a decode step of a single request would need several waves.
-    floor = experts.shape.top_k if experts.shape else 0
-    arena = torch.empty(
-        geometry.num_frames * geometry.frame_bytes, dtype=torch.uint8, device=runner.device
-    )
+    floor = runner.model_config.hf_text_config.num_experts_per_tok if experts.shape else 0
     memory = MemoryManager(
         geometry,
-        num_layers=num_layers,
-        num_experts=num_experts,
+        num_layers=len(experts.layer_ids),
+        num_experts=experts.shape.num_experts if experts.shape else 0,
         floor_frames=floor,
-        load_experts=expert_loader(arena, geometry, store, host_bytes=host_bytes),
+        load_experts=expert_loader(arena, geometry, experts.store, host_bytes=host_bytes),
     )
     kv.move_to(arena, geometry.page_tokens)
     if experts.shape:
-        experts.attach(
-            arena=arena,
-            frame_bytes=geometry.frame_bytes,
-            num_frames=geometry.num_frames,
-            frame_table=memory.frame_table,
-            waves=memory.waves,
-        )
+        experts.attach(arena, geometry, frame_table=memory.frame_table, waves=memory.waves)
     context_tokens = fit_context(runner, geometry, floor)
     on_progress("starting attention backends", 0, 0)
     runner.init_attention_backends()
@@ -161,6 +129,43 @@ def load_model(
         context_tokens=context_tokens,
         load_seconds=time.perf_counter() - started,
     )
+
+
+class TensorCounter:
+    """Reports now and then how many expert tensors the checkpoint has yielded; models may load from several threads."""
+
+    def __init__(self, on_progress: Callable[[str, int, int], None]):
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+        self._num_tensors = 0
+
+    def count(self) -> None:
+        with self._lock:
+            self._num_tensors += 1
+            if self._num_tensors % 512 == 0:
+                self._on_progress("expert tensors found", self._num_tensors, 0)
+
+
+def close_store(experts: PagedExperts) -> None:
+    """Check that every expert was found, and let go of the mapped checkpoint."""
+    num_experts = experts.shape.num_experts if experts.shape else 0
+    experts.store.check_complete(len(experts.layer_ids), num_experts)
+    if held_bytes := experts.store.unmap():
+        logger.warning(
+            "%s of experts are held in memory beside the budget: their tensors are not views of a mapped file "
+            "(another dtype than the checkpoint's, or no safetensors)",
+            show_bytes(held_bytes),
+        )
+
+
+def arena_bytes_within(budget_bytes: int, dense_bytes: int) -> int:
+    """What the dense weights leave of the budget. Raises ValueError where that is nothing."""
+    if dense_bytes >= budget_bytes:
+        raise ValueError(
+            f"the dense weights alone take {show_bytes(dense_bytes)} of the {show_bytes(budget_bytes)} budget; "
+            "raise --memory-budget"
+        )
+    return budget_bytes - dense_bytes
 
 
 class KvLayout(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sglmoe.memory.arena import Geometry
 from sglmoe.memory.store import ExpertStore
 
 # sglang's names of an expert's matrices, in the order in which a frame holds them: gate, up, down.
@@ -27,7 +28,6 @@ class ExpertShape(msgspec.Struct, frozen=True):
     """What all experts of a model have in common: w13 is `[2 * inner, hidden]`, w2 `[hidden, inner]`."""
 
     num_experts: int
-    top_k: int
     hidden: int
     inner: int
     dtype: Any  # torch.dtype; a msgspec field can't name it
@@ -89,10 +89,9 @@ class PagedExperts:
 
     def attach(
         self,
-        *,
         arena: torch.Tensor,
-        frame_bytes: int,
-        num_frames: int,
+        geometry: Geometry,
+        *,
         frame_table: np.ndarray,
         waves: Waves,
     ) -> None:
@@ -102,11 +101,11 @@ class PagedExperts:
         """
         assert self.shape is not None
         shape = self.shape
-        flat, stride = arena.view(shape.dtype), frame_bytes // shape.dtype.itemsize
+        flat, stride = arena.view(shape.dtype), geometry.frame_bytes // shape.dtype.itemsize
         up, down = (2 * shape.inner, shape.hidden), (shape.hidden, shape.inner)
-        self._w13 = flat.as_strided((num_frames, *up), (stride, shape.hidden, 1))
+        self._w13 = flat.as_strided((geometry.num_frames, *up), (stride, shape.hidden, 1))
         self._w2 = flat.as_strided(
-            (num_frames, *down), (stride, shape.inner, 1), storage_offset=up[0] * up[1]
+            (geometry.num_frames, *down), (stride, shape.inner, 1), storage_offset=up[0] * up[1]
         )
         self._frame_table = frame_table
         self._waves = waves
@@ -224,7 +223,7 @@ def make_paged_method(base: type, experts: PagedExperts) -> type:
                 raise ValueError("experts with biases or without a gate can't be paged yet")
             self.with_bias = False
             shape = ExpertShape(
-                num_experts, layer.top_k, hidden_size, intermediate_size_per_partition, params_dtype
+                num_experts, hidden_size, intermediate_size_per_partition, params_dtype
             )
             self.layer_index = experts.add_layer(layer.layer_id, shape)
             for name in ("w13_weight", "w2_weight"):

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -87,6 +88,21 @@ def command(module: str, flags: tuple[str, ...], log: Path, environ: dict[str, s
     os.environ.update(environ)
     share_fork_server()
     sys.argv = [module, *flags]
+    try:
+        run_module(module)
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # Not the orderly end of a multiprocessing child, which waits for children that are killed.
+    os._exit(status)
+
+
+def run_module(module: str) -> None:
     if module == "sglmoe.launch_server":
         from sglmoe.launch_server import main
 

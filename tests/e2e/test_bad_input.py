@@ -1,5 +1,7 @@
 """Bad input gets a clear answer that names numbers and what to change, and touches nobody else."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,6 @@ def truncate_weights(model_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        pytest.param(["--memory-budget=200KB"], ["--memory-budget"], id="budget below dense"),
         pytest.param(["--memory-budget=lots"], ["--memory-budget", "lots"], id="no size"),
         pytest.param(["--tp-size=2"], ["--tp"], id="tensor parallel"),
         pytest.param(["--speculative-algorithm=EAGLE"], ["--speculative"], id="speculative"),
@@ -124,6 +125,20 @@ def test_bad_flags_refuse_to_start(flags: list[str], words: list[str], tmp_path:
     assert outcome.exitcode not in (0, None)
     last = outcome.log.strip().splitlines()[-8:]
     assert all(word in "\n".join(last) for word in words), last
+
+
+def test_a_budget_below_the_dense_weights_refuses_to_start(tmp_path: Path) -> None:
+    """As a user does it, with no fork of ours: the worker's reason reaches the terminal."""
+    model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path / "model")
+    outcome = subprocess.run(
+        [sys.executable, "-m", MODULE, f"--model-path={model_dir}", "--memory-budget=200KB"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert outcome.returncode == 1
+    assert "the dense weights alone take" in outcome.stderr
+    assert "of the 195.31 KiB budget; raise --memory-budget" in outcome.stderr
 
 
 def test_a_missing_checkpoint_refuses_to_start(tmp_path: Path) -> None:

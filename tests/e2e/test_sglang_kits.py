@@ -76,7 +76,9 @@ def names_of(case: type[unittest.TestCase]) -> list[str]:
 
 
 def outcomes_of(module: str, model_dir: Path, log: Path, *flags: str) -> dict[str, str]:
-    with running_server(module, f"--model-path={model_dir}", "--random-seed=0", *flags, log=log) as s:
+    with running_server(
+        module, f"--model-path={model_dir}", "--random-seed=0", *flags, log=log
+    ) as s:
         return run_kits(s, str(model_dir))
 
 

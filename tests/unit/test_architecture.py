@@ -62,6 +62,8 @@ KNOWS_SGLANG = (  # the only files that do, as patterns
     "preparation.py",
     "start_up.py",
 )
+# Hands SGLang a tensor because its message type asks for one (routed experts); computes nothing.
+KNOWS_TORCH = ("scheduler/frontend_output.py",)
 SOURCES = sorted(ROOT.rglob("*.py"))
 
 
@@ -93,6 +95,8 @@ def test_imports_follow_the_layers(path: Path) -> None:
     assert part in MAY_IMPORT, f"{relative}: no layer for it; add it to the table or find it a home"
     banned = FORBIDDEN.get(part, set())
     banned = banned - {"sglang"} if knows_sglang(relative) else banned | {"sglang"}
+    if relative.as_posix() in KNOWS_TORCH:
+        banned = banned - {"torch"}
     for module in imported_modules(path):
         top, _, rest = module.partition(".")
         if top == "sglmoe":
@@ -102,8 +106,9 @@ def test_imports_follow_the_layers(path: Path) -> None:
 
 
 def test_the_named_exceptions_exist() -> None:
-    unused = [p for p in KNOWS_SGLANG if not any(s.relative_to(ROOT).match(p) for s in SOURCES)]
-    assert not unused, f"shrink KNOWS_SGLANG: nothing matches {unused}"
+    named = KNOWS_SGLANG + KNOWS_TORCH
+    unused = [p for p in named if not any(s.relative_to(ROOT).match(p) for s in SOURCES)]
+    assert not unused, f"shrink the exceptions: nothing matches {unused}"
 
 
 def test_packages_say_nothing_themselves() -> None:
