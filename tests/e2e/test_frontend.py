@@ -21,6 +21,7 @@ import httpx
 import pytest
 from checkpoints import make_checkpoint
 from fake_worker import FIRST_TOKEN, KILL_TOKEN, LIMITS
+from forking import run_in_fork
 
 START_SECONDS = 240
 
@@ -67,7 +68,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("model"))
+    return run_in_fork(make_checkpoint, "qwen3_moe", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""SGLang's own test kits, asked of both servers: ours passes whatever the unmodified one passes.
+"""SGLang's own test kits and frontend programs, asked of both servers.
 
-The model is a random one, so kits that ask for knowledge fail on both; docs/testing.md lists them.
+Ours passes whatever the unmodified one passes. The model is a random one, so what asks for
+knowledge fails on both; docs/testing.md lists the outcomes.
 """
 
 import unittest
@@ -27,6 +28,23 @@ KITS = {
     "abort_timeout_kit": ("AbortAllMixin",),
     "pause_generation_kit": ("PauseResumeInPlaceMixin",),
     "basic_scheduler_stress_kit": ("BasicSchedulerStressMixin",),
+}
+# SGLang frontend programs (`sglang.test.test_programs`) with their arguments.
+PROGRAMS: dict[str, dict[str, Any]] = {
+    "test_few_shot_qa": {},
+    "test_mt_bench": {},
+    "test_select": {"check_answer": False},
+    "test_decode_int": {},
+    "test_decode_json_regex": {},
+    "test_decode_json": {},
+    "test_expert_answer": {"check_answer": False},
+    "test_parallel_decoding": {},
+    "test_parallel_encoding": {"check_answer": False},
+    "test_stream": {},
+    "test_stream_logprobs": {},
+    "test_regex": {},
+    "test_dtype_gen": {},
+    "test_gen_min_new_tokens": {},
 }
 # They hang on a model that knows something; a random one may pass or fail them on either server.
 NEED_KNOWLEDGE = {"test_no_repetition_blowup", "test_ascii_ratio"}
@@ -75,11 +93,26 @@ def names_of(case: type[unittest.TestCase]) -> list[str]:
     return list(unittest.defaultTestLoader.getTestCaseNames(case))
 
 
+def run_programs(server: Server) -> dict[str, str]:
+    import sglang
+    from sglang.test import test_programs
+
+    sglang.set_default_backend(sglang.RuntimeEndpoint(server.url))
+    outcomes = {}
+    for name, arguments in PROGRAMS.items():
+        try:
+            getattr(test_programs, name)(**arguments)
+            outcomes[f"programs:{name}"] = "ok"
+        except Exception as error:
+            outcomes[f"programs:{name}"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return outcomes
+
+
 def outcomes_of(module: str, model_dir: Path, log: Path, *flags: str) -> dict[str, str]:
     with running_server(
         module, f"--model-path={model_dir}", "--random-seed=0", *flags, log=log
     ) as s:
-        return run_kits(s, str(model_dir))
+        return run_kits(s, str(model_dir)) | run_programs(s)
 
 
 def test_ours_passes_what_the_unmodified_server_passes(tmp_path: Path) -> None:
@@ -138,3 +171,59 @@ def send_radix_tree(model_dir: Path, log: Path) -> None:
     answers = response.json()
     assert len(answers) == len(nodes)
     assert sum(answer["meta_info"]["cached_tokens"] for answer in answers) > 0
+
+
+def time_out_waiting(model_dir: Path, log: Path) -> dict[str, str]:
+    from sglang.test.kits.abort_timeout_kit import WaitingTimeoutMixin
+
+    with running_server(
+        "sglmoe.launch_server",
+        f"--model-path={model_dir}",
+        "--memory-budget=20MB",
+        "--max-running-requests=1",
+        log=log,
+        environ={"SGLANG_REQ_WAITING_TIMEOUT": "0.5"},
+    ) as server:
+        return run_kit(WaitingTimeoutMixin, server, str(model_dir))
+
+
+def time_out_running(model_dir: Path, log: Path) -> dict[str, str]:
+    from sglang.test.kits.abort_timeout_kit import RunningTimeoutTwoWaveMixin
+
+    with running_server(
+        "sglmoe.launch_server",
+        f"--model-path={model_dir}",
+        "--memory-budget=20MB",
+        log=log,
+        environ={"SGLANG_REQ_RUNNING_TIMEOUT": "1"},
+    ) as server:
+        return run_kit(RunningTimeoutTwoWaveMixin, server, str(model_dir))
+
+
+@pytest.mark.parametrize("kit", [time_out_waiting, time_out_running])
+def test_request_timeouts(kit: Any, tmp_path: Path) -> None:
+    model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path / "model")
+    assert set(run_in_fork(kit, model_dir, tmp_path / "log").values()) == {"ok"}
+
+
+def branch_prefixes(model_dir: Path, log: Path) -> list[int]:
+    """The scenario of `prefix_cache_branching_kit`: three prompts with one prefix and three tails."""
+    prefix, tails = [7] * 257, [[11], [12], [13]]
+    with running_server(
+        "sglmoe.launch_server", f"--model-path={model_dir}", "--memory-budget=20MB", log=log
+    ) as server:
+        return [
+            requests.post(
+                f"{server.url}/generate",
+                json={"input_ids": prefix + tail * 256, "sampling_params": {"max_new_tokens": 1}},
+                timeout=60,
+            ).json()["meta_info"]["cached_tokens"]
+            for tail in tails
+        ]
+
+
+def test_branching_prefixes_hit_at_once(tmp_path: Path) -> None:
+    # The kit expects the second prompt to miss: SGLang's hybrid caches need a request to mark the
+    # branch. A plain radix tree, SGLang's and ours, splits where the second prompt leaves it.
+    model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path / "model")
+    assert run_in_fork(branch_prefixes, model_dir, tmp_path / "log") == [0, 256, 256]
