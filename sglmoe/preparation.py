@@ -28,6 +28,8 @@ def prepare(server_args: Any, options: Options) -> EngineConfig:
     """
     refuse_flags(server_args)
     server_args.device = choose_device(server_args.device)
+    if server_args.device == "cuda":
+        settle_for_paging(server_args)
     page_tokens = take_page_tokens(server_args)
     if is_local(server_args.model_path):
         check_checkpoint(Path(server_args.model_path))
@@ -89,6 +91,13 @@ def choose_device(device: str | None) -> str:
     if device == "cpu":
         raise ValueError("--device=cpu: there is an accelerator; set CUDA_VISIBLE_DEVICES= as well")
     raise ValueError(f"--device={device}: torch finds no CUDA device; use --device=cpu without one")
+
+
+def settle_for_paging(server_args: Any) -> None:
+    """Choose what paged experts need on a GPU: the host reads each layer's routing, so no graph can hold it."""
+    server_args.disable_cuda_graph = True
+    server_args.disable_shared_experts_fusion = True
+    server_args.moe_runner_backend = "triton"
 
 
 def take_page_tokens(server_args: Any) -> int | None:

@@ -24,8 +24,8 @@ from sglmoe.worker.moe_layer import PagedExperts, install
 
 logger = logging.getLogger(__name__)
 
-# SGLang sizes its own KV pool from this; ours replaces its tensors at once, so it is as small as SGLang's checks allow.
-STOCK_POOL_TOKENS = 256
+# Arbitrary: requests that may run at once, where --max-running-requests does not say.
+DEFAULT_MAX_RUNNING = 256
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -45,7 +45,13 @@ class Loaded(msgspec.Struct, frozen=True):
 def start_process(server_args: Any, gpu_id: int, *, process_name: str) -> None:
     """What every process of sglang's does first: die with the launcher, load plugins, log as told, publish the config."""
     from sglang.srt.plugins import load_plugins
-    from sglang.srt.runtime_context import SpawnRanks, get_context, get_device, publish
+    from sglang.srt.runtime_context import (
+        SpawnRanks,
+        get_context,
+        get_device,
+        get_schedule,
+        publish,
+    )
     from sglang.srt.utils import (
         configure_logger,
         kill_itself_when_parent_died,
@@ -58,9 +64,12 @@ def start_process(server_args: Any, gpu_id: int, *, process_name: str) -> None:
     suppress_other_loggers()
     load_plugins()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=gpu_id))
+    max_running = get_schedule().max_running_requests or DEFAULT_MAX_RUNNING
     get_context().override(
         "sglmoe",
-        max_total_tokens=STOCK_POOL_TOKENS,
+        max_running_requests=max_running,
+        # SGLang's own KV pool, whose tensors ours replace at once: as small as this many requests allow.
+        max_total_tokens=2 * max_running,
         disable_overlap_schedule=True,
         # Our MoE layers record routing themselves: sglang's recorder indexes by token id, and ours are scaled.
         enable_return_routed_experts=False,

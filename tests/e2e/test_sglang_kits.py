@@ -29,7 +29,9 @@ KITS = {
     "pause_generation_kit": ("PauseResumeInPlaceMixin",),
     "basic_scheduler_stress_kit": ("BasicSchedulerStressMixin",),
 }
-# SGLang frontend programs (`sglang.test.test_programs`) with their arguments.
+# SGLang frontend programs (`sglang.test.test_programs`) with their arguments. Left out, for they
+# can't run on the unmodified server either: test_parallel_encoding (posts to an endpoint that
+# 0.5.23 does not have, and hangs), those of OpenAI's models, images, and tool use with exec.
 PROGRAMS: dict[str, dict[str, Any]] = {
     "test_few_shot_qa": {},
     "test_mt_bench": {},
@@ -39,7 +41,6 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "test_decode_json": {},
     "test_expert_answer": {"check_answer": False},
     "test_parallel_decoding": {},
-    "test_parallel_encoding": {"check_answer": False},
     "test_stream": {},
     "test_stream_logprobs": {},
     "test_regex": {},
