@@ -160,6 +160,22 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def describe_machine() -> dict[str, Any]:
+    import torch
+
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
 def main() -> None:
     options = read_options()
     flags = ["--model-path", options.model_path, "--device=cpu", "--random-seed=0"]
@@ -177,9 +193,9 @@ def main() -> None:
         theirs.stop()
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
     report = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": describe_machine(),
         "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.argv]).replace(str(Path.home()), "~"),
         "start_seconds": {"ours": ours.start_seconds, "theirs": theirs.start_seconds},
         "results": results,
     }

@@ -1,0 +1,123 @@
+"""A layer's output has the same bits whichever frames its experts are in, in any number of waves."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sglmoe.memory.arena import Geometry, plan_geometry
+from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.store import ExpertStore
+from sglmoe.memory.transfer import HostCopier
+from sglmoe.worker.moe_layer import PARTS, ExpertShape, PagedExperts, expert_bounds
+
+NUM_EXPERTS, TOP_K, HIDDEN, INNER = 8, 3, 16, 8
+SHAPE = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, torch.bfloat16)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    return F.silu(x[..., :INNER]) * x[..., INNER:]
+
+
+def make_experts(num_frames: int) -> tuple[PagedExperts, MemoryManager]:
+    """One layer of random experts in an arena of that many frames, one of which is KV's at most."""
+    generator = torch.Generator().manual_seed(1)
+    experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
+    layer = experts.add_layer(0, SHAPE)
+    for expert in range(NUM_EXPERTS):
+        for part in PARTS:
+            matrix = torch.randn(SHAPE.part_shape(part), generator=generator).bfloat16()
+            experts.take_tensor(layer, expert, part, matrix)
+    geometry: Geometry = plan_geometry(
+        arena_bytes=num_frames * SHAPE.expert_bytes,
+        expert_bytes=SHAPE.expert_bytes,
+        token_bytes=64,
+        token_rows=2,
+        page_tokens=4,
+    )
+    arena = torch.zeros(geometry.arena_bytes, dtype=torch.uint8)
+    copier = HostCopier(
+        arena.numpy(), frame_bytes=geometry.frame_bytes, store=experts.store, num_threads=1
+    )
+    memory = MemoryManager(
+        geometry,
+        num_layers=1,
+        num_experts=NUM_EXPERTS,
+        floor_frames=num_frames - 1,
+        load_experts=copier.load,
+    )
+    experts.attach(arena, geometry, frame_table=memory.frame_table, waves=memory.waves)
+    return experts, memory
+
+
+def run(experts: PagedExperts, num_tokens: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(num_tokens, HIDDEN, generator=generator).bfloat16()
+    scores = torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
+    weights, ids = scores.topk(TOP_K)
+    return experts.forward(0, hidden, weights, ids, silu_and_mul)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+@pytest.mark.parametrize("num_frames", [2, 3, 5])
+def test_few_frames_give_the_bits_of_all_resident(num_frames: int, num_tokens: int) -> None:
+    resident, _ = make_experts(num_frames=9)
+    paged, memory = make_experts(num_frames)
+    assert torch.equal(run(paged, num_tokens), run(resident, num_tokens))
+    assert memory.violations() == []
+    # Again, now that other experts are resident and the waves run in another order.
+    assert torch.equal(run(paged, num_tokens), run(resident, num_tokens))
+
+
+def test_eight_experts_over_three_frames_take_three_waves() -> None:
+    experts, memory = make_experts(num_frames=3)
+    run(experts, num_tokens=40)
+    assert memory.snapshot(0).num_waves == 3
+
+
+def test_an_output_is_the_weighted_sum_of_its_experts() -> None:
+    experts, _ = make_experts(num_frames=9)
+    output = run(experts, num_tokens=1)
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(1, HIDDEN, generator=generator).bfloat16()
+    weights, ids = torch.rand(1, NUM_EXPERTS, generator=generator).topk(TOP_K)
+    expected = torch.zeros(1, HIDDEN)
+    for weight, expert in zip(weights[0].tolist(), ids[0].tolist(), strict=True):
+        w1, w3, w2 = matrices(experts, expert)
+        expected += weight * F.linear(F.silu(F.linear(hidden, w1)) * F.linear(hidden, w3), w2)
+    assert torch.allclose(output.float(), expected, rtol=0.05, atol=0.05)
+
+
+def matrices(experts: PagedExperts, expert: int) -> Iterator[torch.Tensor]:
+    for part, (_, raw) in zip(PARTS, experts.store.parts(0, expert), strict=True):
+        assert isinstance(raw, np.ndarray)
+        yield torch.from_numpy(raw).view(torch.bfloat16).view(SHAPE.part_shape(part))
+
+
+def test_rows_are_grouped_by_expert_in_ascending_order() -> None:
+    ids = torch.tensor([[5, 1], [1, 0], [5, 7]])
+    assert expert_bounds(ids) == {0: (0, 1), 1: (1, 3), 5: (3, 5), 7: (5, 6)}
+
+
+def test_recorded_routing_has_zeros_for_layers_without_experts() -> None:
+    experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
+    experts.add_layer(1, SHAPE)  # layer 0 is dense, as in DeepSeek
+    experts.record_routing(True)
+    experts._routing = {0: torch.tensor([[3, 2, 1]], dtype=torch.int32)}
+    assert experts.routing(num_layers=3).tolist() == [[[0, 0, 0], [3, 2, 1], [0, 0, 0]]]
+
+
+def test_a_matrix_of_another_shape_is_refused_by_name() -> None:
+    experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
+    experts.add_layer(0, SHAPE)
+    with pytest.raises(ValueError, match=r"expert 3 of MoE layer 0: w2 has shape \(2, 2\)"):
+        experts.take_tensor(0, 3, "w2", torch.zeros(2, 2))
+
+
+def test_layers_with_different_experts_are_refused() -> None:
+    experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
+    experts.add_layer(0, SHAPE)
+    with pytest.raises(ValueError, match="differ from layer to layer"):
+        experts.add_layer(1, ExpertShape(NUM_EXPERTS, HIDDEN, 2 * INNER, torch.bfloat16))
