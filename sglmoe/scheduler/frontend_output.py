@@ -84,7 +84,7 @@ def take_delta(request: Request) -> Delta:
     sent.finish = request.finished
     first_logprob, last_logprob = sent.num_logprobs, sent.num_logprobs
     if request.output_logprobs is not None:
-        # A request for no tokens samples one all the same, and its logprob is the answer.
+        # A request for no tokens samples one all the same; see _output_columns.
         last_logprob = min(max(end, 1), len(request.output_logprobs.values))
         sent.num_logprobs = last_logprob
     with_input_logprobs = (
@@ -224,6 +224,9 @@ def _output_columns(delta: Delta) -> tuple[Any, ...]:
     request, lists = delta.request, delta.request.output_logprobs or LogprobLists()
     part = slice(delta.first_logprob, delta.last_logprob)
     picked = lists.picked_values[part]
+    if request.stop.max_new_tokens == 0:
+        # SGLang samples nothing then, and answers for the picked ids alone (it is how it scores).
+        return ([], [], [], [], picked, _picked_ids(request, picked))
     return (
         lists.values[part],
         lists.ids[part],

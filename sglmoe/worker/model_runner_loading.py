@@ -123,7 +123,7 @@ def load_model(
     kv.move_to(arena, geometry.page_tokens)
     if experts.shape:
         experts.attach(arena, geometry, frame_table=memory.frame_table, waves=memory.waves)
-    context_tokens = fit_context(runner, geometry, floor)
+    fit_token_table(runner, geometry, floor)
     on_progress("starting attention backends", 0, 0)
     runner.init_attention_backends()
     runner.init_cuda_graphs()
@@ -135,7 +135,7 @@ def load_model(
         arena_bytes=arena.nbytes,
         floor_frames=floor,
         max_running=runner.req_to_token_pool.size,
-        context_tokens=context_tokens,
+        context_tokens=runner.model_config.context_len,
         load_seconds=time.perf_counter() - started,
     )
 
@@ -269,16 +269,14 @@ def model_bytes(model: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
-def fit_context(runner: Any, geometry: Geometry, floor: int) -> int:
-    """Give the token table rows as long as the longest request that can be held; that length."""
+def fit_token_table(runner: Any, geometry: Geometry, floor: int) -> None:
+    """Give the token table rows as long as the longest request that can be held."""
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
     total_tokens = (geometry.num_frames - floor) * geometry.pages_per_frame * geometry.page_tokens
-    context_tokens = min(runner.model_config.context_len, total_tokens)
     runner.req_to_token_pool = ReqToTokenPool(
         size=runner.req_to_token_pool.size,
-        max_context_len=context_tokens + geometry.page_tokens,
+        max_context_len=min(runner.model_config.context_len, total_tokens) + geometry.page_tokens,
         device=runner.device,
         enable_memory_saver=False,
     )
-    return int(context_tokens)

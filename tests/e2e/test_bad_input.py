@@ -100,6 +100,24 @@ def test_bad_requests_are_refused_and_others_go_on(tmp_path: Path) -> None:
     assert silent == {}
 
 
+def ask_for_too_much(model_dir: Path, log: Path) -> tuple[int, str, int]:
+    with running_server(
+        MODULE, f"--model-path={model_dir}", "--memory-budget=3MB", log=log
+    ) as server:
+        params = {"max_new_tokens": 3000, "temperature": 0}
+        refusal = generate(server.url, input_ids=[5] * 10, sampling_params=params)
+        beside = generate(server.url, input_ids=[5] * 10, sampling_params={"max_new_tokens": 4})
+        return refusal.status_code, refusal.text, beside.status_code
+
+
+def test_what_can_never_fit_in_memory_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    # The context has 4096 tokens, 3 MB hold KV of fewer than 3010.
+    model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path / "model")
+    status, text, beside = run_in_fork(ask_for_too_much, model_dir, tmp_path / "log")
+    assert (status, beside) == (400, 200)
+    assert all(word in text for word in ("10 tokens", "3000", "--memory-budget"))
+
+
 def start_with(log: Path, *flags: str) -> Outcome:
     return run_to_end(MODULE, *flags, log=log)
 

@@ -36,6 +36,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "output only": {"return_logprob": True, "top_logprobs_num": 2},
     "routing": {"return_routed_experts": True},
     "prompt only": {"return_logprob": True, "logprob_start_len": 0, "max_new_tokens": 0},
+    "score": {"return_logprob": True, "token_ids_logprob": [5, 9], "max_new_tokens": 0},
 }
 
 

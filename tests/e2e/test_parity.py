@@ -129,8 +129,10 @@ def test_fewer_frames_than_a_layer_has_experts(family: str, tmp_path: Path) -> N
     assert waves.state["memory"]["num_split_layers"] > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16(family: str, tmp_path: Path) -> None:
-    model_dir = run_in_fork(make_checkpoint, family, tmp_path)
-    theirs = run_in_fork(interview_sglang, model_dir, "bfloat16")
-    check_same(run_in_fork(interview_sglmoe, model_dir, "bfloat16", "200MB"), theirs)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, "bfloat16") for family in FAMILIES), ("qwen3_moe", "float16")]
+)
+def test_half_precision(family: str, dtype: str, tmp_path: Path) -> None:
+    model_dir = run_in_fork(make_checkpoint, family, tmp_path, dtype=dtype)
+    theirs = run_in_fork(interview_sglang, model_dir, dtype)
+    check_same(run_in_fork(interview_sglmoe, model_dir, dtype, "200MB"), theirs)
