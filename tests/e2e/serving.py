@@ -20,6 +20,8 @@ from typing import NamedTuple
 import requests
 from forking import share_fork_server
 
+from sglmoe.start_up import die_with_parent
+
 START_SECONDS = 240.0
 STOP_SECONDS = 30.0
 
@@ -79,6 +81,7 @@ def start(
 
 def command(module: str, flags: tuple[str, ...], log: Path, environ: dict[str, str]) -> None:
     """What `python -m` does, with output into a file."""
+    die_with_parent()
     os.setsid()
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
