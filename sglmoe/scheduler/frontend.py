@@ -81,6 +81,7 @@ class Frontend:
             "status": "ready",
             "max_total_num_tokens": ready.limits.total_tokens,
             "max_req_input_len": self._rules.max_prompt_tokens,
+            "page_size": ready.limits.page_tokens,  # for /server_info: SGLang's own side has 1
             "startup_time": startup_time(ready),
         }
 

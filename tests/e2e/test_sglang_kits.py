@@ -4,6 +4,7 @@ Ours passes whatever the unmodified one passes. The model is a random one, so wh
 knowledge fails on both; docs/testing.md lists the outcomes.
 """
 
+import json
 import unittest
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,35 @@ def test_branching_prefixes_hit_at_once(tmp_path: Path) -> None:
     # branch. A plain radix tree, SGLang's and ours, splits where the second prompt leaves it.
     model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path / "model")
     assert run_in_fork(branch_prefixes, model_dir, tmp_path / "log") == [0, 256, 256]
+
+
+def hit_cache_in_turns(model_dir: Path, dataset: Path, log: Path) -> dict[str, Any]:
+    """`cache_hit_kit`, which itself asserts the hits of every turn, page by page."""
+    from sglang.test.kits.cache_hit_kit import run_multiturn_cache_hit_test
+
+    with running_server(
+        "sglmoe.launch_server", f"--model-path={model_dir}", "--memory-budget=20MB", log=log
+    ) as server:
+        metrics: dict[str, Any] = run_multiturn_cache_hit_test(
+            server.url,
+            str(model_dir),
+            num_clients=4,
+            num_rounds=3,
+            request_length=100,
+            output_length=16,
+            max_parallel=4,
+            dataset_path=str(dataset),
+        )
+    return metrics
+
+
+def test_turns_of_a_conversation_hit_the_cache(tmp_path: Path) -> None:
+    model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path / "model")
+    text = "def parse(arguments, options): return the value of each option and its default. "
+    turns = [[{"value": f"{i} {text * 6}"}, {"value": text * 3}] for i in range(40)]
+    dataset = tmp_path / "sharegpt.json"
+    dataset.write_text(json.dumps([{"conversations": turn} for turn in turns]))
+    metrics = run_in_fork(hit_cache_in_turns, model_dir, dataset, tmp_path / "log")
+    assert metrics["rounds"]["round_0"]["total_cached_tokens"] == 0
+    # The second prompt begins with the first and its answer, 116 tokens: 7 pages of 16.
+    assert metrics["rounds"]["round_1"]["total_cached_tokens"] == 4 * 112
