@@ -68,7 +68,7 @@ def run_kit(mixin: type, server: Server, model: str) -> dict[str, str]:
         "abort_all_max_new_tokens": 1800,
         "pause_num_requests": 8,
         "pause_duration": 2,
-        "pause_max_new_tokens": 128,
+        "pause_max_new_tokens": 512,
         "pause_ignore_eos": True,
         "sanity_max_new_tokens_short": 16,
         "sanity_max_new_tokens_long": 32,
