@@ -18,9 +18,6 @@ from torch.nn import functional as F
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.store import ExpertStore
 
-# sglang's names of an expert's matrices, in the order in which a frame holds them: gate, up, down.
-PARTS = ("w1", "w3", "w2")
-
 Waves = Callable[[int, Sequence[int]], Iterator[Sequence[int]]]
 
 

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from sglmoe.memory.arena import Geometry, plan_geometry
 from sglmoe.memory.manager import MemoryManager
-from sglmoe.memory.store import ExpertStore
+from sglmoe.memory.store import PARTS, ExpertStore
 from sglmoe.memory.transfer import HostCopier
-from sglmoe.worker.moe_layer import PARTS, ExpertShape, PagedExperts, expert_bounds
+from sglmoe.worker.moe_layer import ExpertShape, PagedExperts, expert_bounds
 
 NUM_EXPERTS, TOP_K, HIDDEN, INNER = 8, 3, 16, 8
 SHAPE = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, torch.bfloat16)
