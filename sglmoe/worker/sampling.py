@@ -166,14 +166,19 @@ def needs_replay(request: SamplingRequest) -> bool:
 
 
 def accept_token(grammar: Any, token_id: int) -> tuple[bool, str]:
-    """Advance a grammar; whether it admits nothing more, and an error if it did not admit this token."""
-    if grammar is None or grammar.is_terminated():
+    """Advance a grammar; whether it was done before this token, and an error if it did not admit it.
+
+    SGLang looks before it accepts: where ignore_eos keeps a request going, it ends one token after its grammar.
+    """
+    if grammar is None:
         return False, ""
+    if grammar.is_terminated():
+        return True, ""
     try:
         grammar.accept_token(token_id)
     except ValueError as error:
         return False, f"the grammar does not admit the sampled token {token_id}: {error}"
-    return grammar.is_terminated(), ""
+    return False, ""
 
 
 class GrammarCompiler:

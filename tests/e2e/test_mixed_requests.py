@@ -1,4 +1,4 @@
-"""16 requests of every kind at once come out as each does alone, under a budget that pages."""
+"""16 requests of every kind at once come out as each does alone on unmodified SGLang."""
 
 import random
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from checkpoints import VOCAB_SIZE, make_checkpoint
 from forking import run_in_fork
+from sglang_engine import running_engine
 from sglmoe_engine import frames_budget, running_sglmoe, state_of
 
 pytestmark = pytest.mark.usefixtures("preloaded")
@@ -57,11 +58,22 @@ def answers(model_dir: Path, memory_budget: str) -> tuple[list[Any], list[Any], 
         return alone, [output["output_ids"] for output in together], state_of(engine)
 
 
+def answers_of_sglang(model_dir: Path) -> list[Any]:
+    with running_engine(model_dir, dtype="float32") as engine:
+        return [
+            engine.generate(input_ids=ids, sampling_params=params)["output_ids"]
+            for ids, params in mixed_requests()
+        ]
+
+
 def test_mixed_requests_match_their_solo_runs(tmp_path: Path) -> None:
     model_dir = run_in_fork(
         make_checkpoint, "qwen3_moe", tmp_path, dtype="float32", attention_gain=1.0
     )
+    theirs = run_in_fork(answers_of_sglang, model_dir)
     roomy_alone, roomy_together, roomy = run_in_fork(answers, model_dir, "200MB")
+    # Alone against alone: a penalty that is never counted would be the same alone and together.
+    assert roomy_alone == theirs
     assert roomy_together == roomy_alone
     assert len({tuple(tokens) for tokens in roomy_alone}) == 16
     # 20 frames: 16 requests of up to 144 tokens take turns, and most experts are absent.
