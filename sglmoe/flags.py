@@ -64,7 +64,7 @@ OURS = _names(
     """
 )
 
-# They ask for what is so anyway.
+# They ask for what is so anyway. (disable_overlap_schedule also settles which token penalties count.)
 ALREADY_SO = _names(
     """
     disable_cuda_graph disable_decode_cuda_graph disable_overlap_schedule disable_prefill_cuda_graph

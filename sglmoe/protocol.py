@@ -6,9 +6,11 @@ processes, timestamps may not. Token ids travel as little-endian int32 bytes: de
 times as much.
 """
 
+from typing import Literal
+
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Struct(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -88,11 +90,19 @@ class Profile(Message, frozen=True):
     name: str = ""
 
 
+class RecordRouting(Message, frozen=True):
+    """Start, stop or write a routing trace (`prediction/trace.py`); answered by `CallDone`."""
+
+    call_id: int
+    action: Literal["start", "stop", "dump"]
+    directory: str
+
+
 class Shutdown(Message, frozen=True):
     """Leave with exit status 0."""
 
 
-ToWorker = StepPlan | AddRequests | FlushCache | Profile | Shutdown
+ToWorker = StepPlan | AddRequests | FlushCache | Profile | RecordRouting | Shutdown
 
 # ---------------------------------------------------------------------------------------------------- worker -> scheduler
 

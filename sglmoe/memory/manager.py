@@ -203,6 +203,13 @@ class MemoryManager:
         while isinstance(leaf := self._order.pop(Tenant.KV), RadixNode):
             self._evict_leaf(leaf, len(leaf.pages))
 
+    def clear(self) -> None:
+        """Forget all prefixes that no running request uses, and all experts: between two steps."""
+        self._end_wave(self._wave)
+        self.flush_cache()
+        while (expert := self._order.pop(Tenant.EXPERT)) is not None:
+            self._evict(expert, None)
+
     # -------------------------------------------------------------------------------------- experts
 
     def waves(self, layer: int, experts: Sequence[int]) -> Generator[Sequence[int], None, None]:

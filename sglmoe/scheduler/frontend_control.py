@@ -6,16 +6,17 @@ answer has room for one.
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+from sglang.srt.environ import envs
 from sglang.srt.managers import io_struct as io
 from sglang.srt.mem_cache.hicache_storage import disabled_l3_layout
 from sglang.srt.runtime_context import get_context
 from sglang.srt.utils import freeze_gc
 from sglang.srt.utils.msgspec_utils import msgspec_to_builtins
 
-from sglmoe.protocol import Profile, WorkerReady
+from sglmoe.protocol import CallDone, Profile, RecordRouting, WorkerReady
 from sglmoe.scheduler.finish import aborted
 from sglmoe.scheduler.frontend_metrics import Metrics
 from sglmoe.scheduler.request import Request
@@ -32,6 +33,12 @@ LORA = "LoRA adapters are not supported by this server"
 CORPUS = "speculative decoding with an external corpus is not supported by this server"
 PARALLEL = "this server runs on one device"
 DUMPER = "the tensor dumper is not supported by this server"
+
+RECORD_ACTIONS: dict[io.ExpertDistributionReqType, Literal["start", "stop", "dump"]] = {
+    io.ExpertDistributionReqType.START_RECORD: "start",
+    io.ExpertDistributionReqType.STOP_RECORD: "stop",
+    io.ExpertDistributionReqType.DUMP_RECORD: "dump",
+}
 
 # What is refused, and how.
 REFUSALS: dict[type[Any], Callable[[Any], Reply]] = {
@@ -72,7 +79,6 @@ REFUSALS: dict[type[Any], Callable[[Any], Reply]] = {
     io.ReleaseMemoryOccupationReqInput: lambda _: io.ReleaseMemoryOccupationReqOutput(),
     io.ResumeMemoryOccupationReqInput: lambda _: io.ResumeMemoryOccupationReqOutput(),
     io.SlowDownReqInput: lambda _: io.SlowDownReqOutput(),
-    io.ExpertDistributionReq: lambda _: io.ExpertDistributionReqOutput(),
     io.LoadLoRAAdapterReqInput: lambda _: io.LoRAUpdateOutput(success=False, error_message=LORA),
     io.LoadLoRAAdapterFromTensorsReqInput: lambda _: io.LoRAUpdateOutput(
         success=False, error_message=LORA
@@ -134,6 +140,7 @@ class Control:
         self._metrics = metrics
         self._ready = ready
         self._to_detokenizer = to_detokenizer
+        self.last_recording: dict[str, Any] | None = None
         self.handlers: dict[type[Any], Handler] = {
             **dict.fromkeys(REFUSALS, refuse),
             io.AbortReq: self._abort,
@@ -144,6 +151,7 @@ class Control:
             io.SetInternalStateReq: self._set_state,
             io.UpdateWeightVersionReqInput: self._set_weight_version,
             io.ProfileReq: self._profile,
+            io.ExpertDistributionReq: self._record_routing,
             io.FreezeGCReq: self._freeze_gc,
             io.ConfigureLoggingReq: self._configure_logging,
         }
@@ -182,6 +190,7 @@ class Control:
         state = get_context().resolved_server_args_dict()
         state.pop("custom_sigquit_handler", None)
         state |= internal_state(self._scheduler, self._metrics, self._ready)
+        state["sglmoe"]["recording"] = self.last_recording
         return io.GetInternalStateReqOutput(internal_state=msgspec_to_builtins(state))
 
     async def _set_state(self, message: io.SetInternalStateReq) -> Reply:
@@ -199,7 +208,7 @@ class Control:
                 "start_step, num_steps and profile_by_stage are not supported; stop it yourself"
             )
             return io.ProfileReqOutput(success=False, message=reason)
-        done = await self._scheduler.profile(
+        done = await self._scheduler.ask_worker(
             Profile(
                 call_id=-1,
                 output_dir=(message.output_dir or "/tmp") if start else None,
@@ -210,6 +219,21 @@ class Control:
             )
         )
         return io.ProfileReqOutput(success=done.success, message=done.message)
+
+    async def _record_routing(self, message: io.ExpertDistributionReq) -> Reply:
+        action = RECORD_ACTIONS[message.action]
+        directory = envs.SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR.get()
+        # A recording begins with an empty memory: the last request must have given its own back.
+        done = CallDone(-1, success=True)
+        if action == "start":
+            done = await self._scheduler.flush_cache()
+        if done.success:
+            done = await self._scheduler.ask_worker(RecordRouting(-1, action, directory))
+        log = logger.info if done.success else logger.warning
+        log("Routing trace, %s: %s", action, done.message)
+        self.last_recording = {"action": action, "success": done.success, "message": done.message}
+        # The answer has no room for any of this: /server_info shows it.
+        return io.ExpertDistributionReqOutput()
 
     async def _freeze_gc(self, message: io.FreezeGCReq) -> None:
         freeze_gc("Scheduler", message.gc_threshold)

@@ -19,6 +19,7 @@ from sglmoe.protocol import (
     Limits,
     MemorySnapshot,
     Profile,
+    RecordRouting,
     RequestReady,
     RowFailure,
     RowResult,
@@ -166,8 +167,8 @@ class Scheduler:
         await self._until(lambda: self.planner.settled)
         return await self._calls.call(FlushCache(-1))
 
-    async def profile(self, request: Profile) -> CallDone:
-        """Pass a profiling request on; its call_id is replaced."""
+    async def ask_worker(self, request: Profile | RecordRouting) -> CallDone:
+        """Pass it on and wait for the answer; its call_id is replaced."""
         return await self._calls.call(request)
 
     def fail_all(self, message: str) -> None:

@@ -5,6 +5,7 @@ Owns the token table and the sampling state. Which page or frame holds what is t
 One of the files that know sglang.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -24,6 +25,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from sglmoe.protocol import RoutedExperts
 from sglmoe.worker.model_runner_loading import Loaded
 from sglmoe.worker.model_runner_logprobs import PromptLogprobs, output_logprobs
+from sglmoe.worker.recorder import Recorder
 from sglmoe.worker.request import BatchRow, WorkerRequest
 from sglmoe.worker.sampling import GrammarCompiler, SamplingGroup, SamplingState
 from sglmoe.worker.worker import RowOutput
@@ -46,8 +48,10 @@ class ModelRunner:
             device=self._device,
             tokenizer=tokenizer,
             eos_token_ids=config.hf_eos_token_id,
+            penalizes_late=not server_args.disable_overlap_schedule,
         )
         self._grammars = GrammarCompiler(server_args, config, tokenizer)
+        self.recorder: Recorder | None = None  # of a routing trace, while one is recorded
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -86,11 +90,15 @@ class ModelRunner:
         order, group = self._arrange(rows)
         num_sampling = len(group.requests) if group else 0
         batch, prompt = self._batch(order)
-        records = any(row.request.next_routed is not None for row in order)
-        self._experts.record_routing(records)
+        returns_routing = any(row.request.next_routed is not None for row in order)
+        traces = self.recorder is not None
+        self._experts.record_routing(returns_routing or traces, with_logits=traces)
+        started = time.perf_counter()
         output = self._runner.forward(batch).logits_output
+        if self.recorder is not None:
+            self._record(self.recorder, order, time.perf_counter() - started)
         prompt_logprobs = prompt.answers(output)
-        routed = self._routed_experts(order) if records else [None] * len(order)
+        routed = self._routed_experts(order) if returns_routing else [None] * len(order)
         sampled = self._sample(output, batch, order[:num_sampling], group) if group else []
         outputs = {
             row.request.rid: RowOutput(
@@ -172,7 +180,7 @@ class ModelRunner:
             keep_first(output, batch, len(rows))
         batch.sampling_info = group.info
         token_ids = self._runner.sample(output, batch).tolist()
-        group.penalize(token_ids)
+        group.sampled(token_ids)
         logprobs = output_logprobs(output, rows, token_ids)
         accepted = group.accept(token_ids)
         return [
@@ -195,6 +203,19 @@ class ModelRunner:
                 answers.append(RoutedExperts(shape=part.shape, ids=part.tobytes()))
             offset += length
         return answers
+
+    def _record(self, recorder: Recorder, rows: Sequence[BatchRow], seconds: float) -> None:
+        expert_ids, probabilities = self._experts.trace()
+        token_ids, positions, owners = flatten(rows)
+        recorder.forward(
+            [row.request.rid for row in rows],
+            token_ids=token_ids,
+            positions=positions,
+            owners=owners,
+            expert_ids=expert_ids.cpu().numpy(),
+            probabilities=probabilities.cpu().numpy(),
+            seconds=seconds,
+        )
 
     def _tensor(self, values: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)

@@ -34,12 +34,16 @@ class Loaded(msgspec.Struct, frozen=True):
     runner: Any  # sglang's ModelRunner
     experts: PagedExperts
     memory: MemoryManager
+    geometry: Geometry
     dense_bytes: int
-    arena_bytes: int
     floor_frames: int
     max_running: int
     context_tokens: int
     load_seconds: float
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.geometry.arena_bytes
 
 
 def start_process(server_args: Any, gpu_id: int, *, process_name: str) -> None:
@@ -132,7 +136,7 @@ def load_model(
         experts=experts,
         memory=memory,
         dense_bytes=dense_bytes,
-        arena_bytes=arena.nbytes,
+        geometry=geometry,
         floor_frames=floor,
         max_running=runner.req_to_token_pool.size,
         context_tokens=runner.model_config.context_len,

@@ -52,6 +52,7 @@ class PagedExperts:
         self._frame_table = np.empty((0, 0), dtype=np.int32)
         self._w13 = self._w2 = torch.empty(0)
         self._routing: dict[int, torch.Tensor] | None = None
+        self._router_logits: dict[int, torch.Tensor] | None = None
 
     # ------------------------------------------------------------------------------------------------ while loading
 
@@ -107,9 +108,10 @@ class PagedExperts:
         self._frame_table = frame_table
         self._waves = waves
 
-    def record_routing(self, record: bool) -> None:
-        """Start to keep the expert ids of the coming forward pass, or stop."""
+    def record_routing(self, record: bool, *, with_logits: bool = False) -> None:
+        """Start to keep the expert ids of the coming forward pass, and the router's logits too, or stop."""
         self._routing = {} if record else None
+        self._router_logits = {} if with_logits else None
 
     def routing(self, num_layers: int) -> torch.Tensor:
         """The recorded ids, int32 `[tokens, num_layers, top_k]`; zeros for layers without experts."""
@@ -119,6 +121,21 @@ class PagedExperts:
         for layer, layer_ids in self._routing.items():
             ids[:, self.layer_ids[layer]] = layer_ids
         return ids
+
+    def trace(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was recorded with logits: expert ids, int32 `[tokens, MoE layers, top_k]`, and the softmax over all
+        experts, float16 `[tokens, MoE layers, experts]`."""
+        assert self._routing, "no MoE layer ran since record_routing"
+        assert self._router_logits is not None
+        layers = range(len(self.layer_ids))
+        logits = torch.stack([self._router_logits[layer] for layer in layers], dim=1)
+        ids = torch.stack([self._routing[layer] for layer in layers], dim=1)
+        return ids, logits.softmax(dim=-1).to(torch.float16)
+
+    def note_router(self, layer: int, logits: torch.Tensor) -> None:
+        """`[tokens, experts]`, what the layer's router said before the top k were chosen."""
+        if self._router_logits is not None:
+            self._router_logits[layer] = logits.to(torch.float32, copy=True)
 
     def forward(
         self,
@@ -247,7 +264,8 @@ def make_paged_method(base: type, experts: PagedExperts) -> type:
         def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
             from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
-            weights, ids, _ = dispatch_output.topk_output
+            weights, ids, router_logits = dispatch_output.topk_output
+            experts.note_router(self.layer_index, router_logits)
             output = experts.forward(
                 self.layer_index,
                 dispatch_output.hidden_states,

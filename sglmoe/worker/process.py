@@ -20,6 +20,7 @@ from sglmoe.protocol import (
     FromWorker,
     Limits,
     Profile,
+    RecordRouting,
     RequestReady,
     Shutdown,
     StepPlan,
@@ -33,6 +34,7 @@ from sglmoe.units import show_bytes
 from sglmoe.worker.model_runner import ModelRunner
 from sglmoe.worker.model_runner_loading import Loaded, load_model, start_process
 from sglmoe.worker.profiler import Profiler
+from sglmoe.worker.recorder import Recorder, Recording
 from sglmoe.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -62,8 +64,11 @@ def run_worker(
         )
         model = ModelRunner(loaded, server_args)
         worker = Worker(memory=loaded.memory, model=model, max_running=loaded.max_running)
+        recording = Recording(
+            worker, model, lambda: new_recorder(loaded, server_args.model_path), loaded.memory
+        )
         sender.send(ready_message(loaded, model))
-        Loop(plans, sender, worker, model).run()
+        Loop(plans, sender, worker, model, recording).run()
         status = 0
     except ValueError as error:  # says itself what to change
         logger.error("%s", error)
@@ -79,6 +84,15 @@ def run_worker(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # copy threads and grammar compilers must not hold the process
+
+
+def new_recorder(loaded: Loaded, model_path: str) -> Recorder:
+    return Recorder(
+        loaded.memory,
+        model=Path(model_path).name,
+        geometry=loaded.geometry,
+        floor_frames=loaded.floor_frames,
+    )
 
 
 def ready_message(loaded: Loaded, model: ModelRunner) -> WorkerReady:
@@ -119,12 +133,14 @@ class Loop:
         sender: Sender[FromWorker],
         worker: Worker,
         model: ModelRunner,
+        recording: Recording,
     ):
         self._plans = plans
         self._sender = sender
         self._worker = worker
         self._model = model
         self._profiler = Profiler()
+        self._recording = recording
 
     def run(self) -> None:
         while True:
@@ -137,7 +153,9 @@ class Loop:
             if message is not None:
                 self._handle(message)
 
-    def _handle(self, message: StepPlan | AddRequests | FlushCache | Profile) -> None:
+    def _handle(
+        self, message: StepPlan | AddRequests | FlushCache | Profile | RecordRouting
+    ) -> None:
         match message:
             case StepPlan():
                 self._sender.send(self._worker.step(message))
@@ -148,6 +166,9 @@ class Loop:
                 self._sender.send(CallDone(call_id=message.call_id, success=True))
             case Profile():
                 success, text = self._profiler.handle(message)
+                self._sender.send(CallDone(message.call_id, success, text))
+            case RecordRouting():
+                success, text = self._recording.handle(message)
                 self._sender.send(CallDone(message.call_id, success, text))
             case _:
                 assert_never(message)

@@ -55,8 +55,16 @@ class Batch:
 class SamplingGroup:
     """Requests that sample together, and sglang's info on them, row by row."""
 
-    def __init__(self, requests: Sequence[SamplingRequest], *, vocab_size: int, device: str):
+    def __init__(
+        self,
+        requests: Sequence[SamplingRequest],
+        *,
+        vocab_size: int,
+        device: str,
+        penalizes_late: bool,
+    ):
         self._device = device
+        self._penalizes_late = penalizes_late
         self._batch = Batch(list(requests), device)
         self.info = SamplingBatchInfo.from_schedule_batch(self._batch, vocab_size)
 
@@ -75,11 +83,16 @@ class SamplingGroup:
         self.info.merge_batch(other.info)
         self._batch.reqs = self._batch.reqs + other.requests
 
-    def penalize(self, token_ids: Sequence[int]) -> None:
-        """Count one sampled token a row."""
+    def sampled(self, token_ids: Sequence[int]) -> None:
+        """Count one token a row for the penalties: these, which were sampled just now, or those before them."""
         if self.info.penalizer_orchestrator.is_required:
-            ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-            self.info.penalizer_orchestrator.cumulate_output_tokens(ids)
+            if self._penalizes_late:
+                token_ids = [request.request.tokens[-1] for request in self.requests]
+            self.count(token_ids)
+
+    def count(self, token_ids: Sequence[int]) -> None:
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        self.info.penalizer_orchestrator.cumulate_output_tokens(ids)
 
     def accept(self, token_ids: Sequence[int]) -> list[tuple[bool, str]]:
         """Advance each row's grammar: whether it is done now, and what is wrong with the token ("" for nothing)."""
@@ -94,11 +107,23 @@ class SamplingGroup:
 
 
 class SamplingState:
-    """The sampling side of every request the worker knows."""
+    """The sampling side of every request the worker knows.
+
+    `penalizes_late`: penalties count a token one step late, and the prompt's last token first. So does SGLang's overlapped
+    scheduler, its default: when it prepares a step, the token before has not come back. (It also misses a token where a
+    prefill comes between two decode steps; we don't, or what shares the batch would change the answer.)
+    """
 
     def __init__(
-        self, *, vocab_size: int, device: str, tokenizer: Any, eos_token_ids: set[int] | None
+        self,
+        *,
+        vocab_size: int,
+        device: str,
+        tokenizer: Any,
+        eos_token_ids: set[int] | None,
+        penalizes_late: bool,
     ):
+        self._penalizes_late = penalizes_late
         self._vocab_size = vocab_size
         self._device = device
         self._tokenizer = tokenizer
@@ -140,7 +165,12 @@ class SamplingState:
         return group
 
     def _fresh(self, requests: Sequence[SamplingRequest]) -> SamplingGroup:
-        return SamplingGroup(requests, vocab_size=self._vocab_size, device=self._device)
+        return SamplingGroup(
+            requests,
+            vocab_size=self._vocab_size,
+            device=self._device,
+            penalizes_late=self._penalizes_late,
+        )
 
     def _replayed(self, requests: Sequence[SamplingRequest]) -> SamplingGroup:
         """A group whose penalties have seen what the requests have generated already."""
@@ -148,11 +178,16 @@ class SamplingState:
             return self._fresh(requests)
         groups = [self._fresh([request]) for request in requests]
         for group in groups:
-            for token_id in group.requests[0].output_ids:
-                group.penalize([token_id])
+            for token_id in self._counted(group.requests[0].request):
+                group.count([token_id])
         for group in groups[1:]:
             groups[0].join(group)
         return groups[0]
+
+    def _counted(self, request: WorkerRequest) -> Sequence[int]:
+        """What the penalties of a request have seen when its next token is sampled."""
+        late = int(self._penalizes_late)
+        return request.tokens[request.num_prompt - late : len(request.tokens) - late]
 
 
 def needs_replay(request: SamplingRequest) -> bool:

@@ -11,8 +11,8 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from sglmoe.memory.manager import MemoryManager
 from sglmoe.protocol import (
+    MemorySnapshot,
     NewRequest,
     RoutedExperts,
     Row,
@@ -54,15 +54,44 @@ class Model(Protocol):
         """Let go of a request's sampling state."""
 
 
+class Memory(Protocol):
+    """The seam to memory: the part of `MemoryManager` that a step needs."""
+
+    def probe(self, tokens: bytes, namespace: str) -> int: ...
+
+    def admit(
+        self, rid: str, tokens: bytes, namespace: str, *, max_cached_tokens: int | None = None
+    ) -> int: ...
+
+    def extend(self, rid: str, num_tokens: int) -> bool: ...
+
+    def token_id(self, rid: str, position: int) -> int: ...
+
+    def token_ids(self, rid: str, start: int, stop: int) -> np.ndarray: ...
+
+    def commit(self, rid: str, tokens: bytes, num_computed: int) -> bool: ...
+
+    def release(self, rid: str, tokens: bytes, num_computed: int) -> None: ...
+
+    def flush_cache(self) -> None: ...
+
+    def snapshot(self, step_id: int) -> MemorySnapshot: ...
+
+
 class Worker:
     """Executes `StepPlan`s, one after the other."""
 
-    def __init__(self, *, memory: MemoryManager, model: Model, max_running: int):
-        self._memory = memory
+    def __init__(self, *, memory: Memory, model: Model, max_running: int):
+        self.memory = memory  # replaced while a routing trace is recorded
         self._model = model
         self._requests: dict[str, WorkerRequest] = {}
         # Row 0 is where sglang's padded batches point to.
         self._free_table_rows = list(range(max_running, 0, -1))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request holds memory."""
+        return not any(request.holds_memory for request in self._requests.values())
 
     def add(self, spec: NewRequest) -> WorkerRequest:
         request = WorkerRequest(spec)
@@ -84,12 +113,12 @@ class Worker:
             rejected=rejected,
             failed=failed,
             cached_tokens={rid: self._probe(rid) for rid in plan.probe if rid in self._requests},
-            snapshot=self._memory.snapshot(plan.step_id),
+            snapshot=self.memory.snapshot(plan.step_id),
             step_seconds=time.perf_counter() - started,
         )
 
     def flush_cache(self) -> None:
-        self._memory.flush_cache()
+        self.memory.flush_cache()
 
     # ------------------------------------------------------------------------------------------------ memory of rows
 
@@ -122,11 +151,11 @@ class Worker:
             return None
         start = request.num_computed
         stop = min(start + max(num_tokens, 1), len(request.tokens))
-        if not self._memory.extend(request.rid, stop):
+        if not self.memory.extend(request.rid, stop):
             return None
         row = BatchRow(request=request, start=start, stop=stop)
         if not row.decodes:
-            ids = self._memory.token_ids(request.rid, start, stop)
+            ids = self.memory.token_ids(request.rid, start, stop)
             self._model.write_token_ids(request.table_row, start, ids)
         return row
 
@@ -134,7 +163,7 @@ class Worker:
         if not self._free_table_rows:
             return False
         request.table_row = self._free_table_rows.pop()
-        num_cached = self._memory.admit(
+        num_cached = self.memory.admit(
             request.rid,
             request.tokens.tobytes(),
             request.spec.namespace,
@@ -142,7 +171,7 @@ class Worker:
         )
         request.num_cached = request.num_computed = num_cached
         if num_cached:
-            ids = self._memory.token_ids(request.rid, 0, num_cached)
+            ids = self.memory.token_ids(request.rid, 0, num_cached)
             self._model.write_token_ids(request.table_row, 0, ids)
         return True
 
@@ -152,7 +181,7 @@ class Worker:
         self._model.write_decode_ids(
             [row.request.table_row for row in rows],
             [row.start for row in rows],
-            [self._memory.token_id(row.request.rid, row.start) for row in rows],
+            [self.memory.token_id(row.request.rid, row.start) for row in rows],
         )
 
     def _give_back(self, request: WorkerRequest) -> None:
@@ -160,7 +189,7 @@ class Worker:
         if not request.holds_memory:
             return
         tokens = request.token_bytes(request.num_computed)
-        self._memory.release(request.rid, tokens, request.num_computed)
+        self.memory.release(request.rid, tokens, request.num_computed)
         self._free_table_rows.append(request.table_row)
         request.table_row = -1
         request.num_computed = 0
@@ -175,7 +204,7 @@ class Worker:
         request = self._requests[rid]
         if request.holds_memory:
             return request.num_computed
-        return self._memory.probe(request.token_bytes(request.max_cached), request.spec.namespace)
+        return self.memory.probe(request.token_bytes(request.max_cached), request.spec.namespace)
 
     # ------------------------------------------------------------------------------------------------ running rows
 
@@ -217,6 +246,6 @@ class Worker:
     def _share(self, request: WorkerRequest) -> None:
         """Make a prefilled prefix visible to others; where another was first, use its pages instead of ours."""
         tokens = request.token_bytes(request.num_computed)
-        if self._memory.commit(request.rid, tokens, request.num_computed):
-            ids = self._memory.token_ids(request.rid, 0, request.num_computed)
+        if self.memory.commit(request.rid, tokens, request.num_computed):
+            ids = self.memory.token_ids(request.rid, 0, request.num_computed)
             self._model.write_token_ids(request.table_row, 0, ids)

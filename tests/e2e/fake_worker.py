@@ -21,6 +21,7 @@ from sglmoe.protocol import (
     MemorySnapshot,
     NewRequest,
     Profile,
+    RecordRouting,
     RequestReady,
     RoutedExperts,
     RowResult,
@@ -110,7 +111,7 @@ class FakeWorker:
                     self._add(requests)
                 case StepPlan() as plan:
                     self._sender.send(self._step(plan))
-                case FlushCache(call_id) | Profile(call_id):
+                case FlushCache(call_id) | Profile(call_id) | RecordRouting(call_id):
                     self._sender.send(CallDone(call_id, success=True))
 
     def _add(self, requests: tuple[NewRequest, ...]) -> None:

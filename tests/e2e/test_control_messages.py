@@ -31,6 +31,7 @@ ANSWERED = {
     "SetInternalStateReqOutput",
     "UpdateWeightVersionReqOutput",
     "ProfileReqOutput",
+    "ExpertDistributionReqOutput",
 }
 
 

@@ -2,7 +2,7 @@
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from checkpoints import VOCAB_SIZE, make_checkpoint
@@ -13,29 +13,39 @@ from sglmoe_engine import frames_budget, running_sglmoe, state_of
 pytestmark = pytest.mark.usefixtures("preloaded")
 
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
-# Kinds of requests that have one right answer.
-KINDS: list[dict[str, Any]] = [
-    {},
-    {"frequency_penalty": 0.7, "presence_penalty": 0.4},
-    {"repetition_penalty": 1.3},
-    {"min_new_tokens": 12, "ignore_eos": False},
-    {"logit_bias": {"77": 4.0}},
-    {"regex": "[a-f]{3,8}[0-9]{4}", "ignore_eos": False},
-    {"json_schema": '{"type": "array", "items": {"type": "integer"}, "maxItems": 3}'},
-    {"stop": ["e"], "ignore_eos": False},
-    {"top_k": 1, "temperature": 0.9},
+FAVOURED = {"logit_bias": {"77": 16.0}}  # token 77 comes again and again, unless penalised
+ENDING = {"logit_bias": {"1": 50.0}, "ignore_eos": False}  # the end of sequence comes at once
+
+
+class Kind(NamedTuple):
+    """Requests that have one right answer, which without `asked` would be another."""
+
+    asked: dict[str, Any]
+    setting: dict[str, Any]
+
+
+KINDS = [
+    Kind({}, {}),
+    Kind({"frequency_penalty": 1.7, "presence_penalty": 0.4}, FAVOURED),
+    Kind({"repetition_penalty": 0.3}, {}),
+    Kind({"min_new_tokens": 12}, ENDING),
+    Kind(FAVOURED, {}),
+    Kind({"regex": "[a-f]{3,8}[0-9]{4}", "ignore_eos": False}, {}),
+    Kind({"json_schema": '{"type": "array", "items": {"type": "integer"}, "maxItems": 3}'}, {}),
+    Kind({"stop": ["e"], "ignore_eos": False}, {}),
+    Kind({}, {"top_k": 1, "temperature": 0.9}),
 ]
 
 
-def mixed_requests() -> list[tuple[list[int], dict[str, Any]]]:
+def mixed_requests(*, as_asked: bool = True) -> list[tuple[list[int], dict[str, Any]]]:
+    """Prompts and sampling parameters; without what each asks for, if not `as_asked`."""
     chooser = random.Random(3)
-    return [
-        (
-            [chooser.randrange(5, VOCAB_SIZE) for _ in range(chooser.randrange(2, 120))],
-            GREEDY | KINDS[i % len(KINDS)],
-        )
-        for i in range(16)
-    ]
+    requests = []
+    for i in range(16):
+        kind = KINDS[i % len(KINDS)]
+        prompt = [chooser.randrange(5, VOCAB_SIZE) for _ in range(chooser.randrange(2, 120))]
+        requests.append((prompt, GREEDY | kind.setting | (kind.asked if as_asked else {})))
+    return requests
 
 
 def answers(model_dir: Path, memory_budget: str) -> tuple[list[Any], list[Any], dict[str, Any]]:
@@ -44,10 +54,7 @@ def answers(model_dir: Path, memory_budget: str) -> tuple[list[Any], list[Any], 
     with running_sglmoe(
         model_dir, dtype="float32", memory_budget=memory_budget, enable_return_routed_experts=True
     ) as engine:
-        alone = [
-            engine.generate(input_ids=ids, sampling_params=params)["output_ids"]
-            for ids, params in requests
-        ]
+        alone = ask_alone(engine, requests)
         engine.flush_cache()
         together = engine.generate(
             input_ids=[ids for ids, _ in requests],
@@ -58,24 +65,36 @@ def answers(model_dir: Path, memory_budget: str) -> tuple[list[Any], list[Any], 
         return alone, [output["output_ids"] for output in together], state_of(engine)
 
 
-def answers_of_sglang(model_dir: Path) -> list[Any]:
+def answers_of_sglang(model_dir: Path) -> tuple[list[Any], list[Any]]:
+    """Each alone as it is asked, and without what it asks for."""
     with running_engine(model_dir, dtype="float32") as engine:
-        return [
-            engine.generate(input_ids=ids, sampling_params=params)["output_ids"]
-            for ids, params in mixed_requests()
-        ]
+        unasked = ask_alone(engine, mixed_requests(as_asked=False))
+        return ask_alone(engine, mixed_requests()), unasked
+
+
+def ask_alone(engine: Any, requests: list[tuple[list[int], dict[str, Any]]]) -> list[Any]:
+    return [
+        engine.generate(input_ids=ids, sampling_params=params)["output_ids"]
+        for ids, params in requests
+    ]
 
 
 def test_mixed_requests_match_their_solo_runs(tmp_path: Path) -> None:
     model_dir = run_in_fork(
         make_checkpoint, "qwen3_moe", tmp_path, dtype="float32", attention_gain=1.0
     )
-    theirs = run_in_fork(answers_of_sglang, model_dir)
+    theirs, unasked = run_in_fork(answers_of_sglang, model_dir)
+    without_effect = [
+        KINDS[i % len(KINDS)].asked
+        for i in range(16)
+        if KINDS[i % len(KINDS)].asked and theirs[i] == unasked[i]
+    ]
+    assert without_effect == [], "a server that ignores these would pass"
     roomy_alone, roomy_together, roomy = run_in_fork(answers, model_dir, "200MB")
     # Alone against alone: a penalty that is never counted would be the same alone and together.
     assert roomy_alone == theirs
     assert roomy_together == roomy_alone
-    assert len({tuple(tokens) for tokens in roomy_alone}) == 16
+    assert len({tuple(tokens) for tokens in roomy_alone}) >= 15  # a favoured token fills two
     # 20 frames: 16 requests of up to 144 tokens take turns, and most experts are absent.
     budget = frames_budget(roomy, 20)
     tight_alone, tight_together, tight = run_in_fork(answers, model_dir, budget)
@@ -83,3 +102,30 @@ def test_mixed_requests_match_their_solo_runs(tmp_path: Path) -> None:
     assert tight_together == roomy_alone
     assert tight["memory"]["experts_evicted"] > 0
     assert tight["memory"]["num_split_layers"] > 0
+
+
+def penalised_answers(running: Any, model_dir: Path, **options: Any) -> list[Any]:
+    with running(model_dir, dtype="float32", **options) as engine:
+        return ask_alone(engine, mixed_requests()[1:3])
+
+
+def test_penalties_count_at_once_without_overlap(tmp_path: Path) -> None:
+    """SGLang's overlapped scheduler, the default above, counts a token one step late."""
+    model_dir = run_in_fork(
+        make_checkpoint, "qwen3_moe", tmp_path, dtype="float32", attention_gain=1.0
+    )
+    theirs = run_in_fork(
+        penalised_answers, running_engine, model_dir, disable_overlap_schedule=True
+    )
+    ours, late = (
+        run_in_fork(
+            penalised_answers,
+            running_sglmoe,
+            model_dir,
+            memory_budget="200MB",
+            disable_overlap_schedule=at_once,
+        )
+        for at_once in (True, False)
+    )
+    assert ours == theirs
+    assert late != theirs

@@ -179,38 +179,33 @@ def send_radix_tree(model_dir: Path, log: Path) -> None:
     assert sum(answer["meta_info"]["cached_tokens"] for answer in answers) > 0
 
 
-def time_out_waiting(model_dir: Path, log: Path) -> dict[str, str]:
-    from sglang.test.kits.abort_timeout_kit import WaitingTimeoutMixin
+# Kit of `abort_timeout_kit`: what the server needs for it.
+TIMEOUTS = {
+    "WaitingTimeoutMixin": ("--max-running-requests=1", "SGLANG_REQ_WAITING_TIMEOUT", "0.5"),
+    "RunningTimeoutTwoWaveMixin": ("--skip-server-warmup", "SGLANG_REQ_RUNNING_TIMEOUT", "2"),
+}
 
+
+def time_out(mixin: str, model_dir: Path, log: Path) -> dict[str, str]:
+    from sglang.test.kits import abort_timeout_kit
+
+    flag, variable, seconds = TIMEOUTS[mixin]
     with running_server(
         "sglmoe.launch_server",
         f"--model-path={model_dir}",
         "--memory-budget=20MB",
-        "--max-running-requests=1",
+        flag,
         log=log,
-        environ={"SGLANG_REQ_WAITING_TIMEOUT": "0.5"},
+        environ={variable: seconds},
     ) as server:
-        return run_kit(WaitingTimeoutMixin, server, str(model_dir))
+        return run_kit(getattr(abort_timeout_kit, mixin), server, str(model_dir))
 
 
-def time_out_running(model_dir: Path, log: Path) -> dict[str, str]:
-    from sglang.test.kits.abort_timeout_kit import RunningTimeoutTwoWaveMixin
-
-    with running_server(
-        "sglmoe.launch_server",
-        f"--model-path={model_dir}",
-        "--memory-budget=20MB",
-        "--skip-server-warmup",
-        log=log,
-        environ={"SGLANG_REQ_RUNNING_TIMEOUT": "2"},
-    ) as server:
-        return run_kit(RunningTimeoutTwoWaveMixin, server, str(model_dir))
-
-
-@pytest.mark.parametrize("kit", [time_out_waiting, time_out_running])
-def test_request_timeouts(kit: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mixin", TIMEOUTS)
+def test_request_timeouts(mixin: str, tmp_path: Path) -> None:
     model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path / "model")
-    assert set(run_in_fork(kit, model_dir, tmp_path / "log").values()) == {"ok"}
+    outcomes = run_in_fork(time_out, mixin, model_dir, tmp_path / "log")
+    assert set(outcomes.values()) == {"ok"}
 
 
 def branch_prefixes(model_dir: Path, log: Path) -> list[int]:

@@ -1,6 +1,6 @@
 """Every message survives the wire, and what is not one is refused."""
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 import pytest
@@ -22,6 +22,8 @@ def example(annotation: Any) -> Any:
             return tuple(example(a) for a in arguments)
         case t if t is dict:
             return {example(k): example(v) for k, v in [get_args(annotation)]}
+        case t if t is Literal:
+            return get_args(annotation)[-1]
         case t if t in VALUES:
             return VALUES[t]
         case _:  # a union with None
