@@ -1,11 +1,14 @@
 """Fixtures of the end-to-end tests. See `forking` for how they share one import of SGLang."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from forking import preload
+
+SETTLE_SECONDS = 5.0
 
 
 @pytest.fixture(scope="session")
@@ -14,8 +17,9 @@ def preloaded() -> None:
     preload()
 
 
-def num_threads() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
+def num_native_threads() -> int:
+    """Those that Python did not start. One of Python's that is about to end counts for a moment."""
+    return len(list(Path("/proc/self/task").iterdir())) - threading.active_count()
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +28,10 @@ def session_does_not_compute() -> Iterator[None]:
 
     Whichever fork computes next would hang. Red in the test that did it.
     """
-    foreign = num_threads() - threading.active_count()
+    before = num_native_threads()
     yield
-    grown = num_threads() - threading.active_count() - foreign
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while num_native_threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    grown = num_native_threads() - before
     assert grown <= 0, f"{grown} native threads were started: call run_in_fork(...) for this"

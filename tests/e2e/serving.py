@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import requests
 from forking import share_fork_server
 
@@ -67,6 +68,24 @@ def run_to_end(module: str, *flags: str, log: Path) -> Outcome:
     exitcode = process.exitcode
     stop(process)
     return Outcome(exitcode, log.read_text())
+
+
+def run_as_a_user(*command: str, log: Path) -> Outcome:
+    """A command in processes of its own, with no fork of ours.
+
+    Raises AssertionError with the stack of every thread of every process if it does not end.
+    """
+    environ = os.environ | {"PYTHONFAULTHANDLER": "1"}
+    with log.open("w") as file:
+        process = psutil.Popen(command, stdout=file, stderr=file, env=environ)
+    try:
+        process.wait(START_SECONDS)
+    except psutil.TimeoutExpired:
+        for one in [process, *process.children(recursive=True)]:
+            one.send_signal(signal.SIGABRT)
+            time.sleep(0.5)  # so that they write one after the other
+        raise AssertionError(f"{command} did not end:\n{log.read_text()[-30000:]}") from None
+    return Outcome(process.returncode, log.read_text())
 
 
 def start(

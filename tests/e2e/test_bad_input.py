@@ -1,6 +1,5 @@
 """Bad input gets a clear answer that names numbers and what to change, and touches nobody else."""
 
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import requests
 from checkpoints import make_checkpoint
 from forking import run_in_fork
-from serving import Outcome, run_to_end, running_server
+from serving import Outcome, run_as_a_user, run_to_end, running_server
 
 pytestmark = pytest.mark.usefixtures("preloaded")
 
@@ -148,15 +147,11 @@ def test_bad_flags_refuse_to_start(flags: list[str], words: list[str], tmp_path:
 def test_a_budget_below_the_dense_weights_refuses_to_start(tmp_path: Path) -> None:
     """As a user does it, with no fork of ours: the worker's reason reaches the terminal."""
     model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path / "model")
-    outcome = subprocess.run(
-        [sys.executable, "-m", MODULE, f"--model-path={model_dir}", "--memory-budget=200KB"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert outcome.returncode == 1
-    assert "the dense weights alone take" in outcome.stderr
-    assert "of the 195.31 KiB budget; raise --memory-budget" in outcome.stderr
+    command = [sys.executable, "-m", MODULE, f"--model-path={model_dir}", "--memory-budget=200KB"]
+    outcome = run_as_a_user(*command, log=tmp_path / "log")
+    assert outcome.exitcode == 1
+    assert "the dense weights alone take" in outcome.log
+    assert "of the 195.31 KiB budget; raise --memory-budget" in outcome.log
 
 
 def test_a_missing_checkpoint_refuses_to_start(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """Every flag of the installed sglang has been thought about, and what can't work is refused at start-up."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
 from forking import run_in_fork
+from serving import run_as_a_user
 
 from sglmoe import flags
 
@@ -98,7 +98,7 @@ def test_honoured_flags_are_served(model: Path) -> None:
 @pytest.mark.slow
 def test_the_launcher_leaves_with_one_message_and_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sglmoe.launch_server", "--model-path", str(tmp_path / "none")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 1
-    assert run.stderr.rstrip().endswith("none is not a folder with a checkpoint")
-    assert "Traceback" not in run.stderr
+    outcome = run_as_a_user(*command, log=tmp_path / "log")
+    assert outcome.exitcode == 1
+    assert outcome.log.rstrip().endswith("none is not a folder with a checkpoint")
+    assert "Traceback" not in outcome.log
