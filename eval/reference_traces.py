@@ -3,7 +3,7 @@
     python -m eval.reference_traces --model-path MODEL --output FOLDER
 
 Half of the experts fit beside the KV cache, so that memory is under pressure while it is recorded.
-The text is this machine's (`demo_model/corpus.py`); what the model was trained on is left out.
+The text is this machine's (`demo_model/prompts.py`).
 """
 
 import argparse
@@ -13,33 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from eval.demo_model.corpus import read_corpus
-from eval.demo_model.tasks import arithmetic_document, recall_document
+from eval.demo_model.prompts import PROMPT_CHARACTERS, prompts_by_domain
 from eval.parity import memory_budget
 from eval.servers import OURS, running
 from eval.trace import record
 
-PROMPT_CHARACTERS = 300
 NUM_NEW_TOKENS = 64
-
-
-def prompts_by_domain(count: int) -> dict[str, list[str]]:
-    """`count` beginnings of each domain, none of them read in training."""
-    rng = random.Random("reference traces")
-    held_out = read_corpus().held_out
-    prompts = {}
-    for domain in ("python", "prose"):
-        texts = [text for text in held_out[domain] if len(text) > 4 * PROMPT_CHARACTERS]
-        starts = [(rng.choice(texts), rng.random()) for _ in range(count)]
-        prompts[domain] = [piece(text, at) for text, at in starts]
-    prompts["arithmetic"] = [arithmetic_document(rng)[:PROMPT_CHARACTERS] for _ in range(count)]
-    prompts["recall"] = [recall_document(rng)[:PROMPT_CHARACTERS] for _ in range(count)]
-    return prompts
-
-
-def piece(text: str, at: float) -> str:
-    start = int(at * (len(text) - PROMPT_CHARACTERS))
-    return text[start : start + PROMPT_CHARACTERS]
 
 
 def requests_for(prompts: list[str], seed: int) -> list[dict[str, Any]]:

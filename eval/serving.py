@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.demo_model.prompts import prompts_by_domain
 from eval.parity import memory_budget
 from eval.servers import OURS, UNMODIFIED, Server, describe_run, running
 from eval.serving_report import write_report
@@ -71,6 +72,14 @@ def workload(options: argparse.Namespace, concurrency: int) -> list[Phase]:
     match options.workload:
         case "random":
             return [Phase("random", random_ids)]
+        case "text":
+            settings = {
+                "dataset-name": "custom",
+                "dataset-path": options.dataset_path,
+                "sharegpt-output-len": options.output_len,
+                "num-prompts": num_prompts,
+            }
+            return [Phase("text", settings)]
         case "shared-prefix":
             groups = max(1, concurrency // 4)
             settings = {
@@ -216,7 +225,8 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workload",
         default="random",
-        help="random, shared-prefix, shifting, or a --dataset-name of sglang's benchmark",
+        help="text (this machine's, in four domains), random (token ids), shared-prefix, shifting, "
+        "or a --dataset-name of sglang's benchmark",
     )
     parser.add_argument(
         "--dataset-path", help="for a dataset of the benchmark's: mooncake, custom, ..."
@@ -235,9 +245,19 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def write_prompts(path: Path) -> str:
+    """Text in the form of the benchmark's custom dataset, whose answers only give a length."""
+    prompts = [prompt for group in prompts_by_domain(96).values() for prompt in group]
+    turns = [[{"content": prompt}, {"content": "an answer"}] for prompt in prompts]
+    path.write_text("".join(json.dumps({"conversations": turn}) + "\n" for turn in turns))
+    return str(path)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = read_options(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.workload == "text":
+        options.dataset_path = write_prompts(Path(tempfile.mkdtemp()) / "prompts.jsonl")
     systems = read_systems(options)
     import sglang.benchmark.serving  # noqa: F401 - once, before the forks
 

@@ -3,7 +3,6 @@
 One of the files that know sglang.
 """
 
-import os
 from typing import Any
 
 from sglmoe import start_up
@@ -14,7 +13,7 @@ from sglang.srt.entrypoints.engine import Engine as SglangEngine  # noqa: E402
 from sglang.srt.plugins import load_plugins  # noqa: E402
 
 from sglmoe.config import Options  # noqa: E402
-from sglmoe.demo_model import demo_model_path, ensure_demo_model  # noqa: E402
+from sglmoe.demo_model import DEMO_MODEL  # noqa: E402
 from sglmoe.preparation import detokenizer_entry, prepare, scheduler_entry  # noqa: E402
 
 
@@ -39,5 +38,5 @@ class Engine(SglangEngine):
 
     def _read_server_args(self, flags: dict[str, Any]) -> Any:
         if "model_path" not in flags:
-            flags["model_path"] = str(ensure_demo_model(demo_model_path(os.environ)))
+            flags["model_path"] = str(DEMO_MODEL)
         return self.server_args_class(**({"log_level": "error"} | flags))

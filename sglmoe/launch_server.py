@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from sglmoe.config import EngineConfig, Options
-from sglmoe.demo_model import demo_model_path, ensure_demo_model
-from sglmoe.start_up import keep_start_method, start_importing
+from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.start_up import forget_children, keep_start_method, start_importing
 from sglmoe.units import parse_bytes
 
 P = ParamSpec("P")
@@ -31,6 +31,7 @@ def main() -> None:
         serve(server_args, config)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+        forget_children()
 
 
 def or_leave(function: Callable[P, T], *args: P.args, **keywords: P.kwargs) -> T:
@@ -131,9 +132,8 @@ def read_server_args(argv: list[str]) -> Any:
         sys.exit()
     argv = merge_config_file(argv, parser)
     if not names_model(argv, parser):
-        demo = ensure_demo_model(demo_model_path(os.environ))
-        print(f"No --model-path: serving the demo model in {demo}", file=sys.stderr)
-        argv = ["--model-path", str(demo), *argv]
+        print(f"No --model-path: serving the demo model in {DEMO_MODEL}", file=sys.stderr)
+        argv = ["--model-path", str(DEMO_MODEL), *argv]
     return prepare_server_args(argv)
 
 

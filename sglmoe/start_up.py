@@ -7,8 +7,10 @@ Contract with the children: they see the environment of the process that started
 die with it. Knows of sglang one name, the function that sets the start method.
 """
 
+import atexit
 import importlib
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -95,6 +97,14 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="die-with-parent", daemon=True).start()
+
+
+def forget_children() -> None:
+    """End without waiting for children, all of which die with us.
+
+    multiprocessing would wait for one that a kill has missed, as it waits for us: for ever.
+    """
+    atexit.unregister(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
 
 
 def reuse_fork_server() -> None:

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Arbitrary: requests that may run at once, where --max-running-requests does not say.
 DEFAULT_MAX_RUNNING = 256
+# To which SGLang pads the inner size of experts on a CPU: get_moe_padding_size.
+CPU_INNER_MULTIPLE = 32
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -99,7 +101,11 @@ def load_model(
     wave of experts and one request.
     """
     started = time.perf_counter()
-    experts = PagedExperts(ExpertStore(), TensorCounter(on_progress).count)
+    experts = PagedExperts(
+        ExpertStore(),
+        TensorCounter(on_progress).count,
+        inner_multiple=CPU_INNER_MULTIPLE if server_args.device == "cpu" else 1,
+    )
     install(experts)
     on_progress("loading dense weights", 0, 0)
     runner = build_runner(server_args, gpu_id=gpu_id, nccl_port=nccl_port)

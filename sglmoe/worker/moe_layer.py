@@ -40,13 +40,14 @@ class ExpertShape(msgspec.Struct, frozen=True):
 class PagedExperts:
     """All experts of the model: where they come from, and how a layer computes with them."""
 
-    def __init__(self, store: ExpertStore, on_tensor: Callable[[], None]):
+    def __init__(
+        self, store: ExpertStore, on_tensor: Callable[[], None], *, inner_multiple: int = 1
+    ):
+        """`inner_multiple`: SGLang rounds experts' inner size up to such a multiple, with zeros."""
         self.store = store
+        self._inner_multiple = inner_multiple
         self.shape: ExpertShape | None = None
         self.layer_ids: list[int] = []  # sglang's layer_id of each MoE layer, in order
-        self.converted_bytes = (
-            0  # experts whose dtype in the checkpoint is another: held on the heap
-        )
         self._on_tensor = on_tensor
         self._waves: Waves | None = None
         self._frame_table = np.empty((0, 0), dtype=np.int32)
@@ -72,16 +73,24 @@ class PagedExperts:
         """Remember one matrix of the checkpoint; a view of the mapped file stays a view."""
         assert self.shape is not None
         expected = self.shape.part_shape(part)
+        tensor = self._rounded_up(tensor, part)
         if tuple(tensor.shape) != expected:
             raise ValueError(
                 f"expert {expert} of MoE layer {layer}: {part} has shape {tuple(tensor.shape)} in "
                 f"the checkpoint where the model's config asks for {expected}"
             )
-        if tensor.dtype != self.shape.dtype:
-            tensor = tensor.to(self.shape.dtype)
-            self.converted_bytes += tensor.nbytes
-        self.store.put(layer, expert, part, as_bytes(tensor.contiguous()))
+        tensor = tensor.to(self.shape.dtype).contiguous()
+        self.store.put(layer, expert, part, as_bytes(tensor))
         self._on_tensor()
+
+    def _rounded_up(self, matrix: torch.Tensor, part: str) -> torch.Tensor:
+        """The matrix with as many zeros as make its inner size the model's; itself if it has that."""
+        assert self.shape is not None
+        dim = 1 if part == "w2" else 0
+        missing = self.shape.inner - matrix.shape[dim]
+        if not 0 < missing < self._inner_multiple:
+            return matrix
+        return F.pad(matrix, (0, missing) if dim else (0, 0, 0, missing))
 
     # ------------------------------------------------------------------------------------------------ while serving
 

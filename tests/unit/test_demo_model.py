@@ -1,57 +1,35 @@
-"""The demo model is made once, whole or not at all. Making it is replaced: it takes torch."""
+"""What is bundled is a whole checkpoint, small enough to travel, and installed with the package."""
 
+import json
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
-import pytest
+import sglmoe
+from sglmoe.checkpoint import check_checkpoint
+from sglmoe.demo_model import DEMO_MODEL
 
-from sglmoe import demo_model
-from sglmoe.demo_model import demo_model_path, ensure_demo_model
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    folders: list[Path] = []
-
-    def make(folder: Path) -> None:
-        folders.append(folder)
-        (folder / "config.json").write_text("{}")
-
-    monkeypatch.setattr(demo_model, "make_demo_model", make)
-    return folders
+MEGABYTE = 10**6
 
 
-def test_it_lives_in_the_users_cache() -> None:
-    path = demo_model_path({"XDG_CACHE_HOME": "/cache"})
-    assert path == Path(f"/cache/sglmoe/demo-model-{demo_model.VERSION}")
+def test_the_checkpoint_is_whole_and_small() -> None:
+    check_checkpoint(DEMO_MODEL)
+    weights = [file.stat().st_size for file in DEMO_MODEL.glob("*.safetensors")]
+    assert 8 * MEGABYTE < sum(weights) <= 10 * MEGABYTE
 
 
-def test_it_is_made_once(tmp_path: Path, made: list[Path]) -> None:
-    path = tmp_path / "sglmoe" / "demo"
-    assert ensure_demo_model(path) == ensure_demo_model(path) == path
-    assert len(made) == 1
-    assert [file.name for file in path.iterdir()] == ["config.json"]
+def test_it_has_experts_enough_to_page() -> None:
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3MoeForCausalLM"]
+    assert config["dtype"] == "bfloat16"
+    layers, experts = config["num_hidden_layers"], config["num_local_experts"]
+    assert (layers, experts, config["num_experts_per_tok"]) == (6, 32, 4)
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill_the_disk(folder: Path) -> None:
-        (folder / "model.safetensors").write_text("half of it")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(demo_model, "make_demo_model", fill_the_disk)
-    with pytest.raises(OSError, match="no space left"):
-        ensure_demo_model(tmp_path / "demo")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_first_of_two_processes_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "demo"
-
-    def make_while_another_does(folder: Path) -> None:
-        for made in (folder, path):
-            made.mkdir(exist_ok=True)
-            (made / "config.json").write_text(made.name)
-
-    monkeypatch.setattr(demo_model, "make_demo_model", make_while_another_does)
-    ensure_demo_model(path)
-    assert (path / "config.json").read_text() == "demo"
-    assert list(tmp_path.iterdir()) == [path]
+def test_every_file_is_installed_with_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["sglmoe"]
+    package = Path(sglmoe.__file__).parent
+    files = [str(file.relative_to(package)) for file in DEMO_MODEL.iterdir()]
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {Path(file).name for file in files}
+    assert all(any(fnmatch(file, pattern) for pattern in patterns) for file in files)

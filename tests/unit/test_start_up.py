@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,23 @@ def test_the_restored_environment_is_the_same_to_the_last_name(
     monkeypatch.setattr(os, "environ", os.environ.copy() | {"SGLMOE_OLD": "1"})
     restore_environment(wanted)
     assert dict(os.environ) == wanted
+
+
+FORGETFUL = """
+import multiprocessing
+from sglmoe.start_up import ChildEntry, forget_children
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    child = context.Process(target=ChildEntry("time", "sleep"), args=(3600,))
+    child.start()
+    print(child.pid, flush=True)
+    forget_children()
+"""
+
+
+def test_a_forgotten_child_does_not_hold_its_parent_and_dies_with_it() -> None:
+    # The pipe ends when the last process that holds it has ended: parent, fork server and child.
+    command = [sys.executable, "-c", FORGETFUL]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert outcome.stdout.strip().isdigit(), outcome.stderr

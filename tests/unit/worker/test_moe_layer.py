@@ -116,6 +116,22 @@ def test_a_matrix_of_another_shape_is_refused_by_name() -> None:
         experts.take_tensor(0, 3, "w2", torch.zeros(2, 2))
 
 
+def test_an_inner_size_that_sglang_rounds_up_is_filled_up_with_zeros() -> None:
+    # On a CPU it does so to multiples of 32; here of 4: an inner size of INNER - 3 becomes INNER.
+    experts = PagedExperts(ExpertStore(), on_tensor=lambda: None, inner_multiple=4)
+    experts.add_layer(0, SHAPE)
+    for part, given in (("w1", (INNER - 3, HIDDEN)), ("w2", (HIDDEN, INNER - 3))):
+        experts.take_tensor(0, 3, part, torch.ones(given, dtype=torch.bfloat16))
+    experts.take_tensor(0, 3, "w3", torch.zeros(INNER, HIDDEN, dtype=torch.bfloat16))
+    frame = torch.zeros(SHAPE.expert_bytes, dtype=torch.uint8)
+    experts.store.read(0, 3, frame.numpy())
+    w1, _, w2 = frame.view(torch.bfloat16).split(INNER * HIDDEN)
+    assert w1.tolist() == [1.0] * (INNER - 3) * HIDDEN + [0.0] * 3 * HIDDEN
+    assert w2.tolist() == ([1.0] * (INNER - 3) + [0.0] * 3) * HIDDEN
+    with pytest.raises(ValueError, match=r"w2 has shape"):
+        experts.take_tensor(0, 4, "w2", torch.ones(HIDDEN, INNER - 4, dtype=torch.bfloat16))
+
+
 def test_layers_with_different_experts_are_refused() -> None:
     experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
     experts.add_layer(0, SHAPE)
