@@ -47,14 +47,14 @@ def main() -> None:
     by_domain = prompts_by_domain(48)
     mixed = [prompt for group in zip(*by_domain.values(), strict=True) for prompt in group]
     runs = {f"{domain}-1": (prompts[:6], 1) for domain, prompts in by_domain.items()}
-    runs |= {"mixed-8": (mixed[24:48], 8), "mixed-32": (mixed[48:96], 32)}
+    runs |= {"mixed-8": (mixed[24:48], 8), "mixed-32": (mixed[48:88], 32)}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"] = folder
         flags = [f"--model-path={options.model_path}", "--random-seed=0"]
         with running(OURS, *flags) as server:
             state = server.state()
         for name, (prompts, concurrency) in runs.items():
-            budget = memory_budget("50%", state, concurrency * 3 * PROMPT_CHARACTERS // 4)
+            budget = memory_budget("50%", state, concurrency * PROMPT_CHARACTERS // 2)
             with running(OURS, *flags, f"--memory-budget={budget}") as server:
                 requests = requests_for(prompts, seed=concurrency)
                 output = options.output / f"{name}.npz"
