@@ -101,11 +101,8 @@ def load_model(
     wave of experts and one request.
     """
     started = time.perf_counter()
-    experts = PagedExperts(
-        ExpertStore(),
-        TensorCounter(on_progress).count,
-        inner_multiple=CPU_INNER_MULTIPLE if server_args.device == "cpu" else 1,
-    )
+    inner_multiple = CPU_INNER_MULTIPLE if server_args.device == "cpu" else 1
+    experts = PagedExperts(ExpertStore(), TensorCounter(on_progress).count, inner_multiple)
     install(experts)
     on_progress("loading dense weights", 0, 0)
     runner = build_runner(server_args, gpu_id=gpu_id, nccl_port=nccl_port)

@@ -40,9 +40,7 @@ class ExpertShape(msgspec.Struct, frozen=True):
 class PagedExperts:
     """All experts of the model: where they come from, and how a layer computes with them."""
 
-    def __init__(
-        self, store: ExpertStore, on_tensor: Callable[[], None], *, inner_multiple: int = 1
-    ):
+    def __init__(self, store: ExpertStore, on_tensor: Callable[[], None], inner_multiple: int = 1):
         """`inner_multiple`: SGLang rounds experts' inner size up to such a multiple, with zeros."""
         self.store = store
         self._inner_multiple = inner_multiple
