@@ -8,7 +8,9 @@ experts beside the dense weights and the KV cache of the longest request; others
 --memory-budget as they are. Prints a table and exits with 1 if an answer to a request that ran
 alone differs in a token or in the bits of a log probability. What shares a batch changes the last
 bits of a sum, in either server: of requests that run together only the tokens are judged, and only
-in float32 (--dtype); in bf16 they are shown.
+in float32 (--dtype); in bf16 they are shown. So does where a cached prefix ends: the unmodified
+server gets our page size, and where under a small budget less of a prefix was still cached, the
+request counts as one of those.
 """
 
 import argparse
@@ -30,6 +32,8 @@ SCHEMA = '{"type": "object", "properties": {"sum": {"type": "integer"}}, "requir
 class Answer(NamedTuple):
     """What one request got: its tokens and, by position, the log probabilities asked for."""
 
+    num_prompt_tokens: int
+    num_cached_tokens: int
     tokens: list[int]
     logprobs: list[float]
     top: list[dict[int, float]]  # token id -> log probability, the NUM_TOP highest
@@ -39,13 +43,11 @@ class Difference(NamedTuple):
     """One kind of requests, theirs against ours."""
 
     num_requests: int
+    num_alike: int  # of these, alone in their batch and with as much of the prompt cached
     equal_tokens_ratio: float
     max_logprob_difference: float
     max_kl_nats: float
-
-    @property
-    def is_none(self) -> bool:
-        return self.equal_tokens_ratio == 1 and self.max_logprob_difference == 0
+    alike_are_equal: bool  # in every token and every bit
 
 
 def requests_by_kind(num_tokens: int) -> dict[str, list[dict[str, Any]]]:
@@ -71,7 +73,9 @@ def requests_by_kind(num_tokens: int) -> dict[str, list[dict[str, Any]]]:
             for text in texts[:4]
             for constraint in constraints
         ],
-        "shared prefix": [ask(prefix + tail, greedy) for tail in (*tails, *tails)],
+        "shared prefix": [
+            ask(prefix + tail, greedy) | {"logprob_start_len": -1} for tail in (*tails, *tails)
+        ],
         "together": [ask(text, greedy) for text in texts],
     }
 
@@ -95,21 +99,30 @@ def read_answer(output: dict[str, Any]) -> Answer:
     prompt, generated = meta["input_token_logprobs"], meta["output_token_logprobs"]
     top = [*meta["input_top_logprobs"], *meta["output_top_logprobs"]]
     return Answer(
+        num_prompt_tokens=meta["prompt_tokens"],
+        num_cached_tokens=meta["cached_tokens"],
         tokens=output["output_ids"],
         logprobs=[entry[0] for entry in (*prompt, *generated) if entry[0] is not None],
         top=[{entry[1]: entry[0] for entry in entries} for entries in top if entries],
     )
 
 
-def compare(theirs: list[Answer], ours: list[Answer]) -> Difference:
+def compare(theirs: list[Answer], ours: list[Answer], *, together: bool) -> Difference:
     pairs = list(zip(theirs, ours, strict=True))
+    alike = [(a, b) for a, b in pairs if a.num_cached_tokens == b.num_cached_tokens]
+    if together:
+        alike = []
     return Difference(
         num_requests=len(pairs),
+        num_alike=len(alike),
         equal_tokens_ratio=statistics.fmean(equal_ratio(a.tokens, b.tokens) for a, b in pairs),
         max_logprob_difference=max(logprob_difference(a, b) for a, b in pairs),
         max_kl_nats=max(
             (kl_nats(p, q) for a, b in pairs for p, q in zip(a.top, b.top, strict=False)),
             default=0.0,
+        ),
+        alike_are_equal=all(
+            a.tokens == b.tokens and logprob_difference(a, b) == 0 for a, b in alike
         ),
     )
 
@@ -157,25 +170,26 @@ def max_kv_frames(state: dict[str, Any]) -> int:
     return int(state["memory"]["num_frames"]) - int(state["limits"]["floor_frames"])
 
 
-def holds(kind: str, difference: Difference, *, exact: bool) -> bool:
-    if kind == "together":
-        return difference.equal_tokens_ratio == 1 or not exact
-    return difference.is_none
+def holds(difference: Difference, *, exact: bool) -> bool:
+    """`exact`: in float32, last bits don't decide which token is the likeliest."""
+    return difference.alike_are_equal and (difference.equal_tokens_ratio == 1 or not exact)
 
 
 def table(results: dict[str, dict[str, Difference]], moved: dict[str, str]) -> str:
     lines = [
-        "| experts resident | requests | equal tokens | max abs. Δ logprob | max KL (nats) |",
-        "|---|---|---|---|---|",
+        "| experts resident | requests | of these alike | the same bits | equal tokens "
+        "| max abs. Δ logprob | max KL (nats) |",
+        "|---|---|---|---|---|---|---|",
     ]
     for budget, kinds in results.items():
         for kind, difference in kinds.items():
             lines.append(
-                f"| {budget} | {difference.num_requests} {kind} "
+                f"| {budget} | {difference.num_requests} {kind} | {difference.num_alike} "
+                f"| {'yes' if difference.alike_are_equal else 'NO'} "
                 f"| {difference.equal_tokens_ratio:.1%} "
                 f"| {difference.max_logprob_difference:.2g} | {difference.max_kl_nats:.2g} |"
             )
-        lines.append(f"| {budget} | {moved[budget]} | | | |")
+        lines.append(f"| {budget} | {moved[budget]} | | | | | |")
     return "\n".join(lines)
 
 
@@ -198,27 +212,35 @@ def main(arguments: list[str] | None = None) -> int:
     options = read_options(arguments)
     flags = [f"--model-path={options.model_path}", f"--dtype={options.dtype}", "--random-seed=0"]
     flags += options.server_flag
-    with running(UNMODIFIED, *flags, *options.their_flag) as server:
-        theirs = ask_all(server, options.num_tokens)
-    longest = max(len(a.logprobs) for answers in theirs.values() for a in answers) + 16
     with running(OURS, *flags, *options.our_flag) as server:
         state = server.state()
+    page_size = f"--page-size={state['limits']['page_tokens']}"
+    with running(UNMODIFIED, *flags, page_size, *options.their_flag) as server:
+        theirs = ask_all(server, options.num_tokens)
+    longest = max(
+        answer.num_prompt_tokens + len(answer.tokens)
+        for answers in theirs.values()
+        for answer in answers
+    )
     results, moved = {}, {}
     for budget in options.budgets.split(","):
         ours_flags = [*flags, f"--memory-budget={memory_budget(budget, state, longest)}"]
         with running(OURS, *ours_flags, *options.our_flag) as server:
             ours = ask_all(server, options.num_tokens)
             memory = server.state()["memory"]
-        results[budget] = {kind: compare(theirs[kind], ours[kind]) for kind in theirs}
+        results[budget] = {
+            kind: compare(theirs[kind], ours[kind], together=kind == "together") for kind in theirs
+        }
         moved[budget] = (
             f"{memory['expert_misses']} experts loaded, {memory['experts_evicted']} evicted, "
-            f"{memory['num_split_layers']} layers in waves"
+            f"{memory['num_split_layers']} layers in waves; "
+            f"{memory['cache_hit_tokens']} tokens found cached"
         )
     print(table(results, moved))
     judged = [
-        holds(kind, difference, exact=options.dtype == "float32")
+        holds(difference, exact=options.dtype == "float32")
         for kinds in results.values()
-        for kind, difference in kinds.items()
+        for difference in kinds.values()
     ]
     if options.output is not None:
         report = describe_run() | {

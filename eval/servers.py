@@ -117,6 +117,8 @@ class Server:
 
 @contextmanager
 def running(module: str, *flags: str) -> Iterator[Server]:
+    """A server that is stopped however this ends, by SIGTERM too (which acts as Ctrl-C from here on)."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = Server(module, list(flags))
     try:
         yield server

@@ -21,7 +21,6 @@ from eval.demo_model.tasks import arithmetic_document, chat, recall_document
 
 TokenIds = npt.NDArray[np.uint16]
 
-SPECIAL_TOKENS = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 MAX_DOCUMENT_CHARACTERS = 65536
 HELD_OUT_EVERY = 50

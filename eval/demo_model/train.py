@@ -20,10 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from eval.demo_model.corpus import SPECIAL_TOKENS, Batches, Corpus, read_corpus
+from eval.demo_model.corpus import Batches, Corpus, read_corpus
 from eval.demo_model.muon import Muon
+from eval.demo_model.tokenizer import train_tokenizer, with_chat_template
 
 RESULTS = Path(__file__).parent / "results"
 CHAT_TEMPLATE = (
@@ -78,29 +79,6 @@ class Recipe(NamedTuple):
         done = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
         cosine = (1 + math.cos(math.pi * done)) / 2
         return self.peak_rate * (self.last_rate_ratio + (1 - self.last_rate_ratio) * cosine)
-
-
-def train_tokenizer(corpus: Corpus) -> Any:
-    """Byte-level BPE; digits one by one, so that numbers line up."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = [text for name in ("python", "prose") for text in corpus.train[name]]
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
 
 
 def new_model(seed: int) -> Any:
@@ -263,12 +241,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    with_chat_template(tokenizer, CHAT_TEMPLATE).save_pretrained(folder)
 
 
 def main() -> None:
@@ -281,7 +254,8 @@ def main() -> None:
     torch.set_num_threads(options.num_threads)
     recipe = Recipe(num_steps=options.num_steps)
     corpus = read_corpus()
-    tokenizer = train_tokenizer(corpus)
+    texts = [text for name in ("python", "prose") for text in corpus.train[name]]
+    tokenizer = train_tokenizer(texts, VOCAB_SIZE, split_digits=True)
     started = time.monotonic()
     training = Training(recipe, corpus, tokenizer, options.state)
     training.run()

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
+from eval.demo_model.tokenizer import SPECIAL_TOKENS, train_tokenizer, with_chat_template
+
 VOCAB_SIZE = 1024
-SPECIAL_TOKENS = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -249,22 +249,6 @@ def _rename_architecture(config_file: Path) -> None:
 
 @cache
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text and any bytes go in and come back."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        (Path(module.__file__).read_text() for module in (argparse, json, textwrap)), trainer
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=CHAT_TEMPLATE,
-    )
+    texts = (Path(module.__file__).read_text() for module in (argparse, json, textwrap))
+    tokenizer = train_tokenizer(texts, VOCAB_SIZE, split_digits=False)
+    return with_chat_template(tokenizer, CHAT_TEMPLATE)

@@ -7,41 +7,61 @@ import pytest
 from eval.accuracy import Score
 from eval.parity import Answer, Difference, compare, holds, memory_budget
 
-THEIRS = Answer(tokens=[5, 6, 7], logprobs=[-0.5, -0.25, -1.0], top=[{5: -0.5, 9: -1.0}])
+THEIRS = Answer(
+    num_prompt_tokens=4,
+    num_cached_tokens=0,
+    tokens=[5, 6, 7],
+    logprobs=[-0.5, -0.25, -1.0],
+    top=[{5: -0.5, 9: -1.0}],
+)
+OTHER_BIT = THEIRS._replace(logprobs=[-0.5, math.nextafter(-0.25, 0), -1.0])
+OTHER_TOKEN = THEIRS._replace(tokens=[5, 8, 7])
+
+
+def alone(*ours: Answer) -> Difference:
+    return compare([THEIRS] * len(ours), list(ours), together=False)
+
+
+def together(*ours: Answer) -> Difference:
+    return compare([THEIRS] * len(ours), list(ours), together=True)
 
 
 def test_equal_answers_hold() -> None:
-    difference = compare([THEIRS], [THEIRS])
-    assert difference == Difference(1, 1.0, 0.0, 0.0)
-    assert holds("greedy", difference, exact=False)
+    assert alone(THEIRS) == Difference(1, 1, 1.0, 0.0, 0.0, alike_are_equal=True)
+    assert holds(alone(THEIRS), exact=False)
 
 
 def test_one_bit_of_one_log_probability_counts_for_a_lone_request() -> None:
-    ours = THEIRS._replace(logprobs=[-0.5, math.nextafter(-0.25, 0), -1.0])
-    difference = compare([THEIRS, THEIRS], [THEIRS, ours])
+    difference = alone(THEIRS, OTHER_BIT)
     assert 0 < difference.max_logprob_difference < 1e-15
-    assert not holds("greedy", difference, exact=False)
-    # What shares a batch changes last bits, in either server.
-    assert holds("together", difference, exact=True)
+    assert not holds(difference, exact=False)
 
 
-def test_one_token_counts_together_in_float32_only() -> None:
-    difference = compare([THEIRS], [THEIRS._replace(tokens=[5, 8, 7])])
-    assert difference.equal_tokens_ratio == pytest.approx(1 / 3)
-    assert not holds("greedy", difference, exact=False)
-    assert not holds("together", difference, exact=True)
-    assert holds("together", difference, exact=False)
+def test_one_bit_does_not_count_where_other_rows_were_computed() -> None:
+    # Beside other requests, or after less of a cached prefix: that changes last bits in either server.
+    assert holds(together(OTHER_BIT), exact=True)
+    difference = alone(THEIRS, OTHER_BIT._replace(num_cached_tokens=2))
+    assert difference.num_alike == 1
+    assert holds(difference, exact=True)
+
+
+def test_there_one_token_counts_in_float32_only() -> None:
+    for difference in (together(OTHER_TOKEN), alone(OTHER_TOKEN._replace(num_cached_tokens=2))):
+        assert difference.equal_tokens_ratio == pytest.approx(1 / 3)
+        assert not holds(difference, exact=True)
+        assert holds(difference, exact=False)
+    assert not holds(alone(OTHER_TOKEN), exact=False)
 
 
 def test_fewer_log_probabilities_are_no_match() -> None:
-    difference = compare([THEIRS], [THEIRS._replace(logprobs=[-0.5, -0.25])])
+    difference = alone(THEIRS._replace(logprobs=[-0.5, -0.25]))
     assert difference.max_logprob_difference == math.inf
 
 
 def test_divergence_of_what_was_likely() -> None:
     ours = THEIRS._replace(top=[{5: -1.0, 9: -0.5}])
     expected = math.exp(-0.5) * 0.5 + math.exp(-1.0) * -0.5
-    assert compare([THEIRS], [ours]).max_kl_nats == pytest.approx(expected)
+    assert alone(ours).max_kl_nats == pytest.approx(expected)
 
 
 def test_a_share_of_the_experts_as_a_budget() -> None:
