@@ -1,117 +1,96 @@
-"""In which order things leave the arena: least recently used first, experts and cached prefixes in
-one order.
+"""By which rule things leave the arena, the clock they are stamped with, and which cached prefix is next.
 
-The order knows neither frames nor pages: it ranks entities and never evicts. `_key` is the only
-place that says what an entity is worth.
+Experts have their own order, `expert_heat`; here is the one of radix leaves. Neither evicts.
 """
 
 from enum import Enum
 from heapq import heappop, heappush
-from typing import ClassVar
+from typing import Generic, Protocol, TypeVar
 
 
-class Tenant(Enum):
-    """Who competes for the arena."""
+class MemoryPolicy(Enum):
+    """`--memory-policy`: who gives way when memory is full."""
 
-    EXPERT = "expert"
-    KV = "kv"
+    LRU = "lru"  # what was used longest ago
+    LFU = "lfu"  # what was used least often since the start
+    STATIC = "static"  # a fixed share for experts, the same for each layer; LRU within the shares
 
 
-class Evictable:
-    """Something that can be in an `EvictionOrder`; `last_use` and `queued` belong to the order."""
+class Clock:
+    """Counts uses. What counts as used at once has one time."""
 
-    __slots__ = ("last_use", "queued")
-
-    tenant: ClassVar[Tenant]
+    __slots__ = ("now",)
 
     def __init__(self) -> None:
-        self.last_use = 0
-        self.queued = False
+        self.now = 0
+
+    def tick(self) -> None:
+        """Let what is used from now on count as used later than all before."""
+        self.now += 1
+
+
+class Leaf(Protocol):
+    """A node of the radix tree. `queued` belongs to the order."""
+
+    last_use: int  # the clock's time
+    num_uses: int  # by requests that came after the first one
+    queued: bool
 
     @property
     def is_evictable(self) -> bool:
         """Whether it holds memory that nobody needs right now."""
-        raise NotImplementedError
 
 
-_Entry = tuple[int, int, Evictable]  # key, number of the entry (breaks ties), entity
+L = TypeVar("L", bound=Leaf)
 
 
-class EvictionOrder:
-    """A heap per tenant with lazy updates, popped by one common key.
+class LeafOrder(Generic[L]):
+    """A heap with lazy updates: a use costs nothing, the next victim O(log n).
 
-    Every evictable entity has exactly one entry, whose key may lag behind: keys only grow, so an
-    entry that is popped with an outdated key goes back with the current one. An entry whose entity
-    is not evictable when it is popped is dropped; whoever makes that entity evictable again must
+    Every evictable leaf has exactly one entry, whose key may lag behind: keys only grow, so an
+    entry that comes first with an outdated key goes back with the current one. An entry whose leaf
+    is not evictable when it comes first is dropped; whoever makes that leaf evictable again must
     `add` it.
     """
 
-    def __init__(self) -> None:
-        self._heaps: dict[Tenant, list[_Entry]] = {tenant: [] for tenant in Tenant}
-        self._clock = 0
+    def __init__(self, policy: MemoryPolicy) -> None:
+        self._by_uses = policy is MemoryPolicy.LFU
+        self._heap: list[tuple[int, int, L]] = []  # key, number of the entry (breaks ties), leaf
         self._num_entries = 0  # ever made
 
-    def tick(self) -> None:
-        """Let what is touched from now on count as used later than all before."""
-        self._clock += 1
+    def add(self, leaf: L) -> None:
+        """Enter the leaf unless it is in the order already, or not evictable."""
+        if not leaf.queued and leaf.is_evictable:
+            self._push(leaf)
 
-    def touch(self, entity: Evictable) -> None:
-        """Note that the entity is used now."""
-        entity.last_use = self._clock
+    def first(self) -> L | None:
+        """The leaf to evict next; it stays in the order until it is evictable no more."""
+        while self._heap:
+            key, _, leaf = self._heap[0]
+            if leaf.is_evictable and key == self.key(leaf):
+                return leaf
+            heappop(self._heap)
+            leaf.queued = False
+            self.add(leaf)
+        return None
 
-    def add(self, entity: Evictable) -> None:
-        """Enter the entity unless it is in the order already, or not evictable."""
-        if not entity.queued and entity.is_evictable:
-            self._push(entity)
+    def key(self, leaf: L) -> int:
+        """Lowest goes first."""
+        return leaf.num_uses if self._by_uses else leaf.last_use
 
-    def pop(self, *tenants: Tenant) -> Evictable | None:
-        """Take out the entity of these tenants to evict next; None if they have none.
-
-        The caller evicts it, or evicts a part of it and adds it again.
-        """
-        fresh = [heap for tenant in tenants if self._freshen(heap := self._heaps[tenant])]
-        if not fresh:
-            return None
-        entity = heappop(min(fresh, key=_first_entry))[2]
-        entity.queued = False
-        return entity
-
-    def violations(self, tenant: Tenant, evictable: set[Evictable]) -> list[str]:
-        """`evictable` are all the tenant's entities that should be in the order."""
-        queued = [entity for _, _, entity in self._heaps[tenant]]
+    def violations(self, evictable: set[L]) -> list[str]:
+        """`evictable` are all the leaves that should be in the order."""
+        queued = [leaf for _, _, leaf in self._heap]
         found = []
         if len(queued) != len(set(queued)):
-            found.append(f"an entity of {tenant.value} is in the eviction order twice")
+            found.append("a leaf is in the eviction order twice")
         if missing := len(evictable.difference(queued)):
-            found.append(f"{missing} evictable of {tenant.value} are not in the eviction order")
-        if not all(entity.queued for entity in queued):
-            found.append(f"an entity of {tenant.value} in the eviction order is not marked so")
+            found.append(f"{missing} evictable leaves are not in the eviction order")
+        if not all(leaf.queued for leaf in queued):
+            found.append("a leaf in the eviction order is not marked so")
         return found
 
-    def _push(self, entity: Evictable) -> None:
+    def _push(self, leaf: L) -> None:
         self._num_entries += 1
-        entity.queued = True
-        heappush(self._heaps[entity.tenant], (_key(entity), self._num_entries, entity))
-
-    def _freshen(self, heap: list[_Entry]) -> bool:
-        """Make the heap's first entry current and evictable; False if that empties the heap."""
-        while heap:
-            key, _, entity = heap[0]
-            if not entity.is_evictable:
-                heappop(heap)
-                entity.queued = False
-            elif key != _key(entity):
-                heappop(heap)
-                self._push(entity)
-            else:
-                return True
-        return False
-
-
-def _key(entity: Evictable) -> int:
-    """Lowest goes first."""
-    return entity.last_use
-
-
-def _first_entry(heap: list[_Entry]) -> _Entry:
-    return heap[0]
+        leaf.queued = True
+        heappush(self._heap, (self.key(leaf), self._num_entries, leaf))

@@ -1,18 +1,20 @@
 """Which expert is in which frame.
 
-The table knows residents, pins and hit counts. It neither picks victims nor moves bytes.
+The table knows residents and pins. It neither picks victims nor moves bytes.
 """
 
-from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from sglmoe.memory.arena import FrameKind, Frames
-from sglmoe.memory.eviction import Evictable, EvictionOrder, Tenant
 
 ABSENT = -1
+
+ExpertIds: TypeAlias = npt.NDArray[np.intp]  # distinct experts of one layer: [num_experts]
+NO_EXPERTS: ExpertIds = np.empty(0, np.intp)
 
 
 class Load(msgspec.Struct, frozen=True, gc=False):
@@ -23,102 +25,72 @@ class Load(msgspec.Struct, frozen=True, gc=False):
     expert: int
 
 
-class Expert(Evictable):
-    """One expert of one layer. `frame` is ABSENT while it isn't resident."""
-
-    __slots__ = ("expert", "frame", "layer", "pinned")
-
-    tenant = Tenant.EXPERT
-
-    def __init__(self, layer: int, expert: int):
-        super().__init__()
-        self.layer = layer
-        self.expert = expert
-        self.frame = ABSENT
-        self.pinned = False
-
-    @property
-    def is_evictable(self) -> bool:
-        return self.frame >= 0 and not self.pinned
-
-
 class ExpertTable:
-    """The residents. Enters those without a pin into `order`.
+    """The residents, and which of them are pinned: experts of one layer at a time.
 
-    `frame_table` is int32 `[num_layers, num_experts]`, -1 where an expert is absent; its address
-    never changes.
+    `frame_table` is int32 `[num_layers, num_experts]`, ABSENT where an expert is; its address never
+    changes.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, *, frames: Frames, order: EvictionOrder):
+    def __init__(self, num_layers: int, num_experts: int, *, frames: Frames):
         self.frame_table: npt.NDArray[np.int32] = np.full(
             (num_layers, num_experts), ABSENT, np.int32
         )
-        self._experts = [
-            [Expert(layer, expert) for expert in range(num_experts)] for layer in range(num_layers)
-        ]
+        self.num_resident = [0] * num_layers
         self._frames = frames
-        self._order = order
-        self.num_pinned = 0
-        self.hits = 0
-        self.misses = 0
+        self.pinned = NO_EXPERTS  # of `_pinned_layer`
+        self._pinned_layer = 0
 
-    def layer(self, layer: int) -> Sequence[Expert]:
-        """The layer's experts, by id."""
-        return self._experts[layer]
+    def pin(self, layer: int, experts: ExpertIds) -> None:
+        """Keep these residents, and no others, from being evicted."""
+        self._pinned_layer = layer
+        self.pinned = experts
 
-    def place(self, expert: Expert, frame: int) -> None:
-        """Note that the bytes of an absent expert are in `frame`, which it owns, and pin it."""
-        assert expert.frame < 0, f"layer {expert.layer} expert {expert.expert} is resident already"
-        expert.frame = frame
-        self.frame_table[expert.layer, expert.expert] = frame
-        self.pin([expert])
+    def unpin(self) -> None:
+        self.pinned = NO_EXPERTS
 
-    def evict(self, expert: Expert) -> None:
+    def is_evictable(self, layer: int, expert: int) -> bool:
+        """Whether the expert is resident and has no pin."""
+        if self.frame_table[layer, expert] == ABSENT:
+            return False
+        return layer != self._pinned_layer or expert not in self.pinned
+
+    def evictable(self) -> npt.NDArray[np.bool_]:
+        """`is_evictable` of all: bool `[num_layers, num_experts]`."""
+        evictable: npt.NDArray[np.bool_] = self.frame_table != ABSENT
+        if len(self.pinned):  # never in a model without experts
+            evictable[self._pinned_layer, self.pinned] = False
+        return evictable
+
+    def place(self, load: Load) -> None:
+        """Note that the bytes of an absent expert are in the frame, which it owns."""
+        assert self.frame_table[load.layer, load.expert] == ABSENT, f"{load} is resident already"
+        self.frame_table[load.layer, load.expert] = load.frame
+        self.num_resident[load.layer] += 1
+
+    def evict(self, layer: int, expert: int) -> None:
         """Give the frame of a resident without a pin back."""
-        assert expert.is_evictable, f"layer {expert.layer} expert {expert.expert} can't be evicted"
-        self._frames.give(expert.frame)
-        expert.frame = ABSENT
-        self.frame_table[expert.layer, expert.expert] = ABSENT
-
-    def pin(self, experts: Sequence[Expert]) -> None:
-        """Keep residents, none of them pinned, from being evicted."""
-        for expert in experts:
-            expert.pinned = True
-        self.num_pinned += len(experts)
-
-    def unpin(self, experts: Sequence[Expert]) -> None:
-        """Undo `pin`; they count as used now."""
-        order = self._order
-        for expert in experts:
-            expert.pinned = False
-            order.touch(expert)
-            if not expert.queued:
-                order.add(expert)
-        self.num_pinned -= len(experts)
+        assert self.is_evictable(layer, expert), f"layer {layer} expert {expert} can't be evicted"
+        self._frames.give(int(self.frame_table[layer, expert]))
+        self.frame_table[layer, expert] = ABSENT
+        self.num_resident[layer] -= 1
 
     def violations(self) -> list[str]:
         """Table and frame owners are one to one; pinned means resident; counters are right."""
-        experts = [expert for row in self._experts for expert in row]
         owners = {
-            frame: self._frames.expert(frame)
+            self._frames.expert(frame): frame
             for frame in range(len(self._frames))
             if self._frames.kind(frame) is FrameKind.EXPERT
         }
-        residents = [expert for expert in experts if expert.frame >= 0]
+        residents = {
+            (layer, expert): int(self.frame_table[layer, expert])
+            for layer, expert in np.argwhere(self.frame_table != ABSENT).tolist()
+        }
         found = []
-        if {expert.frame: (expert.layer, expert.expert) for expert in residents} != owners or len(
-            residents
-        ) != len(owners):
+        if residents != owners or len(owners) != self._frames.num_expert:
             found.append("resident experts and owners of frames are not one to one")
-        if not np.array_equal(self.frame_table.ravel(), _frames_of(experts)):
-            found.append("the frame table is not where the experts are")
-        if any(expert.pinned and expert.frame < 0 for expert in experts):
+        if any(self.frame_table[self._pinned_layer, expert] == ABSENT for expert in self.pinned):
             found.append("an absent expert is pinned")
-        if sum(expert.pinned for expert in experts) != self.num_pinned:
-            found.append(f"pinned experts are counted wrong: {self.num_pinned}")
-        evictable: set[Evictable] = {expert for expert in experts if expert.is_evictable}
-        return found + self._order.violations(Tenant.EXPERT, evictable)
-
-
-def _frames_of(experts: Iterable[Expert]) -> npt.NDArray[np.int32]:
-    return np.fromiter((expert.frame for expert in experts), np.int32)
+        if (self.frame_table != ABSENT).sum(axis=1).tolist() != self.num_resident:
+            found.append(f"residents by layer are counted wrong: {self.num_resident}")
+        return found

@@ -15,16 +15,17 @@ Why nothing here can deadlock, or wait for something that does not come:
   caller then gives up another request or this one.
 """
 
-import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from sglmoe.memory.arena import Frames, Geometry
-from sglmoe.memory.eviction import Evictable, EvictionOrder, Tenant
-from sglmoe.memory.experts import Expert, ExpertTable, Load
+from sglmoe.memory.eviction import Clock, LeafOrder, MemoryPolicy
+from sglmoe.memory.expert_heat import Candidate, ExpertHeat
+from sglmoe.memory.expert_pager import ExpertPager, LoadExperts
+from sglmoe.memory.experts import ExpertIds, ExpertTable
 from sglmoe.memory.kv_pages import PagePool, Pages, no_pages
 from sglmoe.memory.radix_cache import TOKEN_BYTES, RadixCache, RadixNode, path_pages
 from sglmoe.protocol import MemorySnapshot
@@ -47,20 +48,10 @@ class _Request:
 class _Counters:
     """Running totals since the start; see `MemorySnapshot`."""
 
-    stall_seconds: float = 0.0
-    num_waves: int = 0
-    num_split_layers: int = 0
     experts_evicted: int = 0
     pages_evicted: int = 0
     cache_hit_tokens: int = 0
     prefill_tokens: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Wave:
-    """Experts that are pinned together."""
-
-    experts: list[Expert] = field(default_factory=list)
 
 
 class MemoryManager:
@@ -68,7 +59,8 @@ class MemoryManager:
 
     `floor_frames` frames stay available to experts: at least 1 for a model that has any; ValueError
     if the arena has no frame more than that. `load_experts` returns when the experts' bytes are in
-    their frames. Tokens are passed as little-endian int32 bytes.
+    their frames. Tokens are passed as little-endian int32 bytes. With MemoryPolicy.STATIC every layer
+    has `layer_frames` frames for its experts, and KV the rest.
     """
 
     def __init__(
@@ -78,24 +70,38 @@ class MemoryManager:
         num_layers: int,
         num_experts: int,
         floor_frames: int,
-        load_experts: Callable[[Sequence[Load]], None],
+        load_experts: LoadExperts,
+        policy: MemoryPolicy = MemoryPolicy.LRU,
+        layer_frames: int = 0,
     ):
         assert floor_frames >= (1 if num_experts else 0)
+        floor_frames = max(floor_frames, num_layers * layer_frames)
         _check_floor(geometry, floor_frames)
         self._geometry = geometry
-        self._load_experts = load_experts
+        self._policy = policy
+        self._layer_frames = layer_frames
         self._max_kv_frames = geometry.num_frames - floor_frames
-        self._order = EvictionOrder()
+        self._clock = Clock()
+        self._leaves: LeafOrder[RadixNode] = LeafOrder(policy)
         self._frames = Frames(geometry.num_frames)
         self._pool = PagePool(
             self._frames,
             pages_per_frame=geometry.pages_per_frame,
             max_frames=self._max_kv_frames,
         )
-        self._cache = RadixCache(page_tokens=geometry.page_tokens, order=self._order)
-        self._table = ExpertTable(num_layers, num_experts, frames=self._frames, order=self._order)
+        self._cache = RadixCache(
+            page_tokens=geometry.page_tokens, order=self._leaves, clock=self._clock
+        )
+        self._table = ExpertTable(num_layers, num_experts, frames=self._frames)
+        self._heat = ExpertHeat(self._table, policy=policy, clock=self._clock)
+        self._pager = ExpertPager(
+            self._table,
+            self._heat,
+            frames=self._frames,
+            make_frame=self._make_frame,
+            load_experts=load_experts,
+        )
         self._requests: dict[str, _Request] = {}
-        self._wave = _Wave()
         self._counters = _Counters()
         self._page_offsets = np.arange(geometry.page_tokens, dtype=np.int32)
 
@@ -194,51 +200,42 @@ class MemoryManager:
         cached."""
         self.commit(rid, tokens, num_computed)
         request = self._requests.pop(rid)
-        self._order.tick()
+        self._clock.tick()
         self._pool.unhold(self._cache.unlock(request.node))
         self._free_private(request.pages[request.num_tree_pages :])
 
     def flush_cache(self) -> None:
         """Forget all prefixes that no running request uses."""
-        while isinstance(leaf := self._order.pop(Tenant.KV), RadixNode):
+        while (leaf := self._leaves.first()) is not None:
             self._evict_leaf(leaf, len(leaf.pages))
 
     def clear(self) -> None:
-        """Forget all prefixes that no running request uses, and all experts: between two steps."""
-        self._end_wave(self._wave)
+        """Forget all prefixes that no running request uses, and all experts and how warm they were:
+        between two steps."""
         self.flush_cache()
-        while (expert := self._order.pop(Tenant.EXPERT)) is not None:
-            self._evict(expert, None)
+        self._table.unpin()
+        for layer, expert in np.argwhere(self._table.evictable()).tolist():
+            self._table.evict(layer, expert)
+        self._heat.clear()
 
     # -------------------------------------------------------------------------------------- experts
 
-    def waves(self, layer: int, experts: Sequence[int]) -> Generator[Sequence[int], None, None]:
+    def waves(
+        self, layer: int, experts: Sequence[int] | ExpertIds
+    ) -> Generator[ExpertIds, None, None]:
         """Groups of these distinct experts, resident and pinned until the next one is asked for.
 
         Residents come first, together with as many others as there are frames for; with enough
         frames that is the only wave. Leaving early, by `close` or by an exception, unpins too, at
-        the latest when the next layer asks.
+        the latest when the next layer asks. A layer that does not follow the last one begins a step.
         """
-        self._end_wave(self._wave)
-        row = self._table.layer(layer)
-        waiting = [row[expert] for expert in experts]
-        num_waves = 0
-        while waiting:
-            wave = self._wave = _Wave()
-            try:
-                waiting = self._begin_wave(wave, waiting)
-                num_waves += 1
-                self._counters.num_waves += 1
-                self._counters.num_split_layers += num_waves == 2
-                yield [expert.expert for expert in wave.experts]
-            finally:
-                self._end_wave(wave)
+        return self._pager.waves(layer, np.asarray(experts, np.intp))
 
     # ---------------------------------------------------------------------------------- state, laws
 
     def snapshot(self, step_id: int) -> MemorySnapshot:
         """What the scheduler gets to see after a step."""
-        geometry, counters = self._geometry, self._counters
+        geometry, counters, pager = self._geometry, self._counters, self._pager
         return MemorySnapshot(
             step_id=step_id,
             num_frames=geometry.num_frames,
@@ -250,12 +247,12 @@ class MemoryManager:
             locked_pages=self._pool.held_pages,
             cached_pages=self._pool.idle_pages,
             page_tokens=geometry.page_tokens,
-            expert_hits=self._table.hits,
-            expert_misses=self._table.misses,
-            expert_bytes_moved=self._table.misses * geometry.expert_bytes,
-            stall_seconds=counters.stall_seconds,
-            num_waves=counters.num_waves,
-            num_split_layers=counters.num_split_layers,
+            expert_hits=pager.hits,
+            expert_misses=pager.misses,
+            expert_bytes_moved=pager.misses * geometry.expert_bytes,
+            stall_seconds=pager.stall_seconds,
+            num_waves=pager.num_waves,
+            num_split_layers=pager.num_split_layers,
             experts_evicted=counters.experts_evicted,
             pages_evicted=counters.pages_evicted,
             cache_hit_tokens=counters.cache_hit_tokens,
@@ -286,36 +283,53 @@ class MemoryManager:
     def _make_pages(self, num_pages: int) -> bool:
         """Evict until the pool has `num_pages` to hand out; False, and nothing evicted, if it never
         can."""
-        num_frames = min(self._max_kv_frames, len(self._frames) - self._table.num_pinned)
+        num_frames = min(self._max_kv_frames, len(self._frames) - len(self._table.pinned))
         if num_pages > num_frames * self._geometry.pages_per_frame - self._pool.held_pages:
             return False
         while (num_missing := num_pages - self._pool.available_pages) > 0:
-            tenants = (Tenant.EXPERT, Tenant.KV) if self._pool.may_grow else (Tenant.KV,)
-            victim = self._order.pop(*tenants)
+            victim = self._next_victim(experts=self._pool.may_grow, leaves=True)
             assert victim is not None, f"{num_missing} pages are neither free nor evictable"
             self._evict(victim, num_missing)
         return True
 
-    def _make_frame(self) -> bool:
-        """Evict until a frame is free; False if only pinned experts and pages of running requests
-        are left."""
+    def _make_frame(self, layer: int, num_loading: int) -> bool:
+        """Evict until a frame is free for an expert of this layer, of which `num_loading` are on
+        their way; False if only pinned experts and pages of running requests are left."""
+        if self._policy is MemoryPolicy.STATIC:
+            return self._make_frame_within(layer, num_loading)
         while not self._frames.num_free:
             # With a running request in every KV frame, evicting prefixes would free none.
-            tenants = (Tenant.EXPERT, Tenant.KV) if self._pool.idle_frames else (Tenant.EXPERT,)
-            victim = self._order.pop(*tenants)
+            victim = self._next_victim(experts=True, leaves=self._pool.idle_frames > 0)
             if victim is None:
                 return False
             self._evict(victim, None)
         return True
 
-    def _evict(self, victim: Evictable, num_pages: int | None) -> None:
+    def _make_frame_within(self, layer: int, num_loading: int) -> bool:
+        """Keep the layer within its share."""
+        if self._table.num_resident[layer] + num_loading < self._layer_frames:
+            return True
+        victim = self._heat.coldest_of(layer)
+        if victim is not None:
+            self._evict(victim, None)
+        return victim is not None
+
+    def _next_victim(self, *, experts: bool, leaves: bool) -> Candidate | RadixNode | None:
+        """Of those who may go, whose turn it is; experts that have a share never give way to KV."""
+        experts = experts and self._policy is not MemoryPolicy.STATIC
+        expert = self._heat.coldest() if experts else None
+        leaf = self._leaves.first() if leaves else None
+        if expert is None or leaf is None:
+            return leaf or expert
+        return leaf if self._leaves.key(leaf) < expert.heat else expert
+
+    def _evict(self, victim: Candidate | RadixNode, num_pages: int | None) -> None:
         """Evict an expert, or `num_pages` pages of a leaf; None: as few as may empty a frame."""
-        if isinstance(victim, Expert):
-            self._table.evict(victim)
+        if isinstance(victim, RadixNode):
+            self._evict_leaf(victim, num_pages or self._pool.last_run(victim.pages))
+        else:
+            self._table.evict(victim.layer, victim.expert)
             self._counters.experts_evicted += 1
-            return
-        assert isinstance(victim, RadixNode)
-        self._evict_leaf(victim, num_pages or self._pool.last_run(victim.pages))
 
     def _evict_leaf(self, leaf: RadixNode, num_pages: int) -> None:
         pages = self._cache.evict(leaf, num_pages)
@@ -325,53 +339,6 @@ class MemoryManager:
     def _free_private(self, pages: Pages) -> None:
         self._pool.unhold(pages)
         self._pool.free(pages)
-
-    # ---------------------------------------------------------------------------------------- waves
-
-    def _begin_wave(self, wave: _Wave, waiting: list[Expert]) -> list[Expert]:
-        """Fill and pin `wave`; returns the experts that must wait for the next one."""
-        wave.experts = [expert for expert in waiting if expert.frame >= 0]
-        self._table.pin(wave.experts)
-        self._table.hits += len(wave.experts)
-        if len(wave.experts) == len(waiting):
-            return []
-        missing = [expert for expert in waiting if expert.frame < 0]
-        loaded = self._load(missing)
-        wave.experts += loaded
-        assert wave.experts, "not one expert of a layer fits: floor_frames was broken"
-        return missing[len(loaded) :]
-
-    def _load(self, missing: list[Expert]) -> list[Expert]:
-        """Bring in, place and pin as many of the missing as fit."""
-        loads: list[Load] = []
-        for expert in missing:
-            if not self._make_frame():
-                break
-            frame = self._frames.take_for_expert(expert.layer, expert.expert)
-            loads.append(Load(frame, expert.layer, expert.expert))
-        if loads:
-            self._run_loads(loads)
-        loaded = missing[: len(loads)]
-        for expert, load in zip(loaded, loads, strict=True):
-            self._table.place(expert, load.frame)
-        return loaded
-
-    def _run_loads(self, loads: list[Load]) -> None:
-        started = time.perf_counter()
-        try:
-            self._load_experts(loads)
-        except BaseException:
-            for load in loads:
-                self._frames.give(load.frame)
-            raise
-        self._counters.stall_seconds += time.perf_counter() - started
-        self._table.misses += len(loads)
-
-    def _end_wave(self, wave: _Wave) -> None:
-        """Unpin, once, whoever notices first that the wave is over."""
-        experts, wave.experts = wave.experts, []
-        self._order.tick()
-        self._table.unpin(experts)
 
     # ----------------------------------------------------------------------------------------- rest
 

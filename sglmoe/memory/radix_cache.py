@@ -14,27 +14,37 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglmoe.memory.eviction import Evictable, EvictionOrder, Tenant
+from sglmoe.memory.eviction import Clock, LeafOrder
 from sglmoe.memory.kv_pages import Pages, no_pages
 
 TOKEN_BYTES = 4  # int32
 
 
-class RadixNode(Evictable):
+class RadixNode:
     """A run of whole pages. A root has no parent and no pages."""
 
-    __slots__ = ("children", "key", "locks", "namespace", "pages", "parent")
-
-    tenant = Tenant.KV
+    __slots__ = (
+        "children",
+        "key",
+        "last_use",
+        "locks",
+        "namespace",
+        "num_uses",
+        "pages",
+        "parent",
+        "queued",
+    )
 
     def __init__(self, parent: "RadixNode | None", namespace: str, key: bytearray, pages: Pages):
-        super().__init__()
         self.parent = parent
         self.namespace = namespace
         self.key = key
         self.pages = pages
         self.children: dict[bytes, RadixNode] = {}  # by the bytes of their first page
         self.locks = 0  # requests that use this node or one below it
+        self.last_use = 0  # the clock's time when it was last unlocked
+        self.num_uses = 0  # by requests that found it here
+        self.queued = False  # whether it is in the `LeafOrder`
 
     @property
     def is_evictable(self) -> bool:
@@ -59,12 +69,13 @@ class Inserted(NamedTuple):
 
 
 class RadixCache:
-    """The tree. Enters its unlocked leaves into `order`; whoever pops one calls `evict`."""
+    """The tree. Enters its unlocked leaves into `order`; whoever finds one there calls `evict`."""
 
-    def __init__(self, *, page_tokens: int, order: EvictionOrder):
+    def __init__(self, *, page_tokens: int, order: LeafOrder[RadixNode], clock: Clock):
         self._page_bytes = page_tokens * TOKEN_BYTES
         self._page_tokens = page_tokens
         self._order = order
+        self._clock = clock
         self._roots: dict[str, RadixNode] = {}
         self.cached_pages = 0  # of unlocked nodes
         self.locked_pages = 0
@@ -84,6 +95,10 @@ class RadixCache:
             node = RadixNode(None, namespace, bytearray(), no_pages())
             self._roots[namespace] = node
         node = self._split(node, match.node_pages)
+        path: RadixNode | None = node
+        while path is not None:
+            path.num_uses += 1
+            path = path.parent
         return node, self._lock_path(node, above=None)
 
     def unlock(self, node: RadixNode) -> Pages:
@@ -93,7 +108,7 @@ class RadixCache:
         path: RadixNode | None = node
         while path is not None:
             path.locks -= 1
-            self._order.touch(path)
+            path.last_use = self._clock.now
             if not path.locks:
                 unlocked += path.pages
             root, path = path, path.parent
@@ -132,7 +147,6 @@ class RadixCache:
         if num_kept:
             del leaf.pages[num_kept:]
             del leaf.key[num_kept * self._page_bytes :]
-            self._order.add(leaf)
         else:
             parent = leaf.parent
             del parent.children[self._first_page(leaf.key)]
@@ -166,8 +180,7 @@ class RadixCache:
         cached = sum(len(node.pages) for node in self.nodes() if not node.locks)
         if (locked, cached) != (self.locked_pages, self.cached_pages):
             found.append(f"locked and cached pages are counted wrong, they are {locked}, {cached}")
-        evictable: set[Evictable] = {node for node in self.nodes() if node.is_evictable}
-        return found + self._order.violations(Tenant.KV, evictable)
+        return found + self._order.violations({node for node in self.nodes() if node.is_evictable})
 
     def _node_violations(self, node: RadixNode) -> Iterator[str]:
         if len(node.key) != len(node.pages) * self._page_bytes:
@@ -217,6 +230,7 @@ class RadixCache:
         cut = num_pages * self._page_bytes
         upper = RadixNode(node.parent, node.namespace, node.key[:cut], node.pages[:num_pages])
         upper.locks = node.locks
+        upper.num_uses = node.num_uses
         node.parent.children[self._first_page(upper.key)] = upper
         del node.key[:cut]
         del node.pages[:num_pages]

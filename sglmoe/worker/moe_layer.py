@@ -7,7 +7,7 @@ sglang's; only the method that creates and applies expert weights is replaced, t
 One of the files that know sglang.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -16,9 +16,10 @@ import torch
 from torch.nn import functional as F
 
 from sglmoe.memory.arena import Geometry
+from sglmoe.memory.experts import ExpertIds
 from sglmoe.memory.store import ExpertStore
 
-Waves = Callable[[int, Sequence[int]], Iterator[Sequence[int]]]
+Waves = Callable[[int, ExpertIds], Iterator[ExpertIds]]
 
 
 class ExpertShape(msgspec.Struct, frozen=True):
@@ -167,8 +168,8 @@ class PagedExperts:
         bounds = expert_bounds(ids)
         frame_of = self._frame_table[layer]
         outputs: dict[int, torch.Tensor] = {}
-        for wave in self._waves(layer, list(bounds)):
-            for expert in wave:
+        for wave in self._waves(layer, np.fromiter(bounds, np.intp, len(bounds))):
+            for expert in wave.tolist():
                 start, stop = bounds[expert]
                 frame = int(frame_of[expert])
                 inner = activation(F.linear(sorted_hidden[start:stop], self._w13[frame]))

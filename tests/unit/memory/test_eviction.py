@@ -1,91 +1,90 @@
-"""Who goes first."""
+"""Which leaf goes first."""
 
-from sglmoe.memory.eviction import Evictable, EvictionOrder, Tenant
+import pytest
 
-
-class Thing(Evictable):
-    """Evictable at will."""
-
-    __slots__ = ("evictable",)
-
-    def __init__(self, order: EvictionOrder, *, add: bool = True):
-        super().__init__()
-        self.evictable = True
-        order.touch(self)
-        order.tick()
-        if add:
-            order.add(self)
-
-    @property
-    def is_evictable(self) -> bool:
-        return self.evictable
+from sglmoe.memory.eviction import Clock, LeafOrder, MemoryPolicy
 
 
-class OfExperts(Thing):
-    tenant = Tenant.EXPERT
+class Thing:
+    """A leaf, evictable at will, last used when it was made."""
+
+    def __init__(self, clock: Clock):
+        clock.tick()
+        self.last_use = clock.now
+        self.num_uses = 0
+        self.queued = False
+        self.is_evictable = True
+
+    def use(self, clock: Clock) -> None:
+        clock.tick()
+        self.last_use = clock.now
+        self.num_uses += 1
 
 
-class OfKv(Thing):
-    tenant = Tenant.KV
+Order = LeafOrder[Thing]
 
 
-def test_least_recently_used_of_both_tenants_goes_first() -> None:
-    order = EvictionOrder()
-    first, second, third = OfExperts(order), OfKv(order), OfExperts(order)
-    order.touch(first)
-    assert order.pop(Tenant.EXPERT, Tenant.KV) is second
-    assert order.pop(Tenant.EXPERT, Tenant.KV) is third
-    assert order.pop(Tenant.EXPERT, Tenant.KV) is first
-    assert order.pop(Tenant.EXPERT, Tenant.KV) is None
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
-def test_one_tenant_can_be_spared() -> None:
-    order = EvictionOrder()
-    expert, leaf = OfExperts(order), OfKv(order)
-    assert order.pop(Tenant.KV) is leaf
-    assert order.pop(Tenant.KV) is None
-    assert order.pop(Tenant.EXPERT) is expert
+def three_leaves(clock: Clock, policy: MemoryPolicy) -> tuple[Order, list[Thing]]:
+    order: Order = LeafOrder(policy)
+    leaves = [Thing(clock) for _ in range(3)]
+    for leaf in leaves:
+        order.add(leaf)
+    return order, leaves
 
 
-def test_equal_last_use_goes_in_the_order_of_entry() -> None:
-    order = EvictionOrder()
-    expert, leaf = OfExperts(order), OfKv(order)
-    order.touch(leaf)
-    order.touch(expert)
-    # Their keys are outdated: the expert's entry is renewed first, as that heap is looked at first.
-    assert order.pop(Tenant.EXPERT, Tenant.KV) is expert
-    assert order.pop(Tenant.EXPERT, Tenant.KV) is leaf
+def evict(order: Order) -> Thing | None:
+    leaf = order.first()
+    if leaf is not None:
+        leaf.is_evictable = False
+    return leaf
 
 
-def test_what_is_not_evictable_is_dropped_until_it_is_added_again() -> None:
-    order = EvictionOrder()
-    expert = OfExperts(order)
-    expert.evictable = False
-    assert order.pop(Tenant.EXPERT) is None
-    expert.evictable = True
-    assert order.violations(Tenant.EXPERT, {expert}) == [
-        "1 evictable of expert are not in the eviction order"
-    ]
-    order.add(expert)
-    assert order.violations(Tenant.EXPERT, {expert}) == []
-    assert order.pop(Tenant.EXPERT) is expert
+def test_least_recently_used_goes_first(clock: Clock) -> None:
+    order, (first, second, third) = three_leaves(clock, MemoryPolicy.LRU)
+    first.use(clock)
+    assert [evict(order) for _ in range(4)] == [second, third, first, None]
 
 
-def test_adding_twice_makes_one_entry_and_adding_what_may_not_go_none() -> None:
-    order = EvictionOrder()
-    expert = OfExperts(order)
-    order.add(expert)
-    pinned = OfExperts(order, add=False)
-    pinned.evictable = False
-    order.add(pinned)
-    assert order.pop(Tenant.EXPERT) is expert
-    assert order.pop(Tenant.EXPERT) is None
+def test_least_often_used_goes_first_and_of_equals_the_one_added_first(clock: Clock) -> None:
+    order, (first, second, third) = three_leaves(clock, MemoryPolicy.LFU)
+    first.use(clock)
+    first.use(clock)
+    second.use(clock)
+    assert [evict(order) for _ in range(4)] == [third, second, first, None]
+    order, leaves = three_leaves(clock, MemoryPolicy.LFU)
+    assert [evict(order) for _ in range(3)] == leaves
 
 
-def test_popped_and_added_again_it_keeps_its_turn() -> None:
-    # The manager evicts the end of a leaf and adds the rest again.
-    order = EvictionOrder()
-    oldest, _ = OfKv(order), OfKv(order)
-    assert order.pop(Tenant.KV) is oldest
-    order.add(oldest)
-    assert order.pop(Tenant.KV) is oldest
+def test_first_stays_first_until_it_is_gone(clock: Clock) -> None:
+    # The manager evicts the end of a leaf; the rest is still there.
+    order, (first, second, _) = three_leaves(clock, MemoryPolicy.LRU)
+    assert order.first() is first
+    assert order.first() is first
+    first.is_evictable = False
+    assert order.first() is second
+
+
+def test_what_is_not_evictable_is_dropped_until_it_is_added_again(clock: Clock) -> None:
+    order, (first, second, _) = three_leaves(clock, MemoryPolicy.LRU)
+    first.is_evictable = False
+    assert order.first() is second
+    first.is_evictable = True
+    assert order.violations({first}) == ["1 evictable leaves are not in the eviction order"]
+    order.add(first)
+    assert order.violations({first}) == []
+    assert order.first() is first
+
+
+def test_adding_twice_makes_one_entry_and_adding_what_may_not_go_none(clock: Clock) -> None:
+    order: Order = LeafOrder(MemoryPolicy.LRU)
+    locked, leaf = Thing(clock), Thing(clock)
+    locked.is_evictable = False
+    for thing in (locked, leaf, leaf):
+        order.add(thing)
+    assert order.violations({leaf}) == []
+    assert [evict(order), evict(order)] == [leaf, None]

@@ -4,13 +4,7 @@ import numpy as np
 import pytest
 
 from sglmoe.memory.arena import Frames
-from sglmoe.memory.eviction import EvictionOrder, Tenant
-from sglmoe.memory.experts import ExpertTable
-
-
-@pytest.fixture
-def order() -> EvictionOrder:
-    return EvictionOrder()
+from sglmoe.memory.experts import ExpertTable, Load
 
 
 @pytest.fixture
@@ -19,36 +13,36 @@ def frames() -> Frames:
 
 
 @pytest.fixture
-def table(frames: Frames, order: EvictionOrder) -> ExpertTable:
-    return ExpertTable(2, 4, frames=frames, order=order)
+def table(frames: Frames) -> ExpertTable:
+    return ExpertTable(2, 4, frames=frames)
 
 
 def place(table: ExpertTable, frames: Frames, layer: int, expert: int) -> None:
-    table.place(table.layer(layer)[expert], frames.take_for_expert(layer, expert))
+    table.place(Load(frames.take_for_expert(layer, expert), layer, expert))
 
 
-def test_placed_is_pinned_until_it_is_unpinned(
-    table: ExpertTable, frames: Frames, order: EvictionOrder
-) -> None:
+def test_pinned_is_not_evictable_until_it_is_unpinned(table: ExpertTable, frames: Frames) -> None:
     place(table, frames, 1, 2)
-    assert table.frame_table.tolist() == [[-1, -1, -1, -1], [-1, -1, 0, -1]]
+    place(table, frames, 0, 2)
+    assert table.frame_table.tolist() == [[-1, -1, 1, -1], [-1, -1, 0, -1]]
     assert table.frame_table.dtype == np.int32
-    assert table.num_pinned == 1
-    assert order.pop(Tenant.EXPERT) is None
-    table.unpin([table.layer(1)[2]])
+    table.pin(1, np.array([2]))
+    assert np.argwhere(table.evictable()).tolist() == [[0, 2]]
+    assert [table.is_evictable(layer, 2) for layer in (0, 1)] == [True, False]
+    assert not table.is_evictable(0, 0)  # absent
+    table.unpin()
+    assert np.argwhere(table.evictable()).tolist() == [[0, 2], [1, 2]]
     assert table.violations() == []
-    assert order.pop(Tenant.EXPERT) is table.layer(1)[2]
 
 
 def test_evicted_gives_its_frame_back_and_the_table_stays_in_place(
-    table: ExpertTable, frames: Frames, order: EvictionOrder
+    table: ExpertTable, frames: Frames
 ) -> None:
     address = table.frame_table.ctypes.data
     place(table, frames, 0, 3)
-    expert = table.layer(0)[3]
-    table.unpin([expert])
-    assert order.pop(Tenant.EXPERT) is expert
-    table.evict(expert)
+    assert table.num_resident == [1, 0]
+    table.evict(0, 3)
+    assert table.num_resident == [0, 0]
     assert frames.num_free == 3
     assert table.frame_table[0, 3] == -1
     assert table.frame_table.ctypes.data == address
@@ -57,10 +51,16 @@ def test_evicted_gives_its_frame_back_and_the_table_stays_in_place(
 
 def test_a_pinned_expert_can_not_be_evicted(table: ExpertTable, frames: Frames) -> None:
     place(table, frames, 0, 0)
+    table.pin(0, np.array([0]))
     with pytest.raises(AssertionError, match="layer 0 expert 0 can't be evicted"):
-        table.evict(table.layer(0)[0])
+        table.evict(0, 0)
 
 
 def test_violations_notice_a_frame_with_another_owner(table: ExpertTable, frames: Frames) -> None:
-    table.place(table.layer(0)[0], frames.take_for_expert(0, 1))
+    table.place(Load(frames.take_for_expert(0, 1), 0, 0))
     assert table.violations() == ["resident experts and owners of frames are not one to one"]
+
+
+def test_violations_notice_a_pin_on_what_is_not_there(table: ExpertTable) -> None:
+    table.pin(1, np.array([3]))
+    assert table.violations() == ["an absent expert is pinned"]

@@ -322,8 +322,8 @@ def test_a_layer_that_does_not_fit_takes_waves() -> None:
     # Residents first, with as many as there are frames for; the rest replaces what has run.
     assert memory.run(0, 0, 1, 2, 3) == [[3, 0, 1], [2]]
     assert memory.loads[1:] == [[(0, 0), (0, 1)], [(0, 2)]]
-    # 3, 0 and 1 were used at the same time; 3 entered the order first.
-    assert memory.residents() == [(0, 0), (0, 1), (0, 2)]
+    # 3, 0 and 1 were used at the same time; of equals the lowest number goes.
+    assert memory.residents() == [(0, 1), (0, 2), (0, 3)]
     snapshot = memory.snapshot(0)
     assert (snapshot.num_waves, snapshot.num_split_layers) == (3, 1)
 

@@ -23,7 +23,8 @@ from hypothesis.stateful import (
 )
 
 from sglmoe.memory.arena import Geometry
-from sglmoe.memory.experts import Load
+from sglmoe.memory.eviction import MemoryPolicy
+from sglmoe.memory.experts import ExpertIds, Load
 from sglmoe.memory.manager import MemoryManager
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
@@ -67,12 +68,23 @@ class MemoryMachine(RuleBasedStateMachine):
         super().__init__()
         self.requests: dict[str, Request] = {}
         self.num_admitted = 0
-        self.wave: Generator[Sequence[int], None, None] | None = None
+        self.wave: Generator[ExpertIds, None, None] | None = None
         self.fail_loads = False
 
-    @initialize(num_frames=st.integers(2, 12), floor_frames=st.integers(1, 3))
-    def build(self, num_frames: int, floor_frames: int) -> None:
+    @initialize(
+        num_frames=st.integers(2, 12),
+        floor_frames=st.integers(1, 3),
+        policy=st.sampled_from(MemoryPolicy),
+        layer_frames=st.integers(1, 3),
+    )
+    def build(
+        self, num_frames: int, floor_frames: int, policy: MemoryPolicy, layer_frames: int
+    ) -> None:
+        if policy is MemoryPolicy.STATIC:
+            num_frames = max(num_frames, NUM_LAYERS * layer_frames + 1)
+            floor_frames = NUM_LAYERS * layer_frames
         floor_frames = min(floor_frames, num_frames - 1)
+        self.static_frames = layer_frames if policy is MemoryPolicy.STATIC else None
         self.capacity_pages = (num_frames - floor_frames) * PAGES_PER_FRAME
         self.arena = np.zeros((num_frames, PAGES_PER_FRAME * PAGE_TOKENS), np.int32)
         geometry = Geometry(
@@ -90,6 +102,8 @@ class MemoryMachine(RuleBasedStateMachine):
             num_experts=NUM_EXPERTS,
             floor_frames=floor_frames,
             load_experts=self.load,
+            policy=policy,
+            layer_frames=self.static_frames or 0,
         )
 
     def load(self, loads: Sequence[Load]) -> None:
@@ -185,10 +199,13 @@ class MemoryMachine(RuleBasedStateMachine):
         residents = {expert for expert in experts if row[expert] >= 0}
         seen: list[int] = []
         for number, wave in enumerate(self.memory.waves(layer, experts)):
-            assert number or residents <= set(wave)
+            assert number or residents <= set(wave.tolist())
             self.check_wave(layer, wave)
-            seen.extend(wave)
+            seen.extend(wave.tolist())
         assert sorted(seen) == sorted(experts)
+        if self.static_frames is not None:
+            residents_by_layer = (self.memory.frame_table >= 0).sum(axis=1)
+            assert (residents_by_layer <= self.static_frames).all()
 
     @precondition(lambda self: self.num_admitted % 4 == 3)
     @rule(
@@ -220,9 +237,9 @@ class MemoryMachine(RuleBasedStateMachine):
         self.fail_loads = False
         assert (self.memory.frame_table[layer, absent] < 0).all()
 
-    def check_wave(self, layer: int, wave: Sequence[int]) -> None:
-        assert wave
-        for expert in wave:
+    def check_wave(self, layer: int, wave: ExpertIds) -> None:
+        assert len(wave)
+        for expert in wave.tolist():
             frame = self.memory.frame_table[layer, expert]
             assert frame >= 0
             assert (self.arena[frame] == expert_number(layer, expert)).all()

@@ -2,7 +2,7 @@
 
 from array import array
 
-from sglmoe.memory.eviction import EvictionOrder, Tenant
+from sglmoe.memory.eviction import Clock, LeafOrder, MemoryPolicy
 from sglmoe.memory.radix_cache import RadixCache, RadixNode
 
 
@@ -14,8 +14,9 @@ class Tree:
     """A tree with its order of eviction; every step is checked against the laws."""
 
     def __init__(self) -> None:
-        self.order = EvictionOrder()
-        self.cache = RadixCache(page_tokens=2, order=self.order)
+        self.clock = Clock()
+        self.order: LeafOrder[RadixNode] = LeafOrder(MemoryPolicy.LRU)
+        self.cache = RadixCache(page_tokens=2, order=self.order, clock=self.clock)
         self.locks: list[RadixNode] = []
 
     def admit(self, text: str, namespace: str = "") -> tuple[RadixNode, list[int]]:
@@ -33,7 +34,7 @@ class Tree:
         return inserted.node, inserted.known_pages.tolist()
 
     def unlock(self, node: RadixNode) -> list[int]:
-        self.order.tick()
+        self.clock.tick()
         unlocked = self.cache.unlock(node)
         self.locks.remove(node)
         self.check()
@@ -49,8 +50,8 @@ class Tree:
         return self.cache.match(tokens(text), namespace).pages.tolist()
 
     def evict(self, num_pages: int) -> list[int]:
-        leaf = self.order.pop(Tenant.KV)
-        assert isinstance(leaf, RadixNode)
+        leaf = self.order.first()
+        assert leaf is not None
         pages = self.cache.evict(leaf, num_pages)
         self.check()
         return pages.tolist()
@@ -141,7 +142,7 @@ def test_a_leaf_goes_from_its_end_and_then_its_parent() -> None:
     assert tree.evict(5) == [1]
     assert tree.evict(2) == [3, 4]
     assert tree.evict(1) == [0]
-    assert tree.order.pop(Tenant.KV) is None
+    assert tree.order.first() is None
 
 
 def test_a_used_prefix_outlives_others() -> None:
@@ -169,7 +170,7 @@ def test_locked_leaves_are_not_offered() -> None:
     tree = Tree()
     tree.cached("ab", 0)
     node, _ = tree.admit("ab")
-    assert tree.order.pop(Tenant.KV) is None
+    assert tree.order.first() is None
     tree.unlock(node)
     assert tree.evict(1) == [0]
 
