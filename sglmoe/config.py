@@ -3,9 +3,14 @@
 Pure: knows neither torch nor sglang, reads no file and no environment variable.
 """
 
+import re
+from enum import Enum
+
 import msgspec
 
 from sglmoe.units import parse_bytes, show_bytes
+
+_SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 
 # Arbitrary. The rest is for activations, graphs and workspaces on a GPU ...
 GPU_BUDGET_RATIO = 0.85
@@ -13,6 +18,15 @@ GPU_BUDGET_RATIO = 0.85
 CPU_BUDGET_RATIO = 0.5
 # Arbitrary. Of the memory beside a GPU, for experts that are not on it.
 HOST_RATIO = 0.7
+
+
+class MemoryPolicy(Enum):
+    """`--memory-policy`: who gives way when memory is full. All but the first are there to be compared with."""
+
+    COST_AWARE = "cost-aware"  # what saves the fewest seconds per byte
+    LRU = "lru"  # what was used longest ago
+    LFU = "lfu"  # what was used least often since the start
+    STATIC = "static"  # LRU within a fixed share for experts, the same for each layer, and the rest for KV
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -29,6 +43,7 @@ class Options(msgspec.Struct, frozen=True):
 
     memory_budget: str | None = None
     host_memory: str | None = None
+    memory_policy: str | None = None
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -37,6 +52,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     memory_budget_bytes: int  # device memory for dense weights and the arena
     host_memory_bytes: int  # host memory for experts; 0 on a CPU, where the page cache is that tier
     page_tokens: int | None = None  # tokens in a KV page; None leaves it to the arena's geometry
+    memory_policy: MemoryPolicy = MemoryPolicy.COST_AWARE
+    expert_ratio: float = 0.0  # the share of the arena that MemoryPolicy.STATIC gives to experts
 
 
 def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) -> EngineConfig:
@@ -44,11 +61,32 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
 
     Raises ValueError, naming the flag and the numbers.
     """
+    memory_policy, expert_ratio = parse_memory_policy(options.memory_policy)
     return EngineConfig(
         memory_budget_bytes=_budget_bytes(options.memory_budget, machine),
         host_memory_bytes=_host_bytes(options.host_memory, machine),
         page_tokens=page_tokens,
+        memory_policy=memory_policy,
+        expert_ratio=expert_ratio,
     )
+
+
+def parse_memory_policy(text: str | None) -> tuple[MemoryPolicy, float]:
+    """Read ``"lru"`` or ``"static=60%"``: the policy, and the experts' share if it is static. Raises ValueError."""
+    if text is None:
+        return MemoryPolicy.COST_AWARE, 0.0
+    name, _, share = text.partition("=")
+    known = {policy.value: policy for policy in MemoryPolicy}
+    policy = known.get(name)
+    if policy is None or (policy is MemoryPolicy.STATIC) != bool(share):
+        choices = ", ".join([*(name for name in known if name != "static"), "static=60%"])
+        raise ValueError(f"--memory-policy: {text!r} is none of {choices}")
+    if not share:
+        return policy, 0.0
+    match = _SHARE.fullmatch(share)
+    if not match or not 0 < float(match[1]) < 100:
+        raise ValueError(f"--memory-policy: {share!r} is not a share such as 60%")
+    return policy, float(match[1]) / 100
 
 
 def _budget_bytes(text: str | None, machine: Machine) -> int:

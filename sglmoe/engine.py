@@ -20,18 +20,23 @@ from sglmoe.preparation import detokenizer_entry, prepare, scheduler_entry  # no
 class Engine(SglangEngine):
     """As `sglang.Engine`, which documents the methods, under one memory budget.
 
-    `memory_budget` and `host_memory` are sizes as the server's flags take them, such as ``"2GiB"`` or ``"80%"``. All
-    else is sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for what can't be served.
+    `memory_budget`, `host_memory` and `memory_policy` are what the server's flags take, such as ``"2GiB"``. All else is
+    sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for what can't be served.
     """
 
     run_detokenizer_process_func = detokenizer_entry()
 
     def __init__(
-        self, *, memory_budget: str | None = None, host_memory: str | None = None, **flags: Any
+        self,
+        *,
+        memory_budget: str | None = None,
+        host_memory: str | None = None,
+        memory_policy: str | None = None,
+        **flags: Any,
     ):
         load_plugins()
         server_args = flags.pop("server_args", None) or self._read_server_args(flags)
-        config = prepare(server_args, Options(memory_budget=memory_budget, host_memory=host_memory))
+        config = prepare(server_args, Options(memory_budget, host_memory, memory_policy))
         self.run_scheduler_process_func = scheduler_entry(config)
         start_up.keep_start_method()
         super().__init__(server_args=server_args)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from sglmoe.config import EngineConfig, Options
+from sglmoe.config import EngineConfig, Options, parse_memory_policy
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.start_up import forget_children, keep_start_method, start_importing
 from sglmoe.units import parse_bytes
@@ -99,6 +99,13 @@ def our_parser() -> Parser:
         metavar="SIZE",
         help="Host memory for experts that are not on the GPU, likewise. Default: 70%%. Not on a CPU.",
     )
+    group.add_argument(
+        "--memory-policy",
+        metavar="POLICY",
+        help="Who gives way when memory is full: cost-aware (default) compares experts and cached prefixes by the seconds "
+        "that a byte of each saves; lru, lfu and static=SHARE (experts get that share of what the dense weights leave, "
+        "and no more) are there to compare with.",
+    )
     return parser
 
 
@@ -113,7 +120,12 @@ def read_options(argv: list[str]) -> Options:
             parse_bytes(text or "100%", whole_bytes=1)
         except ValueError as error:
             raise ValueError(f"{flag}: {error}") from None
-    return Options(memory_budget=given.memory_budget, host_memory=given.host_memory)
+    parse_memory_policy(given.memory_policy)
+    return Options(
+        memory_budget=given.memory_budget,
+        host_memory=given.host_memory,
+        memory_policy=given.memory_policy,
+    )
 
 
 def read_server_args(argv: list[str]) -> Any:

@@ -3,17 +3,10 @@
 Experts have their own order, `expert_heat`; here is the one of radix leaves. Neither evicts.
 """
 
-from enum import Enum
 from heapq import heappop, heappush
 from typing import Generic, Protocol, TypeVar
 
-
-class MemoryPolicy(Enum):
-    """`--memory-policy`: who gives way when memory is full."""
-
-    LRU = "lru"  # what was used longest ago
-    LFU = "lfu"  # what was used least often since the start
-    STATIC = "static"  # a fixed share for experts, the same for each layer; LRU within the shares
+from sglmoe.config import MemoryPolicy
 
 
 class Clock:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sglmoe.memory.eviction import Clock, MemoryPolicy
+from sglmoe.config import MemoryPolicy
+from sglmoe.memory.eviction import Clock
 from sglmoe.memory.experts import ExpertIds, ExpertTable
 
 # Victims are picked so many at once: finding one takes as long as finding all of these.

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Frames, Geometry
-from sglmoe.memory.eviction import Clock, LeafOrder, MemoryPolicy
+from sglmoe.memory.eviction import Clock, LeafOrder
 from sglmoe.memory.expert_heat import Candidate, ExpertHeat
 from sglmoe.memory.expert_pager import ExpertPager, LoadExperts
 from sglmoe.memory.experts import ExpertIds, ExpertTable
@@ -59,8 +60,8 @@ class MemoryManager:
 
     `floor_frames` frames stay available to experts: at least 1 for a model that has any; ValueError
     if the arena has no frame more than that. `load_experts` returns when the experts' bytes are in
-    their frames. Tokens are passed as little-endian int32 bytes. With MemoryPolicy.STATIC every layer
-    has `layer_frames` frames for its experts, and KV the rest.
+    their frames. Tokens are passed as little-endian int32 bytes. With MemoryPolicy.STATIC experts have
+    `expert_ratio` of the frames, each layer as many, and KV the rest.
     """
 
     def __init__(
@@ -72,14 +73,17 @@ class MemoryManager:
         floor_frames: int,
         load_experts: LoadExperts,
         policy: MemoryPolicy = MemoryPolicy.LRU,
-        layer_frames: int = 0,
+        expert_ratio: float = 0.0,
     ):
         assert floor_frames >= (1 if num_experts else 0)
-        floor_frames = max(floor_frames, num_layers * layer_frames)
+        self._layer_frames = 0
+        if policy is MemoryPolicy.STATIC and num_experts:
+            share = int(geometry.num_frames * expert_ratio) // num_layers
+            self._layer_frames = min(max(share, floor_frames), num_experts)
+            floor_frames = num_layers * self._layer_frames
         _check_floor(geometry, floor_frames)
         self._geometry = geometry
         self._policy = policy
-        self._layer_frames = layer_frames
         self._max_kv_frames = geometry.num_frames - floor_frames
         self._clock = Clock()
         self._leaves: LeafOrder[RadixNode] = LeafOrder(policy)

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
+from sglmoe.config import EngineConfig
 from sglmoe.memory.arena import Geometry, plan_geometry
 from sglmoe.memory.experts import Load
 from sglmoe.memory.manager import MemoryManager
@@ -90,9 +91,7 @@ def load_model(
     *,
     gpu_id: int,
     nccl_port: int,
-    budget_bytes: int,
-    page_tokens: int | None,
-    host_bytes: int,
+    config: EngineConfig,
     on_progress: Callable[[str, int, int], None],
 ) -> Loaded:
     """Load the dense weights, remember where the experts are, and give the rest of the budget to one arena.
@@ -111,22 +110,16 @@ def load_model(
     runner.alloc_memory_pool()
     kv = KvLayout.of(runner.token_to_kv_pool)
     geometry = plan_geometry(
-        arena_bytes=arena_bytes_within(budget_bytes, dense_bytes),
+        arena_bytes=arena_bytes_within(config.memory_budget_bytes, dense_bytes),
         expert_bytes=experts.shape.expert_bytes if experts.shape else 0,
         token_bytes=kv.token_bytes,
         token_rows=kv.token_rows,
-        page_tokens=page_tokens,
+        page_tokens=config.page_tokens,
     )
     arena = torch.empty(geometry.arena_bytes, dtype=torch.uint8, device=runner.device)
     # One token's experts: below that a decode step of a single request would need several waves.
     floor = runner.model_config.hf_text_config.num_experts_per_tok if experts.shape else 0
-    memory = MemoryManager(
-        geometry,
-        num_layers=len(experts.layer_ids),
-        num_experts=experts.shape.num_experts if experts.shape else 0,
-        floor_frames=floor,
-        load_experts=expert_loader(arena, geometry, experts.store, host_bytes=host_bytes),
-    )
+    memory = manage(arena, geometry, experts, floor_frames=floor, config=config)
     kv.move_to(arena, geometry.page_tokens)
     if experts.shape:
         experts.attach(arena, geometry, frame_table=memory.frame_table, waves=memory.waves)
@@ -224,6 +217,28 @@ class KvLayout(msgspec.Struct, frozen=True):
             self.pool.kv_buffer = views
         else:
             self.pool.k_buffer, self.pool.v_buffer = views[0::2], views[1::2]
+
+
+def manage(
+    arena: torch.Tensor,
+    geometry: Geometry,
+    experts: PagedExperts,
+    *,
+    floor_frames: int,
+    config: EngineConfig,
+) -> MemoryManager:
+    """The owner of the arena."""
+    return MemoryManager(
+        geometry,
+        num_layers=len(experts.layer_ids),
+        num_experts=experts.shape.num_experts if experts.shape else 0,
+        floor_frames=floor_frames,
+        load_experts=expert_loader(
+            arena, geometry, experts.store, host_bytes=config.host_memory_bytes
+        ),
+        policy=config.memory_policy,
+        expert_ratio=config.expert_ratio,
+    )
 
 
 def expert_loader(

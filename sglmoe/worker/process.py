@@ -57,9 +57,7 @@ def run_worker(
             server_args,
             gpu_id=gpu_id,
             nccl_port=nccl_port,
-            budget_bytes=config.memory_budget_bytes,
-            page_tokens=config.page_tokens,
-            host_bytes=config.host_memory_bytes,
+            config=config,
             on_progress=lambda *stage: sender.send(WorkerProgress(*stage)),
         )
         model = ModelRunner(loaded, server_args)

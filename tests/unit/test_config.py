@@ -2,7 +2,14 @@
 
 import pytest
 
-from sglmoe.config import EngineConfig, Machine, Options, plan_config
+from sglmoe.config import (
+    EngineConfig,
+    Machine,
+    MemoryPolicy,
+    Options,
+    parse_memory_policy,
+    plan_config,
+)
 
 CPU = Machine(device_bytes=1000, free_device_bytes=1000, host_bytes=1000, has_gpu=False)
 GPU = Machine(device_bytes=1000, free_device_bytes=800, host_bytes=5000, has_gpu=True)
@@ -39,3 +46,21 @@ def test_what_the_machine_has_not_got_is_refused_by_flag(options: Options, messa
 def test_a_cpu_has_no_host_memory_beside_its_own() -> None:
     with pytest.raises(ValueError, match="use --memory-budget"):
         plan_config(Options(host_memory="1k"), CPU, page_tokens=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, (MemoryPolicy.COST_AWARE, 0)),
+        ("lru", (MemoryPolicy.LRU, 0)),
+        ("static=62.5%", (MemoryPolicy.STATIC, 0.625)),
+    ],
+)
+def test_memory_policy(text: str | None, expected: tuple[MemoryPolicy, float]) -> None:
+    assert parse_memory_policy(text) == expected
+
+
+@pytest.mark.parametrize("text", ["mru", "static", "static=", "static=100%", "static=x", "lru=5%"])
+def test_a_policy_that_there_is_not_is_refused_with_those_that_there_are(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--memory-policy: '.*' is n"):
+        parse_memory_policy(text)

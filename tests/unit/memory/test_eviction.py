@@ -2,7 +2,8 @@
 
 import pytest
 
-from sglmoe.memory.eviction import Clock, LeafOrder, MemoryPolicy
+from sglmoe.config import MemoryPolicy
+from sglmoe.memory.eviction import Clock, LeafOrder
 
 
 class Thing:

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Frames
-from sglmoe.memory.eviction import Clock, MemoryPolicy
+from sglmoe.memory.eviction import Clock
 from sglmoe.memory.expert_heat import NUM_CANDIDATES, ExpertHeat
 from sglmoe.memory.experts import ExpertTable, Load
 

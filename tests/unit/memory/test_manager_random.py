@@ -22,8 +22,8 @@ from hypothesis.stateful import (
     rule,
 )
 
+from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
-from sglmoe.memory.eviction import MemoryPolicy
 from sglmoe.memory.experts import ExpertIds, Load
 from sglmoe.memory.manager import MemoryManager
 
@@ -82,10 +82,11 @@ class MemoryMachine(RuleBasedStateMachine):
     ) -> None:
         if policy is MemoryPolicy.STATIC:
             num_frames = max(num_frames, NUM_LAYERS * layer_frames + 1)
-            floor_frames = NUM_LAYERS * layer_frames
+            floor_frames = 1
         floor_frames = min(floor_frames, num_frames - 1)
         self.static_frames = layer_frames if policy is MemoryPolicy.STATIC else None
-        self.capacity_pages = (num_frames - floor_frames) * PAGES_PER_FRAME
+        reserved = NUM_LAYERS * layer_frames if self.static_frames else floor_frames
+        self.capacity_pages = (num_frames - reserved) * PAGES_PER_FRAME
         self.arena = np.zeros((num_frames, PAGES_PER_FRAME * PAGE_TOKENS), np.int32)
         geometry = Geometry(
             num_frames=num_frames,
@@ -103,7 +104,7 @@ class MemoryMachine(RuleBasedStateMachine):
             floor_frames=floor_frames,
             load_experts=self.load,
             policy=policy,
-            layer_frames=self.static_frames or 0,
+            expert_ratio=(NUM_LAYERS * layer_frames + 0.5) / num_frames,
         )
 
     def load(self, loads: Sequence[Load]) -> None:

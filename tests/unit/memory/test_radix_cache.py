@@ -2,7 +2,8 @@
 
 from array import array
 
-from sglmoe.memory.eviction import Clock, LeafOrder, MemoryPolicy
+from sglmoe.config import MemoryPolicy
+from sglmoe.memory.eviction import Clock, LeafOrder
 from sglmoe.memory.radix_cache import RadixCache, RadixNode
 
 
