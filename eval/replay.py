@@ -135,6 +135,7 @@ def apply_operation(
 
 
 def run_step(memory: MemoryManager, layers: Sequence[Sequence[int]]) -> None:
+    memory.begin_step()
     for layer, experts in enumerate(layers):
         for _ in memory.waves(layer, experts):
             pass

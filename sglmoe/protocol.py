@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Struct(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -144,6 +144,7 @@ class MemorySnapshot(Struct, frozen=True):
     pages_evicted: int
     cache_hit_tokens: int
     prefill_tokens: int
+    ghost_hit_tokens: int  # that would have been found cached had they not been evicted
 
     @property
     def available_pages(self) -> int:

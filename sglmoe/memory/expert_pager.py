@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 import numpy as np
 
 from sglmoe.memory.arena import Frames
-from sglmoe.memory.expert_heat import ExpertHeat
+from sglmoe.memory.expert_order import ExpertOrder
 from sglmoe.memory.experts import ABSENT, NO_EXPERTS, ExpertIds, ExpertTable, Load
 
 LoadExperts = Callable[[Sequence[Load]], None]
@@ -23,14 +23,14 @@ class ExpertPager:
     def __init__(
         self,
         table: ExpertTable,
-        heat: ExpertHeat,
+        order: ExpertOrder,
         *,
         frames: Frames,
         make_frame: Callable[[int, int], bool],
         load_experts: LoadExperts,
     ):
         self._table = table
-        self._heat = heat
+        self._order = order
         self._frames = frames
         self._make_frame = make_frame
         self._load_experts = load_experts
@@ -44,7 +44,7 @@ class ExpertPager:
     def waves(self, layer: int, experts: ExpertIds) -> Generator[ExpertIds, None, None]:
         """See `MemoryManager.waves`."""
         self._table.unpin()
-        self._heat.use(layer, experts)
+        self._order.use(layer, experts)
         waiting = experts
         num_waves = 0
         while len(waiting):
@@ -57,6 +57,7 @@ class ExpertPager:
             finally:
                 if self._table.pinned is wave:  # else another layer has begun meanwhile
                     self._table.unpin()
+                    self._order.layer_done()
 
     def _begin_wave(self, layer: int, waiting: ExpertIds) -> tuple[ExpertIds, ExpertIds]:
         """Pin residents and load others, as many as fit: (this wave, those that must wait)."""

@@ -24,11 +24,14 @@ import numpy.typing as npt
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Frames, Geometry
 from sglmoe.memory.eviction import Clock, LeafOrder
-from sglmoe.memory.expert_heat import Candidate, ExpertHeat
+from sglmoe.memory.expert_order import Candidate, ExpertOrder
 from sglmoe.memory.expert_pager import ExpertPager, LoadExperts
+from sglmoe.memory.expert_values import values_for
 from sglmoe.memory.experts import ExpertIds, ExpertTable
 from sglmoe.memory.kv_pages import PagePool, Pages, no_pages
+from sglmoe.memory.prices import Prices
 from sglmoe.memory.radix_cache import TOKEN_BYTES, RadixCache, RadixNode, path_pages
+from sglmoe.memory.reuse_rates import ReuseRates
 from sglmoe.protocol import MemorySnapshot
 from sglmoe.units import ceil_div, show_bytes
 
@@ -53,6 +56,7 @@ class _Counters:
     pages_evicted: int = 0
     cache_hit_tokens: int = 0
     prefill_tokens: int = 0
+    ghost_hit_tokens: int = 0
 
 
 class MemoryManager:
@@ -85,8 +89,12 @@ class MemoryManager:
         self._geometry = geometry
         self._policy = policy
         self._max_kv_frames = geometry.num_frames - floor_frames
+        self.prices = Prices(geometry)
         self._clock = Clock()
-        self._leaves: LeafOrder[RadixNode] = LeafOrder(policy)
+        self._reuse = ReuseRates()
+        self._leaves: LeafOrder[RadixNode] = LeafOrder(
+            policy, reuse=self._reuse, prices=self.prices
+        )
         self._frames = Frames(geometry.num_frames)
         self._pool = PagePool(
             self._frames,
@@ -94,13 +102,19 @@ class MemoryManager:
             max_frames=self._max_kv_frames,
         )
         self._cache = RadixCache(
-            page_tokens=geometry.page_tokens, order=self._leaves, clock=self._clock
+            page_tokens=geometry.page_tokens,
+            order=self._leaves,
+            clock=self._clock,
+            reuse=self._reuse,
         )
         self._table = ExpertTable(num_layers, num_experts, frames=self._frames)
-        self._heat = ExpertHeat(self._table, policy=policy, clock=self._clock)
+        values = values_for(
+            policy, (num_layers, num_experts), clock=self._clock, prices=self.prices
+        )
+        self._experts = ExpertOrder(self._table, values, clock=self._clock)
         self._pager = ExpertPager(
             self._table,
-            self._heat,
+            self._experts,
             frames=self._frames,
             make_frame=self._make_frame,
             load_experts=load_experts,
@@ -132,7 +146,11 @@ class MemoryManager:
         limit = num_tokens - 1
         if max_cached_tokens is not None:
             limit = min(limit, max_cached_tokens)
-        match = self._cache.match(tokens[: max(0, limit) * TOKEN_BYTES], namespace)
+        tokens = tokens[: max(0, limit) * TOKEN_BYTES]
+        match = self._cache.match(tokens, namespace)
+        self._counters.ghost_hit_tokens += self._geometry.page_tokens * self._cache.recall(
+            tokens, match.num_tokens * TOKEN_BYTES, namespace
+        )
         node, newly_locked = self._cache.lock(match, namespace)
         self._pool.hold(newly_locked)
         self._requests[rid] = _Request(
@@ -214,15 +232,20 @@ class MemoryManager:
             self._evict_leaf(leaf, len(leaf.pages))
 
     def clear(self) -> None:
-        """Forget all prefixes that no running request uses, and all experts and how warm they were:
-        between two steps."""
+        """Forget all prefixes that no running request uses, and all experts and their uses: between
+        two steps."""
         self.flush_cache()
         self._table.unpin()
         for layer, expert in np.argwhere(self._table.evictable()).tolist():
             self._table.evict(layer, expert)
-        self._heat.clear()
+        self._experts.clear()
 
     # -------------------------------------------------------------------------------------- experts
+
+    def begin_step(self) -> None:
+        """The layers to come are those of another forward pass."""
+        self._reuse.begin_step()
+        self._experts.begin_step()
 
     def waves(
         self, layer: int, experts: Sequence[int] | ExpertIds
@@ -231,7 +254,7 @@ class MemoryManager:
 
         Residents come first, together with as many others as there are frames for; with enough
         frames that is the only wave. Leaving early, by `close` or by an exception, unpins too, at
-        the latest when the next layer asks. A layer that does not follow the last one begins a step.
+        the latest when the next layer asks.
         """
         return self._pager.waves(layer, np.asarray(experts, np.intp))
 
@@ -261,6 +284,7 @@ class MemoryManager:
             pages_evicted=counters.pages_evicted,
             cache_hit_tokens=counters.cache_hit_tokens,
             prefill_tokens=counters.prefill_tokens,
+            ghost_hit_tokens=counters.ghost_hit_tokens,
         )
 
     def violations(self) -> list[str]:
@@ -313,7 +337,7 @@ class MemoryManager:
         """Keep the layer within its share."""
         if self._table.num_resident[layer] + num_loading < self._layer_frames:
             return True
-        victim = self._heat.coldest_of(layer)
+        victim = self._experts.first_of(layer)
         if victim is not None:
             self._evict(victim, None)
         return victim is not None
@@ -321,11 +345,11 @@ class MemoryManager:
     def _next_victim(self, *, experts: bool, leaves: bool) -> Candidate | RadixNode | None:
         """Of those who may go, whose turn it is; experts that have a share never give way to KV."""
         experts = experts and self._policy is not MemoryPolicy.STATIC
-        expert = self._heat.coldest() if experts else None
+        expert = self._experts.first() if experts else None
         leaf = self._leaves.first() if leaves else None
         if expert is None or leaf is None:
             return leaf or expert
-        return leaf if self._leaves.key(leaf) < expert.heat else expert
+        return leaf if self._leaves.value(leaf) < expert.value else expert
 
     def _evict(self, victim: Candidate | RadixNode, num_pages: int | None) -> None:
         """Evict an expert, or `num_pages` pages of a leaf; None: as few as may empty a frame."""

@@ -11,11 +11,14 @@ locked node below it.
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 
-from sglmoe.memory.eviction import Clock, LeafOrder
+from sglmoe.memory.eviction import NOT_QUEUED, Clock, LeafOrder
+from sglmoe.memory.ghost_prefixes import GhostPrefixes
 from sglmoe.memory.kv_pages import Pages, no_pages
+from sglmoe.memory.reuse_rates import ReuseRates
 
 TOKEN_BYTES = 4  # int32
 
@@ -25,6 +28,7 @@ class RadixNode:
 
     __slots__ = (
         "children",
+        "idle_since",
         "key",
         "last_use",
         "locks",
@@ -32,7 +36,7 @@ class RadixNode:
         "num_uses",
         "pages",
         "parent",
-        "queued",
+        "queue",
     )
 
     def __init__(self, parent: "RadixNode | None", namespace: str, key: bytearray, pages: Pages):
@@ -43,8 +47,9 @@ class RadixNode:
         self.children: dict[bytes, RadixNode] = {}  # by the bytes of their first page
         self.locks = 0  # requests that use this node or one below it
         self.last_use = 0  # the clock's time when it was last unlocked
+        self.idle_since = 0  # the step in which that was
         self.num_uses = 0  # by requests that found it here
-        self.queued = False  # whether it is in the `LeafOrder`
+        self.queue = NOT_QUEUED  # where it is in the `LeafOrder`
 
     @property
     def is_evictable(self) -> bool:
@@ -69,13 +74,20 @@ class Inserted(NamedTuple):
 
 
 class RadixCache:
-    """The tree. Enters its unlocked leaves into `order`; whoever finds one there calls `evict`."""
+    """The tree. Enters its unlocked leaves into `order`; whoever finds one there calls `evict`.
 
-    def __init__(self, *, page_tokens: int, order: LeafOrder[RadixNode], clock: Clock):
+    Tells `reuse` what became idle and what was found again, evicted or not.
+    """
+
+    def __init__(
+        self, *, page_tokens: int, order: LeafOrder[RadixNode], clock: Clock, reuse: ReuseRates
+    ):
         self._page_bytes = page_tokens * TOKEN_BYTES
         self._page_tokens = page_tokens
         self._order = order
         self._clock = clock
+        self._reuse = reuse
+        self._ghosts = GhostPrefixes(page_bytes=self._page_bytes)
         self._roots: dict[str, RadixNode] = {}
         self.cached_pages = 0  # of unlocked nodes
         self.locked_pages = 0
@@ -95,11 +107,12 @@ class RadixCache:
             node = RadixNode(None, namespace, bytearray(), no_pages())
             self._roots[namespace] = node
         node = self._split(node, match.node_pages)
+        newly_locked = self._lock_path(node, above=None)
         path: RadixNode | None = node
         while path is not None:
             path.num_uses += 1
             path = path.parent
-        return node, self._lock_path(node, above=None)
+        return node, newly_locked
 
     def unlock(self, node: RadixNode) -> Pages:
         """Undo a lock; returns the pages that nobody has locked any more. The whole path counts as
@@ -111,12 +124,23 @@ class RadixCache:
             path.last_use = self._clock.now
             if not path.locks:
                 unlocked += path.pages
+                path.idle_since = self._reuse.step
+                self._reuse.idle(path.num_uses, len(path.pages))
             root, path = path, path.parent
         self.locked_pages -= len(unlocked)
         self.cached_pages += len(unlocked)
         self._order.add(node)
         self._drop_root_if_empty(root)
         return unlocked
+
+    def recall(self, tokens: bytes, num_bytes: int, namespace: str) -> int:
+        """How many pages behind the first `num_bytes` of `tokens` would match if they had not been
+        evicted. Counts them as found again, once."""
+        num_pages = 0
+        for ghost in self._ghosts.recall(crc32(namespace.encode()), tokens, num_bytes):
+            self._reuse.reuse(ghost.num_uses, ghost.idle_since, ghost.num_pages)
+            num_pages += ghost.num_pages
+        return num_pages
 
     def insert(self, node: RadixNode, tokens: bytes, pages: Pages) -> Inserted:
         """Add the pages of the tokens that follow `node`, on which the caller has a lock; the lock
@@ -142,6 +166,12 @@ class RadixCache:
         assert leaf.is_evictable, "only unlocked leaves are evicted"
         assert leaf.parent is not None
         num_kept = max(0, len(leaf.pages) - num_pages)
+        self._ghosts.remember(
+            path_checksum(leaf, num_kept * self._page_bytes),
+            leaf.key[num_kept * self._page_bytes :],
+            num_uses=leaf.num_uses,
+            idle_since=leaf.idle_since,
+        )
         pages = leaf.pages[num_kept:]
         self.cached_pages -= len(pages)
         if num_kept:
@@ -231,6 +261,7 @@ class RadixCache:
         upper = RadixNode(node.parent, node.namespace, node.key[:cut], node.pages[:num_pages])
         upper.locks = node.locks
         upper.num_uses = node.num_uses
+        upper.last_use, upper.idle_since = node.last_use, node.idle_since
         node.parent.children[self._first_page(upper.key)] = upper
         del node.key[:cut]
         del node.pages[:num_pages]
@@ -246,6 +277,7 @@ class RadixCache:
             assert path is not None
             if not path.locks:
                 newly_locked += path.pages
+                self._reuse.reuse(path.num_uses, path.idle_since, len(path.pages))
             path.locks += 1
             path = path.parent
         self.locked_pages += len(newly_locked)
@@ -272,6 +304,18 @@ class RadixCache:
         """Namespaces come from requests: an unused one must not stay for ever."""
         if root.parent is None and not root.locks and not root.children:
             del self._roots[root.namespace]
+
+
+def path_checksum(node: RadixNode, num_bytes: int) -> int:
+    """Of the namespace, all tokens above the node and the first `num_bytes` of its own."""
+    path, above = [memoryview(node.key)[:num_bytes]], node.parent
+    while above is not None:
+        path.append(memoryview(above.key))
+        above = above.parent
+    checksum = crc32(node.namespace.encode())
+    for key in reversed(path):
+        checksum = crc32(key, checksum)
+    return checksum
 
 
 def path_pages(node: RadixNode) -> Pages:

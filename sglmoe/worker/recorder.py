@@ -221,6 +221,7 @@ class RecordedMemory:
         self.probe = memory.probe
         self.token_id = memory.token_id
         self.token_ids = memory.token_ids
+        self.begin_step = memory.begin_step  # follows from FORWARD
         self.snapshot = memory.snapshot
 
     def admit(

@@ -73,6 +73,8 @@ class Memory(Protocol):
 
     def release(self, rid: str, tokens: bytes, num_computed: int) -> None: ...
 
+    def begin_step(self) -> None: ...
+
     def flush_cache(self) -> None: ...
 
     def snapshot(self, step_id: int) -> MemorySnapshot: ...
@@ -213,6 +215,7 @@ class Worker:
     ) -> tuple[tuple[RowResult, ...], tuple[RowFailure, ...]]:
         if not rows:
             return (), ()
+        self.memory.begin_step()
         results: list[RowResult] = []
         failed: list[RowFailure] = []
         for row, output in zip(rows, self._model.forward(rows), strict=True):

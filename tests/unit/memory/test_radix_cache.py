@@ -3,8 +3,21 @@
 from array import array
 
 from sglmoe.config import MemoryPolicy
+from sglmoe.memory.arena import Geometry
 from sglmoe.memory.eviction import Clock, LeafOrder
+from sglmoe.memory.prices import Prices
 from sglmoe.memory.radix_cache import RadixCache, RadixNode
+from sglmoe.memory.reuse_rates import ReuseRates
+
+GEOMETRY = Geometry(
+    num_frames=8,
+    frame_bytes=1000,
+    expert_bytes=1000,
+    page_bytes=500,
+    page_tokens=2,
+    pages_per_frame=2,
+    page_rows=16,
+)
 
 
 def tokens(text: str) -> bytes:
@@ -16,8 +29,11 @@ class Tree:
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.order: LeafOrder[RadixNode] = LeafOrder(MemoryPolicy.LRU)
-        self.cache = RadixCache(page_tokens=2, order=self.order, clock=self.clock)
+        self.reuse = ReuseRates()
+        self.order: LeafOrder[RadixNode] = LeafOrder(
+            MemoryPolicy.LRU, reuse=self.reuse, prices=Prices(GEOMETRY)
+        )
+        self.cache = RadixCache(page_tokens=2, order=self.order, clock=self.clock, reuse=self.reuse)
         self.locks: list[RadixNode] = []
 
     def admit(self, text: str, namespace: str = "") -> tuple[RadixNode, list[int]]:

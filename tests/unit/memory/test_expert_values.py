@@ -1,0 +1,80 @@
+"""What an expert is worth: 2 layers of 4 experts, 1000 bytes each, 2 ms to load one."""
+
+import numpy as np
+import pytest
+
+from sglmoe.memory.arena import Geometry
+from sglmoe.memory.expert_values import HALF_LIFE_STEPS, MAX_WEIGHT, NextUse
+from sglmoe.memory.prices import Prices
+
+GEOMETRY = Geometry(
+    num_frames=8,
+    frame_bytes=1000,
+    expert_bytes=900,
+    page_bytes=500,
+    page_tokens=4,
+    pages_per_frame=2,
+    page_rows=16,
+)
+
+
+@pytest.fixture
+def values() -> NextUse:
+    prices = Prices(GEOMETRY)
+    prices.expert_seconds = 2e-3
+    return NextUse((2, 4), prices)
+
+
+def step(values: NextUse, *layers: list[int]) -> None:
+    values.begin_step()
+    for layer, experts in enumerate(layers):
+        values.use(layer, np.array(experts))
+
+
+def test_a_byte_saves_its_share_of_a_load_over_the_steps_until_the_next_use(
+    values: NextUse,
+) -> None:
+    # Expert 0 is used in every step; by now nothing else is likely.
+    for _ in range(200):
+        step(values, [0], [0])
+    values.begin_step()
+    p = values.probability()
+    assert p[:, 0] == pytest.approx(0.985, abs=0.01)
+    assert p[:, 1:] == pytest.approx(0, abs=0.01)
+    # Layer 0 is half a step away, layer 1 a whole one; after that p says how many steps more.
+    expected = 2e-3 / 1000 / ((1 - p[:, 0]) / p[:, 0] + [0.5, 1.0])
+    assert values.now()[:, 0] == pytest.approx(expected)
+    values.use(0, np.array([0]))
+    # Now layer 1 is next, and layer 0 the whole circle away.
+    expected = 2e-3 / 1000 / ((1 - p[:, 0]) / p[:, 0] + [1.0, 0.5])
+    assert values.now()[:, 0] == pytest.approx(expected)
+
+
+def test_probability_is_the_share_of_recent_steps(values: NextUse) -> None:
+    for number in range(1000):
+        step(values, [0, 1] if number % 2 else [0], [2])
+    values.begin_step()
+    assert values.probability()[0, :2] == pytest.approx([1, 0.5], abs=0.02)
+    # A half-life later half of what is known is new.
+    for _ in range(HALF_LIFE_STEPS):
+        step(values, [3], [2])
+    values.begin_step()
+    assert values.probability()[0] == pytest.approx([0.5, 0.25, 0, 0.5], abs=0.02)
+
+
+def test_weights_are_scaled_back_before_they_overflow(values: NextUse) -> None:
+    for _ in range(3):
+        step(values, [0], [1])
+    values._weight = MAX_WEIGHT
+    for _ in range(3):
+        step(values, [0], [1])
+    values.begin_step()
+    assert values._weight < 10
+    assert values.probability()[0, 0] == pytest.approx(1, abs=0.3)
+    assert np.isfinite(values.now()).all()
+
+
+def test_before_anything_was_used_all_are_alike_but_for_where_they_are(values: NextUse) -> None:
+    now = values.now()
+    assert (now[0] == now[0, 0]).all()
+    assert now[0, 0] > now[1, 0] > 0
