@@ -1,15 +1,19 @@
 """Replay routing traces against the memory manager, under a link that is only simulated.
 
-    python -m eval.replay TRACE.npz [TRACE.npz ...] [--expert-frames 25%,50%,100%]
+    python -m eval.replay TRACE.npz [TRACE.npz ...] [--expert-frames 25%,50%,100%] [--frames 50%,75%]
 
-Two ways. *Whole*: every call that the server's memory saw, KV and experts, in the same order; on
-the same geometry it gives the server's own counters. *Experts only*: the experts of each layer of
-each step through so many frames, for comparing policies. What is replayed is the product's own code
-(`sglmoe.memory`); time is virtual: a layer takes `--layer-seconds` of compute, a load
-`--latency + bytes / --bandwidth`, and a demand load stalls the layer.
+What is replayed is the product's own code (`sglmoe.memory`); time is virtual: a layer takes
+`--layer-seconds` of compute, a load `--latency + bytes / --bandwidth`, and a demand load stalls the
+layer. Three ways:
 
-Bounds: "oracle" evicts what is needed furthest in the future (Belady's MIN, with the experts of a
-layer pinned together); "no cache" loads every expert anew; "no link" computes only.
+* *Whole*: every call that the server's memory saw, KV and experts, in the same order; on the same
+  arena with the same policy it gives the server's own counters.
+* *Experts only* (`--expert-frames`): the experts of each layer of each step through so many frames,
+  by policy. Bounds: "oracle" evicts what is needed furthest in the future (Belady's MIN, with the
+  experts of a layer pinned together); "no cache" loads every expert anew; "no link" computes only.
+* *KV and experts* (`--frames`, of what all experts and all KV that ran at once take): the same calls
+  in an arena of another size or under another policy, in seconds saved. What the server would have
+  computed otherwise does not follow from a trace; that it computes the same is assumed.
 """
 
 import argparse
@@ -18,22 +22,28 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from heapq import heappop, heappush
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from eval.oracle import LayerExperts, oracle_counts
+from eval.replay_memory import (
+    LoadCounter,
+    Savings,
+    compare_savings,
+    new_memory,
+    replay_whole,
+    run_step,
+    whole_frames,
+)
 from eval.servers import describe_run
-from sglmoe.memory.arena import Geometry
-from sglmoe.memory.experts import Load
-from sglmoe.memory.manager import MemoryManager
-from sglmoe.prediction.trace import Kind, Totals, Trace, load_trace
+from sglmoe.config import MemoryPolicy
+from sglmoe.prediction.trace import Trace, load_trace
 from sglmoe.units import parse_bytes
 
-LayerExperts = Sequence[Sequence[Sequence[int]]]  # step, layer -> distinct experts, ascending
+EXPERT_POLICIES = ("lru", "lfu", "cost-aware", "oracle")
 
 
 class Link(msgspec.Struct, frozen=True):
@@ -49,7 +59,7 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """A policy on a trace."""
+    """A policy on the experts of a trace."""
 
     policy: str
     frames: int
@@ -65,176 +75,36 @@ class Outcome(msgspec.Struct, frozen=True):
         return self.hits / (self.hits + self.misses)
 
 
-class LoadCounter:
-    """Stands where the copier stands in a server."""
-
-    def __init__(self) -> None:
-        self.num_groups = 0
-        self.num_experts = 0
-
-    def load(self, loads: Sequence[Load]) -> None:
-        self.num_groups += 1
-        self.num_experts += len(loads)
-
-
-# ------------------------------------------------------------------------------------------- whole
-
-
-def replay_whole(trace: Trace, *, num_frames: int | None = None) -> Totals:
-    """All of the trace, on the server's own geometry or one with another number of frames.
-
-    Raises ValueError where memory answers otherwise than it did to the server: then what the server
-    did next does not follow from the trace any more. A larger arena may answer so, a smaller one will.
-    """
-    geometry = trace.info.geometry
-    if num_frames is not None:
-        geometry = msgspec.structs.replace(geometry, num_frames=num_frames)
-    memory = new_memory(trace, geometry, LoadCounter())
-    layers = trace.experts_by_layer()
-    requests = [trace.tokens_of(i) for i in range(len(trace.info.namespaces))]
-    for index, (kind, request, amount, limit, result) in enumerate(trace.operations.tolist()):
-        tokens = b""
-        if kind in (Kind.ADMIT, Kind.COMMIT, Kind.RELEASE):
-            tokens = requests[request][:amount].tobytes()
-        got = apply_operation(trace, memory, layers, (kind, request, amount, limit), tokens)
-        if got != result and kind in (Kind.ADMIT, Kind.EXTEND, Kind.COMMIT):
-            raise ValueError(
-                f"operation {index}, {Kind(kind).name} of request {request}, gave {got} where the server "
-                f"had {result}: with {geometry.num_frames} frames the run would have gone otherwise; use "
-                f"the {trace.info.geometry.num_frames} it was recorded with, or --expert-frames"
-            )
-    snapshot = memory.snapshot(0)
-    return Totals(*(getattr(snapshot, name) for name in Totals.__struct_fields__))
-
-
-def apply_operation(
-    trace: Trace,
-    memory: MemoryManager,
-    layers: LayerExperts,
-    operation: tuple[int, int, int, int],
-    tokens: bytes,
-) -> int:
-    kind, request, amount, limit = operation
-    rid = str(request)
-    match kind:
-        case Kind.ADMIT:
-            namespace = trace.info.namespaces[request]
-            limited = None if limit < 0 else limit
-            return memory.admit(rid, tokens, namespace, max_cached_tokens=limited)
-        case Kind.EXTEND:
-            return memory.extend(rid, amount)
-        case Kind.COMMIT:
-            return memory.commit(rid, tokens, amount)
-        case Kind.RELEASE:
-            memory.release(rid, tokens, amount)
-        case Kind.FLUSH:
-            memory.flush_cache()
-        case Kind.FORWARD:
-            run_step(memory, layers[request])
-    return 0
-
-
-def run_step(memory: MemoryManager, layers: Sequence[Sequence[int]]) -> None:
-    memory.begin_step()
-    for layer, experts in enumerate(layers):
-        for _ in memory.waves(layer, experts):
-            pass
-
-
-def new_memory(trace: Trace, geometry: Geometry, counter: LoadCounter) -> MemoryManager:
-    return MemoryManager(
-        geometry,
-        num_layers=trace.info.num_layers,
-        num_experts=trace.info.num_experts,
-        floor_frames=trace.info.floor_frames,
-        load_experts=counter.load,
-    )
-
-
 # ------------------------------------------------------------------------------------ experts only
 
 
-def replay_lru(trace: Trace, num_frames: int, link: Link) -> Outcome:
-    """The product's memory manager, all of its frames for experts."""
-    frames = max(num_frames, trace.info.floor_frames + 1)
-    geometry = msgspec.structs.replace(trace.info.geometry, num_frames=frames)
-    counter = LoadCounter()
-    memory = new_memory(trace, geometry, counter)
-    layers = trace.experts_by_layer()
-    started = time.perf_counter()
-    for step in layers:
-        run_step(memory, step)
-    seconds = time.perf_counter() - started
-    snapshot = memory.snapshot(0)
-    return outcome(
-        "lru",
-        trace,
-        link,
-        frames,
-        snapshot.expert_hits,
-        snapshot.expert_misses,
-        counter.num_groups,
-        seconds,
-    )
-
-
-def replay_oracle(trace: Trace, num_frames: int, link: Link) -> Outcome:
-    """Belady's MIN: nothing can hit more often.
+def replay_experts(trace: Trace, num_frames: int, link: Link, policy: str) -> Outcome:
+    """All frames for experts. The oracle is a bound: nothing can hit more often.
 
     A layer that needs more experts than there are frames takes them in waves; the oracle then keeps
-    the best of all it saw, which may be one expert more than a server could: it stays a bound.
+    the best of all it saw, which may be one expert more than a server could.
     """
+    layers = trace.experts_by_layer()
     started = time.perf_counter()
-    hits, misses, stalls = oracle_counts(trace.experts_by_layer(), num_frames)
+    if policy == "oracle":
+        hits, misses, stalls = oracle_counts(layers, num_frames)
+    else:
+        num_frames = max(num_frames, trace.info.floor_frames + 1)
+        hits, misses, stalls = policy_counts(trace, layers, num_frames, MemoryPolicy(policy))
     seconds = time.perf_counter() - started
-    return outcome("oracle", trace, link, num_frames, hits, misses, stalls, seconds)
+    return outcome(policy, trace, link, num_frames, (hits, misses, stalls), seconds)
 
 
-def oracle_counts(layers: LayerExperts, num_frames: int) -> tuple[int, int, int]:
-    """Hits, misses, and layers with a miss."""
-    accesses = [
-        [(layer, e) for e in experts] for step in layers for layer, experts in enumerate(step)
-    ]
-    next_uses = iter(next_uses_of(accesses))
-    due: dict[tuple[int, int], int] = {}  # resident -> its next use
-    farthest: list[
-        tuple[int, tuple[int, int]]
-    ] = []  # (-next use, expert), outdated ones among them
-    hits = misses = stalls = 0
-    for experts in accesses:
-        missing = [expert for expert in experts if expert not in due]
-        hits += len(experts) - len(missing)
-        misses += len(missing)
-        stalls += bool(missing)
-        if (
-            len(experts) <= num_frames
-        ):  # all at once: those of this layer, due now, are never farthest
-            evict_farthest(due, farthest, num_frames - len(missing))
-        for expert in experts:
-            use = next(next_uses)
-            due[expert] = use
-            heappush(farthest, (-use, expert))
-        evict_farthest(due, farthest, num_frames)
-    return hits, misses, stalls
-
-
-def evict_farthest(
-    due: dict[tuple[int, int], int], farthest: list[tuple[int, tuple[int, int]]], num_kept: int
-) -> None:
-    while len(due) > num_kept:
-        _, expert = heappop(farthest)  # outdated entries are in the past, behind all others
-        del due[expert]
-
-
-def next_uses_of(accesses: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
-    """For each access in order, when the same expert is accessed next; `len(accesses)` for never."""
-    last = len(accesses)
-    upcoming: dict[tuple[int, int], int] = {}
-    uses: list[list[int]] = []
-    for now in range(last - 1, -1, -1):
-        uses.append([upcoming.get(expert, last) for expert in accesses[now]])
-        upcoming |= dict.fromkeys(accesses[now], now)
-    return list(chain.from_iterable(reversed(uses)))
+def policy_counts(
+    trace: Trace, layers: LayerExperts, num_frames: int, policy: MemoryPolicy
+) -> tuple[int, int, int]:
+    """Hits, misses, and groups of loads."""
+    counter = LoadCounter()
+    memory = new_memory(trace, num_frames, counter, policy=policy)
+    for step in layers:
+        run_step(memory, step)
+    snapshot = memory.snapshot(0)
+    return snapshot.expert_hits, snapshot.expert_misses, counter.num_groups
 
 
 def bounds(trace: Trace, link: Link) -> Iterator[Outcome]:
@@ -242,8 +112,8 @@ def bounds(trace: Trace, link: Link) -> Iterator[Outcome]:
     layers = trace.experts_by_layer()
     total = sum(len(experts) for step in layers for experts in step)
     num_layers = sum(len(step) for step in layers)
-    yield outcome("no cache", trace, link, 0, 0, total, num_layers, math.nan)
-    yield outcome("no link", trace, link, 0, total, 0, 0, math.nan)
+    yield outcome("no cache", trace, link, 0, (0, total, num_layers), math.nan)
+    yield outcome("no link", trace, link, 0, (total, 0, 0), math.nan)
 
 
 def outcome(
@@ -251,11 +121,10 @@ def outcome(
     trace: Trace,
     link: Link,
     frames: int,
-    hits: int,
-    misses: int,
-    stalls: int,
+    counts: tuple[int, int, int],
     seconds: float,
 ) -> Outcome:
+    hits, misses, stalls = counts
     expert_bytes = trace.info.geometry.expert_bytes
     num_layers = trace.num_steps * trace.info.num_layers
     stall = link.stall_seconds(stalls, misses, expert_bytes)
@@ -271,16 +140,12 @@ def outcome(
     )
 
 
-POLICIES = {"lru": replay_lru, "oracle": replay_oracle}
-
 # ------------------------------------------------------------------------------------ command line
 
 
-def frames_of(text: str, trace: Trace) -> int:
-    """ "25%" of all experts, or a number."""
-    if not text.endswith("%"):
-        return int(text)
-    return round(float(text[:-1]) / 100 * trace.info.num_layers * trace.info.num_experts)
+def frames_of(text: str, whole: int) -> int:
+    """ "25%" of the whole, or a number."""
+    return int(text) if not text.endswith("%") else round(float(text[:-1]) / 100 * whole)
 
 
 def describe(path: Path, trace: Trace) -> str:
@@ -292,9 +157,9 @@ def describe(path: Path, trace: Trace) -> str:
     )
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def expert_table(outcomes: Sequence[Outcome]) -> str:
     lines = [
-        "| policy | frames | hit ratio | stalls | MiB moved | ms a step |",
+        "| policy | expert frames | hit ratio | stalls | MiB moved | ms a step |",
         "|---|---|---|---|---|---|",
     ]
     for its in outcomes:
@@ -305,13 +170,50 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def savings_table(savings: Sequence[Savings]) -> str:
+    best = max(its.seconds_saved for its in savings)
+    lines = [
+        "| policy | frames | experts hit | tokens cached | requests rejected | seconds saved | of the best |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for its in savings:
+        lines.append(
+            f"| {its.policy} | {its.frames} | {its.expert_hits} | {its.cached_tokens} "
+            f"| {its.rejected} | {its.seconds_saved:.3f} | {its.seconds_saved / best:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def replay_all(trace: Trace, options: argparse.Namespace, link: Link) -> dict[str, Any]:
+    """Print what becomes of a trace; the figures."""
+    whole = replay_whole(trace)
+    reproduced = whole == trace.info.totals
+    print(f"Whole: the server's counters {'reproduced' if reproduced else 'MISSED'}.")
+    num_experts = trace.info.num_layers * trace.info.num_experts
+    outcomes = [*bounds(trace, link)]
+    for frames in options.expert_frames.split(","):
+        for policy in options.policies.split(","):
+            outcomes.append(replay_experts(trace, frames_of(frames, num_experts), link, policy))
+    print(expert_table(outcomes))
+    savings = []
+    for frames in filter(None, options.frames.split(",")):
+        savings.append(compare_savings(trace, frames_of(frames, whole_frames(trace))))
+        print(savings_table(savings[-1]))
+    return {
+        "reproduced": reproduced,
+        "experts": [msgspec.structs.asdict(its) | {"hit_ratio": its.hit_ratio} for its in outcomes],
+        "savings": [msgspec.structs.asdict(its) for group in savings for its in group],
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("traces", nargs="+", type=Path)
-    parser.add_argument("--expert-frames", default="10%,25%,50%,75%")
-    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--expert-frames", default="25%,50%,75%")
+    parser.add_argument("--frames", default="")
+    parser.add_argument("--policies", default=",".join(EXPERT_POLICIES))
     parser.add_argument("--bandwidth", default="25GB", help="bytes a second")
     parser.add_argument("--latency", type=float, default=10e-6, help="seconds, of a group of loads")
     parser.add_argument("--layer-seconds", type=float, default=200e-6)
@@ -323,21 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path in options.traces:
         trace = load_trace(path)
         print(f"\n{describe(path, trace)}")
-        whole = replay_whole(trace)
-        print(
-            f"Whole: the server's counters {'reproduced' if whole == trace.info.totals else 'MISSED'}."
-        )
-        outcomes = [*bounds(trace, link)]
-        for frames in options.expert_frames.split(","):
-            for policy in options.policies.split(","):
-                outcomes.append(POLICIES[policy](trace, frames_of(frames, trace), link))
-        print(table(outcomes))
-        report[path.name] = {
-            "reproduced": whole == trace.info.totals,
-            "outcomes": [
-                msgspec.structs.asdict(its) | {"hit_ratio": its.hit_ratio} for its in outcomes
-            ],
-        }
+        report[path.name] = replay_all(trace, options, link)
     if options.output is not None:
         options.output.write_text(json.dumps(describe_run() | {"traces": report}, indent=1) + "\n")
     return 0 if all(its["reproduced"] for its in report.values()) else 1

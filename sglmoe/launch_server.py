@@ -11,7 +11,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from sglmoe.config import EngineConfig, Options, parse_memory_policy
 from sglmoe.demo_model import DEMO_MODEL
-from sglmoe.start_up import forget_children, keep_start_method, start_importing
+from sglmoe.start_up import keep_start_method, leave_after, start_importing
 from sglmoe.units import parse_bytes
 
 P = ParamSpec("P")
@@ -20,8 +20,12 @@ T = TypeVar("T")
 PROGRAM = "python -m sglmoe.launch_server"
 
 
-def main() -> None:
-    argv = sys.argv[1:]
+def main() -> NoReturn:
+    """Serve until told to stop; the process ends here."""
+    leave_after(run, sys.argv[1:])
+
+
+def run(argv: list[str]) -> None:
     options = or_leave(read_options, argv)
     start_importing()
     from sglang.srt.utils import kill_process_tree
@@ -31,7 +35,6 @@ def main() -> None:
         serve(server_args, config)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
-        forget_children()
 
 
 def or_leave(function: Callable[P, T], *args: P.args, **keywords: P.kwargs) -> T:

@@ -7,18 +7,20 @@ Contract with the children: they see the environment of the process that started
 die with it. Knows of sglang one name, the function that sets the start method.
 """
 
-import atexit
 import importlib
 import multiprocessing
-import multiprocessing.util
 import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
-from typing import Any
+from typing import Any, NoReturn, ParamSpec
 
 from sglmoe.machine import has_accelerator
+
+P = ParamSpec("P")
 
 PRELOAD_MODULE = "sglmoe.preload"
 
@@ -99,12 +101,26 @@ def die_with_parent() -> None:
     threading.Thread(target=wait, name="die-with-parent", daemon=True).start()
 
 
-def forget_children() -> None:
-    """End without waiting for children, all of which die with us.
+def leave_after(function: Callable[P, None], *args: P.args, **keywords: P.kwargs) -> NoReturn:
+    """End the process as `function` ends, with its exit status and message, but at once.
 
-    multiprocessing would wait for one that a kill has missed, as it waits for us: for ever.
+    The interpreter's orderly end waits for threads, for children that a kill has missed and that wait
+    for us, and for the destructors of a dozen native libraries: any of these for ever.
     """
-    atexit.unregister(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
+    status: int | str | None = 0
+    try:
+        function(*args, **keywords)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def reuse_fork_server() -> None:

@@ -28,6 +28,10 @@ class GhostPrefixes:
         self._page_bytes = page_bytes  # of token ids, not of KV
         self._ghosts: OrderedDict[int, Ghost] = OrderedDict()
 
+    def clear(self) -> None:
+        """Forget all."""
+        self._ghosts.clear()
+
     def remember(
         self, before: int, tokens: bytes | bytearray, *, num_uses: int, idle_since: int
     ) -> None:

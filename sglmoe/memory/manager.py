@@ -87,7 +87,8 @@ class MemoryManager:
             floor_frames = num_layers * self._layer_frames
         _check_floor(geometry, floor_frames)
         self._geometry = geometry
-        self._policy = policy
+        self.policy = policy
+        self.expert_ratio = expert_ratio
         self._max_kv_frames = geometry.num_frames - floor_frames
         self.prices = Prices(geometry)
         self._clock = Clock()
@@ -226,15 +227,21 @@ class MemoryManager:
         self._pool.unhold(self._cache.unlock(request.node))
         self._free_private(request.pages[request.num_tree_pages :])
 
+    def set_prices(self, *, expert_nanoseconds: int, token_nanoseconds: int) -> None:
+        """What it takes to load an expert and to prefill a token, from now on."""
+        self.prices.set(expert_nanoseconds=expert_nanoseconds, token_nanoseconds=token_nanoseconds)
+
     def flush_cache(self) -> None:
         """Forget all prefixes that no running request uses."""
         while (leaf := self._leaves.first()) is not None:
             self._evict_leaf(leaf, len(leaf.pages))
 
     def clear(self) -> None:
-        """Forget all prefixes that no running request uses, and all experts and their uses: between
-        two steps."""
+        """Forget all prefixes that no running request uses, all experts, and what was learned of
+        both: between two steps."""
         self.flush_cache()
+        self._cache.forget()
+        self._reuse.clear()
         self._table.unpin()
         for layer, expert in np.argwhere(self._table.evictable()).tolist():
             self._table.evict(layer, expert)
@@ -323,7 +330,7 @@ class MemoryManager:
     def _make_frame(self, layer: int, num_loading: int) -> bool:
         """Evict until a frame is free for an expert of this layer, of which `num_loading` are on
         their way; False if only pinned experts and pages of running requests are left."""
-        if self._policy is MemoryPolicy.STATIC:
+        if self.policy is MemoryPolicy.STATIC:
             return self._make_frame_within(layer, num_loading)
         while not self._frames.num_free:
             # With a running request in every KV frame, evicting prefixes would free none.
@@ -344,7 +351,7 @@ class MemoryManager:
 
     def _next_victim(self, *, experts: bool, leaves: bool) -> Candidate | RadixNode | None:
         """Of those who may go, whose turn it is; experts that have a share never give way to KV."""
-        experts = experts and self._policy is not MemoryPolicy.STATIC
+        experts = experts and self.policy is not MemoryPolicy.STATIC
         expert = self._experts.first() if experts else None
         leaf = self._leaves.first() if leaves else None
         if expert is None or leaf is None:

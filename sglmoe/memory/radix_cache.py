@@ -142,6 +142,10 @@ class RadixCache:
             num_pages += ghost.num_pages
         return num_pages
 
+    def forget(self) -> None:
+        """Forget what is not cached any more."""
+        self._ghosts.clear()
+
     def insert(self, node: RadixNode, tokens: bytes, pages: Pages) -> Inserted:
         """Add the pages of the tokens that follow `node`, on which the caller has a lock; the lock
         moves along.

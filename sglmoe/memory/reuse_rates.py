@@ -37,6 +37,10 @@ class ReuseRates:
     """Counts page-steps of idleness and reuses by class and age. `step` never falls."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, and begin to count steps anew."""
         self.step = 0
         self._exposure = [[0.0] * NUM_AGES for _ in range(NUM_CLASSES)]  # page-steps
         self._reuses = [[0.0] * NUM_AGES for _ in range(NUM_CLASSES)]  # pages

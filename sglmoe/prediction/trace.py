@@ -15,9 +15,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Kind(IntEnum):
@@ -29,6 +30,7 @@ class Kind(IntEnum):
     RELEASE = 3  # request, num_computed, 0, 0
     FLUSH = 4  # 0, 0, 0, 0
     FORWARD = 5  # step, first token, stop token, 0
+    PRICES = 6  # 0, nanoseconds to load an expert, to prefill a token, 0
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -56,6 +58,8 @@ class TraceInfo(msgspec.Struct, frozen=True):
     top_k: int
     geometry: Geometry
     floor_frames: int
+    policy: MemoryPolicy
+    expert_ratio: float  # that MemoryPolicy.STATIC gives to experts
     totals: Totals
     namespaces: list[str]  # of each request
 

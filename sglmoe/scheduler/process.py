@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,8 @@ def run_scheduler(
 ) -> None:
     """SGLang's process target, once `config` and `run_worker` are bound.
 
-    `config` goes to the worker as it is. `display` are ranks that SGLang shows; there is only one. Exits with status 1
-    when the worker is lost or can't start.
+    `config` goes to the worker as it is. `display` are ranks that SGLang shows; there is only one. Ends the process: with
+    status 1 when the worker is lost or can't start, and at once, because its launcher waits for that.
     """
     assert (tp_rank, pp_rank) == (0, 0), "one scheduler drives one device"
     worker = WorkerProcess.start(
@@ -45,6 +46,7 @@ def run_scheduler(
         gpu_id=gpu_id,
         nccl_port=port_args.nccl_port,
     )
+    status = 1
     try:
         # Here and not above, because importing SGLang takes 20 s, which the worker uses to start.
         from sglmoe.scheduler.frontend import Frontend
@@ -53,14 +55,16 @@ def run_scheduler(
         enter_process(server_args, gpu_id=gpu_id, dp_rank=dp_rank)
         frontend = Frontend(server_args=server_args, port_args=port_args)
         asyncio.run(_serve(frontend, worker, pipe_writer))
+        status = 0
     except WorkerLost as lost:
         logger.error("%s", lost)
-        sys.exit(1)
     except Exception:
         logger.exception("The scheduler failed")
-        sys.exit(1)
     finally:
         worker.stop()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 async def _serve(

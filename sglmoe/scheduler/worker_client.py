@@ -72,7 +72,7 @@ class WorkerProcess:
         self.process.join(0)
         if self.process.is_alive():
             self.process.kill()
-        self.process.join()
+        self.process.join(EXIT_SECONDS)
         self.remove_directory()
 
 

@@ -59,12 +59,18 @@ class Recorder:
         self._step_seconds: list[float] = []
         self._num_bytes = 0
         self._end: Totals | None = None  # once nothing more is recorded
+        self.prices(memory.prices.expert_nanoseconds, memory.prices.token_nanoseconds)
 
     def operation(
         self, kind: Kind, request: int = 0, amount: int = 0, limit: int = 0, result: int = 0
     ) -> None:
         if self._end is None:
             self._operations.append((kind, request, amount, limit, result))
+
+    def prices(self, expert_nanoseconds: int, token_nanoseconds: int) -> None:
+        """What things cost from now on, as far as a trace can say it: 2 seconds at most."""
+        most = int(np.iinfo(np.int32).max)
+        self.operation(Kind.PRICES, 0, min(expert_nanoseconds, most), min(token_nanoseconds, most))
 
     def close(self) -> None:
         """Record nothing from now on."""
@@ -147,6 +153,8 @@ class Recorder:
             top_k=top_k,
             geometry=self._geometry,
             floor_frames=self._floor_frames,
+            policy=self._memory.policy,
+            expert_ratio=self._memory.expert_ratio,
             totals=self._end,
             namespaces=self._namespaces,
         )
@@ -254,6 +262,12 @@ class RecordedMemory:
     def flush_cache(self) -> None:
         self._memory.flush_cache()
         self._recorder.operation(Kind.FLUSH)
+
+    def set_prices(self, *, expert_nanoseconds: int, token_nanoseconds: int) -> None:
+        self._memory.set_prices(
+            expert_nanoseconds=expert_nanoseconds, token_nanoseconds=token_nanoseconds
+        )
+        self._recorder.prices(expert_nanoseconds, token_nanoseconds)
 
 
 def totals(snapshot: MemorySnapshot) -> Totals:

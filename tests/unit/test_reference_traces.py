@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.replay import Link, replay_lru, replay_oracle
+from eval.replay import Link, replay_experts, replay_whole
 from sglmoe.prediction.trace import Trace, load_trace
 
 FOLDER = Path(__file__).parents[2] / "eval" / "traces"
@@ -31,14 +31,21 @@ def test_the_experts_taken_are_the_routers_first_choices(trace: Trace) -> None:
     np.testing.assert_array_equal(np.sort(taken, axis=2), first)
 
 
-def test_lru_is_between_the_oracle_and_nothing(trace: Trace) -> None:
+def test_cost_aware_is_between_the_oracle_and_lru(trace: Trace) -> None:
     used = {
         (layer, expert)
         for step in trace.experts_by_layer()
         for layer, experts in enumerate(step)
         for expert in experts
     }
-    lru, oracle = replay_lru(trace, 96, LINK), replay_oracle(trace, 96, LINK)
-    assert oracle.misses <= lru.misses
+    lru, by_cost, oracle = (
+        replay_experts(trace, 96, LINK, policy) for policy in ("lru", "cost-aware", "oracle")
+    )
+    assert oracle.misses <= by_cost.misses < lru.misses
     # With room for all experts each is loaded once.
-    assert replay_lru(trace, 192, LINK).misses == len(used)
+    assert replay_experts(trace, 192, LINK, "lru").misses == len(used)
+
+
+def test_the_servers_counters_are_reproduced(trace: Trace) -> None:
+    """Memory that decides otherwise than when they were recorded asks for new ones."""
+    assert replay_whole(trace) == trace.info.totals

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.replay import Link, bounds, oracle_counts, replay_lru, replay_oracle, replay_whole
+from eval.oracle import oracle_counts
+from eval.replay import EXPERT_POLICIES, Link, bounds, replay_experts, replay_whole
+from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
 from sglmoe.prediction.trace import FORMAT_VERSION, Totals, Trace, TraceInfo
 
@@ -38,6 +40,8 @@ def trace_of(steps: list[list[list[int]]]) -> Trace:
         top_k=top_k,
         geometry=GEOMETRY,
         floor_frames=1,
+        policy=MemoryPolicy.LRU,
+        expert_ratio=0.0,
         totals=TOTALS,
         namespaces=[],
     )
@@ -62,15 +66,15 @@ ROUND_ROBIN = trace_of([[[0]], [[1]], [[2]], [[0]], [[1]], [[2]]])
 
 def test_lru_loses_where_the_oracle_hits() -> None:
     # Two frames. LRU always drops the expert that comes next; the oracle keeps 0, then 1.
-    lru = replay_lru(ROUND_ROBIN, 2, LINK)
-    oracle = replay_oracle(ROUND_ROBIN, 2, LINK)
+    lru = replay_experts(ROUND_ROBIN, 2, LINK, "lru")
+    oracle = replay_experts(ROUND_ROBIN, 2, LINK, "oracle")
     assert (lru.hits, lru.misses) == (0, 6)
     assert (oracle.hits, oracle.misses) == (2, 4)
 
 
 def test_time_is_compute_and_demand_loads() -> None:
     # 5 ms of compute a step; each of 4 misses in 6 steps costs 1 ms and 1000 bytes at 1 MB/s.
-    oracle = replay_oracle(ROUND_ROBIN, 2, LINK)
+    oracle = replay_experts(ROUND_ROBIN, 2, LINK, "oracle")
     assert oracle.step_seconds == pytest.approx((6 * 5e-3 + 4 * 2e-3) / 6)
     assert oracle.bytes_moved == 4000
 
@@ -137,10 +141,11 @@ def most_hits(sets: tuple[frozenset[tuple[int, int]], ...], num_frames: int) -> 
 )
 def test_no_policy_hits_more_often_than_the_oracle(steps: Accesses, num_frames: int) -> None:
     trace = trace_of(steps)
-    lru, oracle = replay_lru(trace, num_frames, LINK), replay_oracle(trace, num_frames, LINK)
-    assert lru.hits <= oracle.hits
-    assert lru.hits + lru.misses == oracle.hits + oracle.misses
-    assert not math.isnan(lru.step_seconds)
+    *others, oracle = (replay_experts(trace, num_frames, LINK, name) for name in EXPERT_POLICIES)
+    for policy in others:
+        assert policy.hits <= oracle.hits
+        assert policy.hits + policy.misses == oracle.hits + oracle.misses
+        assert not math.isnan(policy.step_seconds)
 
 
 def test_a_trace_of_nothing_gives_nothing() -> None:

@@ -35,21 +35,33 @@ def test_the_restored_environment_is_the_same_to_the_last_name(
     assert dict(os.environ) == wanted
 
 
-FORGETFUL = """
-import multiprocessing
-from sglmoe.start_up import ChildEntry, forget_children
+STUBBORN = """
+import multiprocessing, sys, threading, time
+from sglmoe.start_up import ChildEntry, leave_after
+
+def end_badly():
+    context = multiprocessing.get_context("forkserver")
+    context.Process(target=ChildEntry("time", "sleep"), args=(3600,)).start()
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+    {ending}
 
 if __name__ == "__main__":
-    context = multiprocessing.get_context("forkserver")
-    child = context.Process(target=ChildEntry("time", "sleep"), args=(3600,))
-    child.start()
-    print(child.pid, flush=True)
-    forget_children()
+    leave_after(end_badly)
 """
 
 
-def test_a_forgotten_child_does_not_hold_its_parent_and_dies_with_it() -> None:
-    # The pipe ends when the last process that holds it has ended: parent, fork server and child.
-    command = [sys.executable, "-c", FORGETFUL]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert outcome.stdout.strip().isdigit(), outcome.stderr
+@pytest.mark.parametrize(
+    ("ending", "status", "words"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('no such flag')", 1, "no such flag\n"),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+    ],
+)
+def test_nothing_holds_a_process_that_leaves(ending: str, status: int, words: str) -> None:
+    # The pipes end when the last process that holds them has ended: parent, fork server and child.
+    command = [sys.executable, "-c", STUBBORN.format(ending=ending)]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert outcome.returncode == status
+    assert outcome.stderr.endswith(words)

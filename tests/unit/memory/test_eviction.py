@@ -140,7 +140,7 @@ def test_by_cost_what_has_been_idle_long_enough_goes_first_though_it_was_found_b
 def test_a_leaf_is_worth_what_its_reuse_would_save() -> None:
     # 4 us to prefill a token, 2 tokens in a page of 500 bytes.
     reuse, prices = ReuseRates(), Prices(GEOMETRY)
-    prices.token_seconds = 4e-6
+    prices.token_nanoseconds = 4000
     order: Order = LeafOrder(MemoryPolicy.COST_AWARE, reuse=reuse, prices=prices)
     leaf = Thing(Clock())
     assert order.value(leaf) == pytest.approx(reuse.rate(0, 0) * 2 * 4e-6 / 500)

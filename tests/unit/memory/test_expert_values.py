@@ -21,7 +21,7 @@ GEOMETRY = Geometry(
 @pytest.fixture
 def values() -> NextUse:
     prices = Prices(GEOMETRY)
-    prices.expert_seconds = 2e-3
+    prices.expert_nanoseconds = 2_000_000
     return NextUse((2, 4), prices)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from eval.replay import replay_whole
+from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry, plan_geometry
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.prediction.trace import Kind, Trace, load_trace
@@ -74,13 +75,15 @@ class RoutingModel:
 class Bench:
     """A worker that can be recorded."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: MemoryPolicy = MemoryPolicy.COST_AWARE) -> None:
         self.memory = MemoryManager(
             GEOMETRY,
             num_layers=NUM_LAYERS,
             num_experts=NUM_EXPERTS,
             floor_frames=2,
             load_experts=lambda loads: None,
+            policy=policy,
+            expert_ratio=0.5,
         )
         self.model = RoutingModel(self.memory)
         self.worker = Worker(memory=self.memory, model=self.model, max_running=4)
@@ -139,7 +142,7 @@ def test_a_run_and_its_trace(tmp_path: Path) -> None:
     # Tokens 0 and 2 take 0 1 2 3 in both layers; then 5 takes 1 2, and 2 3.
     assert trace.experts_by_layer() == [[[0, 1, 2, 3]] * 2, [[1, 2], [2, 3]]]
     kinds = [Kind(kind) for kind in trace.operations[:, 0]]
-    assert kinds[:4] == [Kind.ADMIT, Kind.EXTEND, Kind.FORWARD, Kind.COMMIT]
+    assert kinds[:5] == [Kind.PRICES, Kind.ADMIT, Kind.EXTEND, Kind.FORWARD, Kind.COMMIT]
     assert kinds[-1] is Kind.RELEASE
     assert replay_whole(trace) == trace.info.totals
     assert trace.info.totals.expert_misses >= 8
@@ -149,7 +152,7 @@ def test_a_run_and_its_trace(tmp_path: Path) -> None:
 def test_replay_gives_the_counters_of_any_run(seed: int, tmp_path: Path) -> None:
     """Requests that share prefixes, are dropped, preempted and rejected, under constant pressure."""
     rng = random.Random(seed)
-    bench = Bench()
+    bench = Bench(rng.choice(list(MemoryPolicy)))
     bench.ask("start")
     alive: list[str] = []
     for number in range(40):
@@ -167,6 +170,10 @@ def test_replay_gives_the_counters_of_any_run(seed: int, tmp_path: Path) -> None
         bench.step(*running, num_tokens=rng.randint(1, 12), drop=drop, preempt=preempt)
         if rng.random() < 0.05:
             bench.worker.flush_cache()
+        if rng.random() < 0.05:
+            bench.worker.memory.set_prices(
+                expert_nanoseconds=rng.randrange(1, 10**6), token_nanoseconds=rng.randrange(10**6)
+            )
     trace = bench.record(tmp_path)
     assert replay_whole(trace) == trace.info.totals
     assert trace.info.totals.experts_evicted > 0
@@ -209,8 +216,9 @@ def test_a_replay_that_goes_otherwise_says_so(tmp_path: Path) -> None:
     bench.add("a", range(20))
     bench.step("a", num_tokens=20)
     trace = bench.record(tmp_path)
-    with pytest.raises(ValueError, match="with 4 frames the run would have gone otherwise"):
-        replay_whole(trace, num_frames=4)
+    trace.operations[trace.operations[:, 0] == Kind.ADMIT, 4] += 1
+    with pytest.raises(ValueError, match="ADMIT of request 0, gave 0 where the server had 1"):
+        replay_whole(trace)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
