@@ -30,7 +30,8 @@ class ExpertOrder:
         self.values = values
         self._table = table
         self._clock = clock
-        self._candidates: list[Candidate] = []  # the least valuable last
+        self._num_experts = table.frame_table.shape[1]
+        self._candidates: list[tuple[int, float]] = []  # place in the table, value; the least last
 
     def begin_step(self) -> None:
         """The next uses are those of another forward pass."""
@@ -49,14 +50,13 @@ class ExpertOrder:
 
     def first(self) -> Candidate | None:
         """The evictable resident to go next; None if there is none."""
-        while True:
-            while self._candidates:
-                candidate = self._candidates[-1]
-                if self._table.is_evictable(candidate.layer, candidate.expert):
-                    return candidate
-                self._candidates.pop()
-            if not self._pick_candidates():
-                return None
+        while self._candidates or self._pick_candidates():
+            place, value = self._candidates[-1]
+            layer, expert = divmod(place, self._num_experts)
+            if self._table.is_evictable(layer, expert):
+                return Candidate(layer, expert, value)
+            self._candidates.pop()
+        return None
 
     def first_of(self, layer: int) -> Candidate | None:
         """The same within one layer."""
@@ -78,9 +78,5 @@ class ExpertOrder:
             few = values <= bound
             evictable, values = evictable[few], values[few]
         order = values.argsort(kind="stable")[::-1]
-        num_experts = self._table.frame_table.shape[1]
-        self._candidates = [
-            Candidate(number // num_experts, number % num_experts, value)
-            for number, value in zip(evictable[order].tolist(), values[order].tolist(), strict=True)
-        ]
+        self._candidates = [*zip(evictable[order].tolist(), values[order].tolist(), strict=True)]
         return bool(self._candidates)

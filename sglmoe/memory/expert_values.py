@@ -36,58 +36,24 @@ class ExpertValues(Protocol):
         """Forget all uses."""
 
 
-class _Uses:
-    """Uses that wait to be counted, many at a time: one takes as long to count as a layer full."""
-
-    def __init__(self) -> None:
-        self.layers: list[int] = []
-        self.experts: list[ExpertIds] = []
-
-    def add(self, layer: int, experts: ExpertIds) -> None:
-        self.layers.append(layer)
-        self.experts.append(experts)
-
-    def take(self, num_experts: int) -> ExpertIds:
-        """Their places in a flat table; an expert that was used twice is there twice."""
-        if not self.layers:
-            return np.empty(0, np.intp)
-        sizes = [len(experts) for experts in self.experts]
-        places = np.concatenate(self.experts)
-        places += np.repeat(np.array(self.layers) * num_experts, sizes)
-        self.clear()
-        return places
-
-    def clear(self) -> None:
-        self.layers.clear()
-        self.experts.clear()
-
-
 class LastUse:
     """LRU: when an expert was used last."""
 
     def __init__(self, shape: tuple[int, int], clock: Clock):
         self._values: Values = np.zeros(shape)
         self._clock = clock
-        self._uses: list[tuple[int, ExpertIds, int]] = []
 
     def begin_step(self) -> None:
-        self._count()
+        """Steps make no difference."""
 
     def use(self, layer: int, experts: ExpertIds) -> None:
-        self._uses.append((layer, experts, self._clock.now))
+        self._values[layer, experts] = self._clock.now
 
     def now(self) -> Values:
-        self._count()
         return self._values
 
     def clear(self) -> None:
-        self._uses.clear()
         self._values[:] = 0
-
-    def _count(self) -> None:
-        for layer, experts, time in self._uses:
-            self._values[layer, experts] = time
-        self._uses.clear()
 
 
 class UseCount:
@@ -95,24 +61,18 @@ class UseCount:
 
     def __init__(self, shape: tuple[int, int]):
         self._values: Values = np.zeros(shape)
-        self._uses = _Uses()
 
     def begin_step(self) -> None:
-        self._count()
+        """Steps make no difference."""
 
     def use(self, layer: int, experts: ExpertIds) -> None:
-        self._uses.add(layer, experts)
+        self._values[layer, experts] += 1
 
     def now(self) -> Values:
-        self._count()
         return self._values
 
     def clear(self) -> None:
-        self._uses.clear()
         self._values[:] = 0
-
-    def _count(self) -> None:
-        np.add.at(self._values.ravel(), self._uses.take(self._values.shape[1]), 1)
 
 
 class NextUse:
@@ -127,15 +87,16 @@ class NextUse:
     def __init__(self, shape: tuple[int, int], prices: Prices):
         self._shape = shape
         self._prices = prices
-        self._uses = _Uses()
+        self._layer = -1  # that was used last in this step
         self.clear()
 
     def begin_step(self) -> None:
-        self._count()
+        if self._layer >= 0:
+            self._close_step()
         self._layer = -1
 
     def use(self, layer: int, experts: ExpertIds) -> None:
-        self._uses.add(layer, experts)
+        self._used_now[layer, experts] = True
         self._layer = layer
 
     def now(self) -> Values:
@@ -157,11 +118,12 @@ class NextUse:
 
     def clear(self) -> None:
         self._used: Values = np.zeros(self._shape)  # weighted steps in which each was used
+        self._used_now = np.zeros(self._shape, bool)  # in the step that runs
         self._num_steps = 0.0  # weighted steps
         self._weight = 1.0  # of the step that runs
         self._layer = -1
+        # From when the layer comes next; None until somebody asks in this step.
         self._steps: Values | None = None
-        self._uses.clear()
 
     def _steps_from_its_layer(self) -> Values:
         if self._steps is None:
@@ -169,11 +131,9 @@ class NextUse:
             self._steps = (1 - probability) / probability
         return self._steps
 
-    def _count(self) -> None:
-        """Close a step."""
-        if not self._uses.layers:
-            return
-        self._used.ravel()[self._uses.take(self._shape[1])] += self._weight
+    def _close_step(self) -> None:
+        self._used += self._weight * self._used_now
+        self._used_now[:] = False
         self._num_steps += self._weight
         self._weight *= 2 ** (1 / HALF_LIFE_STEPS)
         self._steps = None
