@@ -1,4 +1,4 @@
-"""Record a model on several domains of text, one request at a time and in batches.
+"""Record a model on several domains of text: one request at a time, in batches, and in conversations.
 
     python -m eval.reference_traces --model-path MODEL --output FOLDER
 
@@ -19,6 +19,7 @@ from eval.servers import OURS, running
 from eval.trace import record
 
 NUM_NEW_TOKENS = 64
+NUM_CONVERSATIONS, NUM_TURNS = 8, 4
 
 
 def requests_for(prompts: list[str], seed: int) -> list[dict[str, Any]]:
@@ -37,6 +38,20 @@ def requests_for(prompts: list[str], seed: int) -> list[dict[str, Any]]:
     ]
 
 
+def conversations(by_domain: dict[str, list[str]]) -> list[str]:
+    """Turn by turn, of all conversations: half of them begin alike, each goes on with its own text."""
+    starts = [by_domain[domain][0] + by_domain[domain][1] for domain in ("python", "prose")]
+    texts = [starts[number % 2] for number in range(NUM_CONVERSATIONS)]
+    turns = []
+    for turn in range(NUM_TURNS):
+        for number in range(NUM_CONVERSATIONS):
+            domain = ("python", "prose")[number % 2]
+            more = by_domain[domain][2 + number * NUM_TURNS + turn]
+            texts[number] += "\n" + more[: PROMPT_CHARACTERS // 2]
+            turns.append(texts[number])
+    return turns
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -48,6 +63,7 @@ def main() -> None:
     mixed = [prompt for group in zip(*by_domain.values(), strict=True) for prompt in group]
     runs = {f"{domain}-1": (prompts[:6], 1) for domain, prompts in by_domain.items()}
     runs |= {"mixed-8": (mixed[24:48], 8), "mixed-32": (mixed[48:88], 32)}
+    runs |= {"turns-4": (conversations(by_domain), 4)}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"] = folder
         flags = [f"--model-path={options.model_path}", "--random-seed=0"]

@@ -41,6 +41,10 @@ class PagePool:
         num_frames = min(self._frames.num_free, self._max_frames - self._frames.num_kv)
         return self.free_pages + num_frames * self._pages_per_frame
 
+    def most_pages(self, num_frames: int) -> int:
+        """What `allocate` could hand out if only held pages and all but so many frames stayed."""
+        return min(self._max_frames, num_frames) * self._pages_per_frame - self.held_pages
+
     @property
     def idle_pages(self) -> int:
         num_pages = self._frames.num_kv * self._pages_per_frame

@@ -24,7 +24,8 @@ import numpy.typing as npt
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Frames, Geometry
 from sglmoe.memory.eviction import Clock, LeafOrder
-from sglmoe.memory.expert_order import Candidate, ExpertOrder
+from sglmoe.memory.evictor import Evictor
+from sglmoe.memory.expert_order import ExpertOrder
 from sglmoe.memory.expert_pager import ExpertPager, LoadExperts
 from sglmoe.memory.expert_values import values_for
 from sglmoe.memory.experts import ExpertIds, ExpertTable
@@ -52,8 +53,6 @@ class _Request:
 class _Counters:
     """Running totals since the start; see `MemorySnapshot`."""
 
-    experts_evicted: int = 0
-    pages_evicted: int = 0
     cache_hit_tokens: int = 0
     prefill_tokens: int = 0
     ghost_hit_tokens: int = 0
@@ -80,44 +79,48 @@ class MemoryManager:
         expert_ratio: float = 0.0,
     ):
         assert floor_frames >= (1 if num_experts else 0)
-        self._layer_frames = 0
+        layer_frames = 0
         if policy is MemoryPolicy.STATIC and num_experts:
             share = int(geometry.num_frames * expert_ratio) // num_layers
-            self._layer_frames = min(max(share, floor_frames), num_experts)
-            floor_frames = num_layers * self._layer_frames
+            layer_frames = min(max(share, floor_frames), num_experts)
+            floor_frames = num_layers * layer_frames
         _check_floor(geometry, floor_frames)
+        clock = Clock()
         self._geometry = geometry
         self.policy = policy
         self.expert_ratio = expert_ratio
         self._max_kv_frames = geometry.num_frames - floor_frames
         self.prices = Prices(geometry)
-        self._clock = Clock()
+        self._clock = clock
         self._reuse = ReuseRates()
         self._leaves: LeafOrder[RadixNode] = LeafOrder(
             policy, reuse=self._reuse, prices=self.prices
         )
         self._frames = Frames(geometry.num_frames)
         self._pool = PagePool(
-            self._frames,
-            pages_per_frame=geometry.pages_per_frame,
-            max_frames=self._max_kv_frames,
+            self._frames, pages_per_frame=geometry.pages_per_frame, max_frames=self._max_kv_frames
         )
         self._cache = RadixCache(
-            page_tokens=geometry.page_tokens,
-            order=self._leaves,
-            clock=self._clock,
-            reuse=self._reuse,
+            page_tokens=geometry.page_tokens, order=self._leaves, clock=clock, reuse=self._reuse
         )
         self._table = ExpertTable(num_layers, num_experts, frames=self._frames)
-        values = values_for(
-            policy, (num_layers, num_experts), clock=self._clock, prices=self.prices
+        values = values_for(policy, self._table.frame_table.shape, clock=clock, prices=self.prices)
+        self._experts = ExpertOrder(self._table, values, clock=clock)
+        self._evictor = Evictor(
+            policy,
+            frames=self._frames,
+            pool=self._pool,
+            cache=self._cache,
+            leaves=self._leaves,
+            table=self._table,
+            experts=self._experts,
+            layer_frames=layer_frames,
         )
-        self._experts = ExpertOrder(self._table, values, clock=self._clock)
         self._pager = ExpertPager(
             self._table,
             self._experts,
             frames=self._frames,
-            make_frame=self._make_frame,
+            make_frame=self._evictor.make_frame,
             load_experts=load_experts,
         )
         self._requests: dict[str, _Request] = {}
@@ -170,7 +173,7 @@ class MemoryManager:
         num_missing = ceil_div(num_tokens, self._geometry.page_tokens) - len(request.pages)
         if num_missing <= 0:
             return True
-        if not self._make_pages(num_missing):
+        if not self._evictor.make_pages(num_missing):
             return False
         request.pages += self._pool.allocate(num_missing)
         self._count_prefill(request)
@@ -234,7 +237,7 @@ class MemoryManager:
     def flush_cache(self) -> None:
         """Forget all prefixes that no running request uses."""
         while (leaf := self._leaves.first()) is not None:
-            self._evict_leaf(leaf, len(leaf.pages))
+            self._evictor.evict_leaf(leaf, len(leaf.pages))
 
     def clear(self) -> None:
         """Forget all prefixes that no running request uses, all experts, and what was learned of
@@ -270,6 +273,7 @@ class MemoryManager:
     def snapshot(self, step_id: int) -> MemorySnapshot:
         """What the scheduler gets to see after a step."""
         geometry, counters, pager = self._geometry, self._counters, self._pager
+        evictor = self._evictor
         return MemorySnapshot(
             step_id=step_id,
             num_frames=geometry.num_frames,
@@ -287,8 +291,8 @@ class MemoryManager:
             stall_seconds=pager.stall_seconds,
             num_waves=pager.num_waves,
             num_split_layers=pager.num_split_layers,
-            experts_evicted=counters.experts_evicted,
-            pages_evicted=counters.pages_evicted,
+            experts_evicted=evictor.experts_evicted,
+            pages_evicted=evictor.pages_evicted,
             cache_hit_tokens=counters.cache_hit_tokens,
             prefill_tokens=counters.prefill_tokens,
             ghost_hit_tokens=counters.ghost_hit_tokens,
@@ -313,69 +317,9 @@ class MemoryManager:
             *self._table.violations(),
         ]
 
-    # ------------------------------------------------------------------------------------- eviction
-
-    def _make_pages(self, num_pages: int) -> bool:
-        """Evict until the pool has `num_pages` to hand out; False, and nothing evicted, if it never
-        can."""
-        num_frames = min(self._max_kv_frames, len(self._frames) - len(self._table.pinned))
-        if num_pages > num_frames * self._geometry.pages_per_frame - self._pool.held_pages:
-            return False
-        while (num_missing := num_pages - self._pool.available_pages) > 0:
-            victim = self._next_victim(experts=self._pool.may_grow, leaves=True)
-            assert victim is not None, f"{num_missing} pages are neither free nor evictable"
-            self._evict(victim, num_missing)
-        return True
-
-    def _make_frame(self, layer: int, num_loading: int) -> bool:
-        """Evict until a frame is free for an expert of this layer, of which `num_loading` are on
-        their way; False if only pinned experts and pages of running requests are left."""
-        if self.policy is MemoryPolicy.STATIC:
-            return self._make_frame_within(layer, num_loading)
-        while not self._frames.num_free:
-            # With a running request in every KV frame, evicting prefixes would free none.
-            victim = self._next_victim(experts=True, leaves=self._pool.idle_frames > 0)
-            if victim is None:
-                return False
-            self._evict(victim, None)
-        return True
-
-    def _make_frame_within(self, layer: int, num_loading: int) -> bool:
-        """Keep the layer within its share."""
-        if self._table.num_resident[layer] + num_loading < self._layer_frames:
-            return True
-        victim = self._experts.first_of(layer)
-        if victim is not None:
-            self._evict(victim, None)
-        return victim is not None
-
-    def _next_victim(self, *, experts: bool, leaves: bool) -> Candidate | RadixNode | None:
-        """Of those who may go, whose turn it is; experts that have a share never give way to KV."""
-        experts = experts and self.policy is not MemoryPolicy.STATIC
-        expert = self._experts.first() if experts else None
-        leaf = self._leaves.first() if leaves else None
-        if expert is None or leaf is None:
-            return leaf or expert
-        return leaf if self._leaves.value(leaf) < expert.value else expert
-
-    def _evict(self, victim: Candidate | RadixNode, num_pages: int | None) -> None:
-        """Evict an expert, or `num_pages` pages of a leaf; None: as few as may empty a frame."""
-        if isinstance(victim, RadixNode):
-            self._evict_leaf(victim, num_pages or self._pool.last_run(victim.pages))
-        else:
-            self._table.evict(victim.layer, victim.expert)
-            self._counters.experts_evicted += 1
-
-    def _evict_leaf(self, leaf: RadixNode, num_pages: int) -> None:
-        pages = self._cache.evict(leaf, num_pages)
-        self._pool.free(pages)
-        self._counters.pages_evicted += len(pages)
-
     def _free_private(self, pages: Pages) -> None:
         self._pool.unhold(pages)
         self._pool.free(pages)
-
-    # ----------------------------------------------------------------------------------------- rest
 
     def _count_prefill(self, request: _Request) -> None:
         """Count when the request has got pages, and once: one that was admitted in vain comes

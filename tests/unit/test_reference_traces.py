@@ -9,7 +9,7 @@ from eval.replay import Link, replay_experts, replay_whole
 from sglmoe.prediction.trace import Trace, load_trace
 
 FOLDER = Path(__file__).parents[2] / "eval" / "traces"
-NAMES = ("python-1", "prose-1", "arithmetic-1", "recall-1", "mixed-8", "mixed-32")
+NAMES = ("python-1", "prose-1", "arithmetic-1", "recall-1", "mixed-8", "mixed-32", "turns-4")
 LINK = Link(bytes_per_second=1e9, latency_seconds=1e-5, layer_seconds=1e-4)
 
 
