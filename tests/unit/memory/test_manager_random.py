@@ -182,6 +182,15 @@ class MemoryMachine(RuleBasedStateMachine):
         full = request.num_computed // PAGE_TOKENS * PAGE_TOKENS
         assert self.memory.probe(request.token_bytes[: full * 4], request.namespace) == full
 
+    @rule(expert=st.integers(1, 10**6), token=st.integers(1, 10**6))
+    def set_prices(self, expert: int, token: int) -> None:
+        self.memory.set_prices(expert_nanoseconds=expert, token_nanoseconds=token)
+
+    @rule(num_steps=st.sampled_from([1, 1, 1, 100]))
+    def begin_steps(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.memory.begin_step()
+
     @precondition(lambda self: self.num_admitted % 8 == 7)  # not all the time
     @rule()
     def flush(self) -> None:
@@ -269,7 +278,13 @@ def expert_number(layer: int, expert: int) -> int:
     return -1 - layer * NUM_EXPERTS - expert
 
 
+LONG = settings.get_current_profile_name() == "long"  # 200,000 operations
+
 MemoryMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=50, deadline=None, derandomize=True, database=None
+    max_examples=4000 if LONG else 60,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=not LONG,
+    database=None,
 )
 TestMemory = MemoryMachine.TestCase
