@@ -15,7 +15,7 @@ Why nothing here can deadlock, or wait for something that does not come:
   caller then gives up another request or this one.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +60,8 @@ class MemoryManager:
 
     `floor_frames` frames stay available to experts: at least 1 for a model that has any; ValueError
     if the arena has no frame more than that. `load_experts` returns when the experts' bytes are in
-    their frames. Tokens are passed as little-endian int32 bytes. With MemoryPolicy.STATIC experts have
+    their frames; `host_counters` gives the fields of `MemorySnapshot` on the tiers they come from.
+    Tokens are passed as little-endian int32 bytes. With MemoryPolicy.STATIC experts have
     `expert_ratio` of the frames, each layer as many, and KV the rest.
     """
 
@@ -74,6 +75,7 @@ class MemoryManager:
         load_experts: LoadExperts,
         policy: MemoryPolicy = MemoryPolicy.LRU,
         expert_ratio: float = 0.0,
+        host_counters: Callable[[], Mapping[str, int]] = dict,
     ):
         assert floor_frames >= (1 if num_experts else 0)
         self._layer_frames = 0
@@ -105,6 +107,7 @@ class MemoryManager:
             make_frame=self._make_frame,
             load_experts=load_experts,
         )
+        self._host_counters = host_counters
         self._requests: dict[str, _Request] = {}
         self._counters = _Counters()
         self._page_offsets = np.arange(geometry.page_tokens, dtype=np.int32)
@@ -113,6 +116,11 @@ class MemoryManager:
     def frame_table(self) -> npt.NDArray[np.int32]:
         """int32 `[num_layers, num_experts]`, -1 = absent; always the same memory."""
         return self._table.frame_table
+
+    @property
+    def expert_heat(self) -> npt.NDArray[np.float64]:
+        """float64 `[num_layers, num_experts]`, higher = wanted more; it goes on changing."""
+        return self._heat.heat
 
     # ------------------------------------------------------------------------------------------- KV
 
@@ -261,6 +269,7 @@ class MemoryManager:
             pages_evicted=counters.pages_evicted,
             cache_hit_tokens=counters.cache_hit_tokens,
             prefill_tokens=counters.prefill_tokens,
+            **self._host_counters(),
         )
 
     def violations(self) -> list[str]:
