@@ -98,7 +98,7 @@ class DeviceCopier:
         block, free = self._staging[index], self._staging_free[index]
         free.synchronize()
         num_bytes = self._store.read(load.layer, load.expert, block.numpy())
-        self._tier.count_disk_read(num_bytes)
+        self._tier.count_disk_read(load.layer, load.expert, num_bytes)
         target.copy_(block, non_blocking=True)
         free.record()
 

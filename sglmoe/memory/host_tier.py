@@ -75,9 +75,10 @@ class HostTier:
         """Whether a block holds the expert at this moment."""
         return bool(self._block_of[layer, expert] != ABSENT)
 
-    def count_disk_read(self, num_bytes: int) -> None:
+    def count_disk_read(self, layer: int, expert: int, num_bytes: int) -> None:
         """A missed expert was not here and has been read from the checkpoint."""
         with self._lock:
+            self._is_unreadable[layer, expert] = False
             self._counters.disk_reads += 1
             self._counters.disk_bytes += num_bytes
 
@@ -108,7 +109,7 @@ class HostTier:
             self._counters.host_promoted_bytes += num_bytes
 
     def abandon(self, block: int, *, unreadable: bool = False) -> None:
-        """The block was not filled; an unreadable expert is not planned for any more."""
+        """The block was not filled; an unreadable expert is not planned for until a demand load has read it."""
         with self._lock:
             expert = self._filling.pop(block)
             self._is_unreadable[expert] |= unreadable
@@ -146,7 +147,7 @@ class HostTier:
                 is_here[expert] = True
             return TierSnapshot(
                 misses=self._misses.copy(),
-                heat=heat,
+                heat=heat.copy(),
                 is_resident=is_resident,
                 is_here=is_here,
                 is_evictable=is_evictable,
@@ -200,7 +201,7 @@ class TieredStore:
         block = self._tier.pin(layer, expert)
         if block is None:
             num_bytes = self._store.read(layer, expert, target)
-            self._tier.count_disk_read(num_bytes)
+            self._tier.count_disk_read(layer, expert, num_bytes)
             return num_bytes
         try:
             source = self._tier.blocks[block]

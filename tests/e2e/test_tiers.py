@@ -84,23 +84,19 @@ def test_three_times_more_experts_than_frames_and_host_memory(tmp_path: Path) ->
     assert served.in_the_end - served.when_ready < allowed < limits["expert_bytes"]
 
 
-def test_a_checkpoint_cut_short_fails_requests_by_name_until_it_is_restored(
-    tmp_path: Path,
-) -> None:
-    model_dir = run_in_fork(
-        make_checkpoint, "qwen3_moe", tmp_path / "model", dtype="float32", attention_gain=1.0
-    )
+def cut_short_and_restore(model_dir: Path, log: Path) -> None:
     file = model_dir / "model.safetensors"
     whole = file.read_bytes()
+    expert_bytes = 3 * 64 * 128 * 4
     flags = [
         f"--model-path={model_dir}",
         "--dtype=float32",
-        f"--memory-budget={len(whole) - 30 * 3 * 64 * 128 * 4}",
-        f"--host-memory={4 * 3 * 64 * 128 * 4}",
+        f"--memory-budget={len(whole) - 30 * expert_bytes}",
+        f"--host-memory={4 * expert_bytes}",
         "--max-running-requests=16",
         "--enable-metrics",
     ]
-    with running_server("sglmoe.launch_server", *flags, log=tmp_path / "log") as server:
+    with running_server("sglmoe.launch_server", *flags, log=log) as server:
         healthy = ask(server.url, 5)
         assert healthy.status_code == 200
         with file.open("r+b") as open_file:
@@ -133,3 +129,12 @@ def check_metrics(text: str) -> None:
     assert values["sglmoe_host_blocks"] == 4
     assert values["sglmoe_host_promoted_total"] >= values["sglmoe_host_blocks_filled"] > 0
     assert values["sglmoe_disk_reads_total"] > 0
+
+
+def test_a_checkpoint_cut_short_fails_requests_by_name_until_it_is_restored(
+    tmp_path: Path,
+) -> None:
+    model_dir = run_in_fork(
+        make_checkpoint, "qwen3_moe", tmp_path / "model", dtype="float32", attention_gain=1.0
+    )
+    run_in_fork(cut_short_and_restore, model_dir, tmp_path / "log")

@@ -130,6 +130,9 @@ def test_an_abandoned_block_is_free_again(tier: HostTier) -> None:
     assert tier.begin(Promotion(0, 0)) == 0
     tier.abandon(0, unreadable=True)
     assert look(tier).is_unreadable.tolist() == [[True, False, False, False], [False] * 4]
+    # A demand load has succeeded since.
+    tier.count_disk_read(0, 0, 6)
+    assert not look(tier).is_unreadable.any()
 
 
 def test_misses_count_wherever_the_expert_was_found_and_fade(

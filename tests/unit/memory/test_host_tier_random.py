@@ -83,6 +83,8 @@ class TierMachine(RuleBasedStateMachine):
         assert frame.tolist() == [number(layer, expert)] * 6
         self.num_hits += is_here
         self.num_disk_reads += not is_here
+        if not is_here:
+            self.barred.discard((layer, expert))
 
     @rule(layer=LAYERS, expert=EXPERTS)
     def begin_copy(self, layer: int, expert: int) -> None:
@@ -115,7 +117,7 @@ class TierMachine(RuleBasedStateMachine):
         assert len(gone) <= num_came
         assert not gone & {expert for expert in ALL if number(*expert) in dict(self.pins).values()}
         assert not came & (self.disk.bad | self.barred)
-        self.barred |= {e for e in self.disk.bad if self.look().is_unreadable[e]}
+        self.barred = {expert for expert in ALL if self.look().is_unreadable[expert]}
         self.num_promoted += num_came
 
     @precondition(lambda self: self.open is None)
