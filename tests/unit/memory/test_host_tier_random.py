@@ -114,10 +114,12 @@ class TierMachine(RuleBasedStateMachine):
         num_came = self.promoter.promote_some()
         came, gone = self.here() - before, before - self.here()
         assert num_came == len(came)
-        assert len(gone) <= num_came
+        unreadable = {expert for expert in ALL if self.look().is_unreadable[expert]}
+        # Whoever gave way to an expert that then could not be read has left a free block.
+        assert len(gone) <= num_came + len(unreadable - self.barred)
         assert not gone & {expert for expert in ALL if number(*expert) in dict(self.pins).values()}
         assert not came & (self.disk.bad | self.barred)
-        self.barred = {expert for expert in ALL if self.look().is_unreadable[expert]}
+        self.barred = unreadable
         self.num_promoted += num_came
 
     @precondition(lambda self: self.open is None)
