@@ -88,10 +88,10 @@ class Promoter:
         self._tier.demanded.set()
         self._thread.join()
 
-    def promote_some(self) -> int:
-        """Plan once and carry it out; how many experts came in."""
+    def promote_some(self, limit: int = PLAN_PROMOTIONS) -> int:
+        """Plan once, at most so many, and carry it out; how many experts came in."""
         snapshot = self._tier.snapshot(heat=self._heat(), is_resident=self._residents())
-        promotions = plan_promotions(snapshot, PLAN_PROMOTIONS)
+        promotions = plan_promotions(snapshot, limit)
         return sum(self._promote(promotion) for promotion in promotions)
 
     def _promote(self, promotion: Promotion) -> bool:
