@@ -50,7 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     """What scheduler and worker need to know beside sglang's ServerArgs, every default filled in."""
 
     memory_budget_bytes: int  # device memory for dense weights and the arena
-    host_memory_bytes: int  # host memory for experts; 0 on a CPU, where the page cache is that tier
+    host_memory_bytes: int  # for experts that are in no frame; beside the budget
     page_tokens: int | None = None  # tokens in a KV page; None leaves it to the arena's geometry
     memory_policy: MemoryPolicy = MemoryPolicy.COST_AWARE
     expert_ratio: float = 0.0  # the share of the arena that MemoryPolicy.STATIC gives to experts
@@ -62,9 +62,18 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
     Raises ValueError, naming the flag and the numbers.
     """
     memory_policy, expert_ratio = parse_memory_policy(options.memory_policy)
+    budget_bytes = _budget_bytes(options.memory_budget, machine)
+    host_bytes = _host_bytes(options.host_memory, machine)
+    if not machine.has_gpu and budget_bytes + host_bytes > machine.host_bytes:
+        by_default = "" if options.memory_budget else " (the default)"
+        raise ValueError(
+            f"--memory-budget of {show_bytes(budget_bytes)}{by_default} and --host-memory of "
+            f"{show_bytes(host_bytes)} together are more than the {show_bytes(machine.host_bytes)} "
+            "there are; ask for less of either"
+        )
     return EngineConfig(
-        memory_budget_bytes=_budget_bytes(options.memory_budget, machine),
-        host_memory_bytes=_host_bytes(options.host_memory, machine),
+        memory_budget_bytes=budget_bytes,
+        host_memory_bytes=host_bytes,
         page_tokens=page_tokens,
         memory_policy=memory_policy,
         expert_ratio=expert_ratio,
@@ -97,15 +106,10 @@ def _budget_bytes(text: str | None, machine: Machine) -> int:
 
 
 def _host_bytes(text: str | None, machine: Machine) -> int:
-    if machine.has_gpu:
-        if text is None:
-            return int(machine.host_bytes * HOST_RATIO)
-        return _within(text, machine.host_bytes, flag="--host-memory")
     if text is not None:
-        raise ValueError(
-            "--host-memory: on a CPU the budget is host memory already; use --memory-budget"
-        )
-    return 0
+        return _within(text, machine.host_bytes, flag="--host-memory")
+    # On a CPU the page cache is that tier.
+    return int(machine.host_bytes * HOST_RATIO) if machine.has_gpu else 0
 
 
 def _within(text: str, whole_bytes: int, *, flag: str) -> int:

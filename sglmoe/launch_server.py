@@ -100,7 +100,8 @@ def our_parser() -> Parser:
     group.add_argument(
         "--host-memory",
         metavar="SIZE",
-        help="Host memory for experts that are not on the GPU, likewise. Default: 70%%. Not on a CPU.",
+        help="Host memory for experts that are in no frame of the budget, beside it, likewise; what it does not hold is "
+        "read from the checkpoint. Default: 70%% beside a GPU; on a CPU none, there the page cache does that.",
     )
     group.add_argument(
         "--memory-policy",

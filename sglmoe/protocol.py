@@ -145,6 +145,14 @@ class MemorySnapshot(Struct, frozen=True):
     cache_hit_tokens: int
     prefill_tokens: int
     ghost_hit_tokens: int  # that would have been found cached had they not been evicted
+    host_blocks: int = 0  # of one expert each, in host memory
+    host_blocks_filled: int = 0
+    host_hits: int = 0  # missed experts that were in host memory
+    disk_reads: int = 0  # missed experts that were read from the checkpoint
+    disk_bytes: int = 0
+    host_promoted: int = 0  # experts read into host memory in the background
+    host_promoted_bytes: int = 0
+    host_evicted: int = 0
 
     @property
     def available_pages(self) -> int:

@@ -1,73 +1,108 @@
 """Moves experts' bytes from the host into frames of an arena on a CUDA device.
 
 Copies are queued on the current stream, in front of the kernels that need them and behind those that read the frame's last
-tenant. Experts that fit into the host budget are kept in page-locked memory, one exact-size contiguous block each; the
-others pass through two page-locked staging blocks.
+tenant. Experts in host memory, which is page-locked, are copied from there; the others pass through two page-locked staging
+blocks. The logic is tested on a CPU; no GPU has run it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from sglmoe.memory.experts import Load
-from sglmoe.memory.store import ExpertStore
+from sglmoe.memory.host_tier import HostTier
+from sglmoe.memory.store import Bytes, ExpertStore
 from sglmoe.units import show_bytes
 
+NUM_STAGING = 2  # one is read into while the other is copied
 
-class PinnedBlocks:
-    """`num_blocks` page-locked blocks of `block_bytes`, locked in place: no rounding to powers of two."""
 
-    def __init__(self, num_blocks: int, block_bytes: int):
-        self.blocks = torch.from_numpy(np.empty((num_blocks, block_bytes), dtype=np.uint8))
-        if num_blocks:
-            error = torch.cuda.cudart().cudaHostRegister(
-                self.blocks.data_ptr(), self.blocks.nbytes, 0
-            )
-            if int(error) != 0:
-                raise ValueError(
-                    f"CUDA can't page-lock {show_bytes(self.blocks.nbytes)} of host memory ({error}); "
-                    "lower --host-memory"
-                )
+class Event(Protocol):
+    """A point in the stream, as `torch.cuda.Event`: one that was never recorded has been reached."""
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
+def page_lock(blocks: Bytes) -> None:
+    """Lock memory where it is: no rounding to powers of two. Raises ValueError if CUDA refuses."""
+    error = torch.cuda.cudart().cudaHostRegister(blocks.ctypes.data, blocks.nbytes, 0)
+    if int(error) != 0:
+        raise ValueError(
+            f"CUDA can't page-lock {show_bytes(blocks.nbytes)} of host memory ({error}); lower --host-memory"
+        )
 
 
 class DeviceCopier:
-    """`arena` is uint8 ``[num_frames * frame_bytes]`` on the device; `host_bytes` may be page-locked for experts."""
+    """`arena` is uint8 ``[num_frames * frame_bytes]`` on the device; the tier's blocks are page-locked."""
 
     def __init__(
-        self, arena: torch.Tensor, *, frame_bytes: int, store: ExpertStore, host_bytes: int
+        self,
+        arena: torch.Tensor,
+        *,
+        frame_bytes: int,
+        store: ExpertStore,
+        tier: HostTier,
+        new_event: Callable[[], Event] = torch.cuda.Event,
+        lock_pages: Callable[[Bytes], None] = page_lock,
     ):
         self._frames = arena.view(-1, frame_bytes)
         self._store = store
+        self._tier = tier
+        self._blocks = torch.from_numpy(tier.blocks)
+        self._new_event = new_event
+        self._copying: list[
+            tuple[Event, list[int]]
+        ] = []  # blocks to unpin once the event is reached
         self._expert_bytes = store.expert_bytes()
-        self._pinned: dict[tuple[int, int], torch.Tensor] = {}
-        self._staging = PinnedBlocks(2, self._expert_bytes).blocks
-        self._staging_free = [torch.cuda.Event(), torch.cuda.Event()]
+        staging = np.empty((NUM_STAGING, self._expert_bytes), np.uint8)
+        if staging.nbytes:
+            lock_pages(staging)
+        self._staging = torch.from_numpy(staging)
+        self._staging_free = [new_event() for _ in range(NUM_STAGING)]
         self._next_staging = 0
-        self._pin(host_bytes)
 
     def load(self, loads: Sequence[Load]) -> None:
-        """Queue the copies; the frames may be used by whatever is queued on this stream after that."""
-        for load in loads:
-            block = self._pinned.get((load.layer, load.expert))
-            target = self._frames[load.frame, : self._expert_bytes]
-            if block is not None:
-                target.copy_(block, non_blocking=True)
-            else:
-                self._stage(load, target)
+        """Queue the copies; the frames may be used by whatever is queued on this stream after that.
 
-    def _pin(self, host_bytes: int) -> None:
-        experts = self._store.experts()[: host_bytes // max(1, self._expert_bytes)]
-        blocks = PinnedBlocks(len(experts), self._expert_bytes).blocks
-        for (layer, expert), block in zip(experts, blocks, strict=True):
-            self._store.read(layer, expert, block.numpy())
-            self._pinned[layer, expert] = block
+        Returns before they are done. Raises ExpertReadError; then none of these frames may be used.
+        """
+        self._unpin_copied()
+        pinned: list[int] = []
+        try:
+            for load in loads:
+                self._queue(load, pinned)
+        finally:
+            if pinned:
+                copied = self._new_event()
+                copied.record()
+                self._copying.append((copied, pinned))
+
+    def _queue(self, load: Load, pinned: list[int]) -> None:
+        target = self._frames[load.frame, : self._expert_bytes]
+        block = self._tier.pin(load.layer, load.expert)
+        if block is None:
+            self._stage(load, target)
+        else:
+            pinned.append(block)
+            target.copy_(self._blocks[block], non_blocking=True)
 
     def _stage(self, load: Load, target: torch.Tensor) -> None:
         """Read into the staging block that was queued longer ago, once its copy is done."""
-        index, self._next_staging = self._next_staging, 1 - self._next_staging
+        index, self._next_staging = self._next_staging, (self._next_staging + 1) % NUM_STAGING
         block, free = self._staging[index], self._staging_free[index]
         free.synchronize()
-        self._store.read(load.layer, load.expert, block.numpy())
+        num_bytes = self._store.read(load.layer, load.expert, block.numpy())
+        self._tier.count_disk_read(load.layer, load.expert, num_bytes)
         target.copy_(block, non_blocking=True)
         free.record()
+
+    def _unpin_copied(self) -> None:
+        while self._copying and self._copying[0][0].query():
+            for block in self._copying.pop(0)[1]:
+                self._tier.unpin(block)

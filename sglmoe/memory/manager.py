@@ -15,7 +15,7 @@ Why nothing here can deadlock, or wait for something that does not come:
   caller then gives up another request or this one.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +63,8 @@ class MemoryManager:
 
     `floor_frames` frames stay available to experts: at least 1 for a model that has any; ValueError
     if the arena has no frame more than that. `load_experts` returns when the experts' bytes are in
-    their frames. Tokens are passed as little-endian int32 bytes. With MemoryPolicy.STATIC experts have
+    their frames; `host_counters` gives the fields of `MemorySnapshot` on the tiers they come from.
+    Tokens are passed as little-endian int32 bytes. With MemoryPolicy.STATIC experts have
     `expert_ratio` of the frames, each layer as many, and KV the rest.
     """
 
@@ -77,6 +78,7 @@ class MemoryManager:
         load_experts: LoadExperts,
         policy: MemoryPolicy = MemoryPolicy.LRU,
         expert_ratio: float = 0.0,
+        host_counters: Callable[[], Mapping[str, int]] = dict,
     ):
         assert floor_frames >= (1 if num_experts else 0)
         layer_frames = 0
@@ -85,26 +87,49 @@ class MemoryManager:
             layer_frames = min(max(share, floor_frames), num_experts)
             floor_frames = num_layers * layer_frames
         _check_floor(geometry, floor_frames)
-        clock = Clock()
-        self._geometry = geometry
+        self._build(geometry, policy, (num_layers, num_experts), floor_frames, layer_frames)
+        self._pager = ExpertPager(
+            self._table,
+            self._experts,
+            frames=self._frames,
+            make_frame=self._evictor.make_frame,
+            load_experts=load_experts,
+        )
         self.policy = policy
         self.expert_ratio = expert_ratio
+        self._geometry = geometry
         self._max_kv_frames = geometry.num_frames - floor_frames
+        self._host_counters = host_counters
+        self._requests: dict[str, _Request] = {}
+        self._counters = _Counters()
+        self._page_offsets = np.arange(geometry.page_tokens, dtype=np.int32)
+
+    def _build(
+        self,
+        geometry: Geometry,
+        policy: MemoryPolicy,
+        shape: tuple[int, int],
+        floor_frames: int,
+        layer_frames: int,
+    ) -> None:
+        """Make both tenants and what compares them."""
+        clock = self._clock = Clock()
         self.prices = Prices(geometry)
-        self._clock = clock
+        self._frames = Frames(geometry.num_frames)
+        self._pool = PagePool(
+            self._frames,
+            pages_per_frame=geometry.pages_per_frame,
+            max_frames=geometry.num_frames - floor_frames,
+        )
         self._reuse = ReuseRates()
         self._leaves: LeafOrder[RadixNode] = LeafOrder(
             policy, reuse=self._reuse, prices=self.prices
         )
-        self._frames = Frames(geometry.num_frames)
-        self._pool = PagePool(
-            self._frames, pages_per_frame=geometry.pages_per_frame, max_frames=self._max_kv_frames
-        )
         self._cache = RadixCache(
             page_tokens=geometry.page_tokens, order=self._leaves, clock=clock, reuse=self._reuse
         )
-        self._table = ExpertTable(num_layers, num_experts, frames=self._frames)
-        values = values_for(policy, self._table.frame_table.shape, clock=clock, prices=self.prices)
+        self._table = ExpertTable(*shape, frames=self._frames)
+        values = values_for(policy, shape, clock=clock, prices=self.prices)
         self._experts = ExpertOrder(self._table, values, clock=clock)
         self._evictor = Evictor(
             policy,
@@ -116,21 +141,16 @@ class MemoryManager:
             experts=self._experts,
             layer_frames=layer_frames,
         )
-        self._pager = ExpertPager(
-            self._table,
-            self._experts,
-            frames=self._frames,
-            make_frame=self._evictor.make_frame,
-            load_experts=load_experts,
-        )
-        self._requests: dict[str, _Request] = {}
-        self._counters = _Counters()
-        self._page_offsets = np.arange(geometry.page_tokens, dtype=np.int32)
 
     @property
     def frame_table(self) -> npt.NDArray[np.int32]:
         """int32 `[num_layers, num_experts]`, -1 = absent; always the same memory."""
         return self._table.frame_table
+
+    @property
+    def expert_values(self) -> npt.NDArray[np.float64]:
+        """How much each expert is wanted in a frame; only its order counts. Not to be kept or changed."""
+        return self._experts.values.now()
 
     # ------------------------------------------------------------------------------------------- KV
 
@@ -296,6 +316,7 @@ class MemoryManager:
             cache_hit_tokens=counters.cache_hit_tokens,
             prefill_tokens=counters.prefill_tokens,
             ghost_hit_tokens=counters.ghost_hit_tokens,
+            **self._host_counters(),
         )
 
     def violations(self) -> list[str]:

@@ -19,17 +19,20 @@ class Extent(msgspec.Struct, frozen=True, gc=False):
     descriptor: int
     offset: int
     nbytes: int
+    path: str  # for messages
 
-    def read_into(self, target: memoryview) -> None:
-        """Fill `target`, which is as long as the extent. Raises OSError, also where the file has become shorter."""
+    def read_into(self, target: memoryview, start: int = 0) -> None:
+        """Fill `target` from byte `start` of the extent on. Raises OSError, also where the file has become shorter."""
         done = 0
-        while done < self.nbytes:
-            count = os.preadv(self.descriptor, [target[done:]], self.offset + done)
+        while done < len(target):
+            count = os.preadv(self.descriptor, [target[done:]], self.offset + start + done)
             if count == 0:
-                raise OSError(
-                    f"the checkpoint ends {self.nbytes - done} bytes early: was it replaced while being served?"
-                )
+                raise OSError(f"the file ends {len(target) - done} bytes early")
             done += count
+
+    def will_read(self) -> None:
+        """Have the kernel begin to read it all into the page cache."""
+        os.posix_fadvise(self.descriptor, self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 class Mapping(msgspec.Struct, frozen=True, gc=False):
@@ -57,7 +60,8 @@ class MappedFiles:
         mapping = self._mappings[index]
         if address + nbytes > mapping.stop:
             return None
-        return Extent(self._open(mapping.path), mapping.offset + address - mapping.start, nbytes)
+        offset = mapping.offset + address - mapping.start
+        return Extent(self._open(mapping.path), offset, nbytes, mapping.path)
 
     def _open(self, path: str) -> int:
         if path not in self._descriptors:

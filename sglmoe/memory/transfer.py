@@ -1,4 +1,4 @@
-"""Moves experts' bytes from the store into frames of the arena, in host memory.
+"""Moves experts' bytes from host memory or the checkpoint into frames of the arena, on a CPU.
 
 Knows no order of eviction and no table: it is told frame, layer and expert, and returns when the
 bytes are there.
@@ -6,19 +6,31 @@ bytes are there.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Protocol
 
 from sglmoe.memory.experts import Load
-from sglmoe.memory.store import Bytes, ExpertStore
+from sglmoe.memory.store import Bytes
+
+
+class ExpertReader(Protocol):
+    """A source of experts that several threads may use at a time: an `ExpertStore` or a `TieredStore`."""
+
+    def will_read(self, layer: int, expert: int) -> None: ...
+
+    def read(self, layer: int, expert: int, target: Bytes) -> int: ...
+
+
+# Arbitrary: so many experts of its share has a thread asked the disk for beyond the one it copies.
+READ_AHEAD = 4
 
 
 class HostCopier:
-    """Copies with numpy, which lets go of the GIL: several experts at a time, page faults of a
-    mapped file included.
+    """Copies with numpy and `pread`, which let go of the GIL: several experts at a time.
 
     `arena` is uint8 ``[num_frames * frame_bytes]``.
     """
 
-    def __init__(self, arena: Bytes, *, frame_bytes: int, store: ExpertStore, num_threads: int):
+    def __init__(self, arena: Bytes, *, frame_bytes: int, store: ExpertReader, num_threads: int):
         self._frames = arena.reshape(-1, frame_bytes)  # a view
         self._store = store
         self._num_threads = num_threads
@@ -40,6 +52,11 @@ class HostCopier:
         self._threads.shutdown()
 
     def _copy(self, loads: Sequence[Load]) -> int:
-        return sum(
-            self._store.read(load.layer, load.expert, self._frames[load.frame]) for load in loads
-        )
+        num_bytes = 0
+        for load in loads[:READ_AHEAD]:
+            self._store.will_read(load.layer, load.expert)
+        for index, load in enumerate(loads):
+            for ahead in loads[index + READ_AHEAD : index + READ_AHEAD + 1]:
+                self._store.will_read(ahead.layer, ahead.expert)
+            num_bytes += self._store.read(load.layer, load.expert, self._frames[load.frame])
+        return num_bytes

@@ -245,6 +245,8 @@ GAUGES = {
     "sglmoe_kv_frames": ("Frames that hold KV pages.", "kv_frames"),
     "sglmoe_locked_pages": ("KV pages of running requests.", "locked_pages"),
     "sglmoe_cached_pages": ("KV pages of cached prefixes.", "cached_pages"),
+    "sglmoe_host_blocks": ("Blocks of host memory, of one expert each.", "host_blocks"),
+    "sglmoe_host_blocks_filled": ("Those that hold an expert.", "host_blocks_filled"),
 }
 COUNTERS = {
     "sglmoe_expert_hits": ("Experts that were resident when needed.", "expert_hits"),
@@ -255,6 +257,12 @@ COUNTERS = {
     "sglmoe_split_layers": ("Layer passes of more than one wave.", "num_split_layers"),
     "sglmoe_experts_evicted": ("Experts evicted.", "experts_evicted"),
     "sglmoe_pages_evicted": ("Cached KV pages evicted.", "pages_evicted"),
+    "sglmoe_host_hits": ("Missed experts that were in host memory.", "host_hits"),
+    "sglmoe_disk_reads": ("Missed experts that were read from the checkpoint.", "disk_reads"),
+    "sglmoe_disk_bytes": ("Bytes of these.", "disk_bytes"),
+    "sglmoe_host_promoted": ("Experts read into host memory ahead of need.", "host_promoted"),
+    "sglmoe_host_promoted_bytes": ("Bytes of these.", "host_promoted_bytes"),
+    "sglmoe_host_evicted": ("Experts evicted from host memory.", "host_evicted"),
 }
 
 

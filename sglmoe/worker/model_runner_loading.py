@@ -16,8 +16,11 @@ import torch
 
 from sglmoe.config import EngineConfig
 from sglmoe.memory.arena import Geometry, plan_geometry
-from sglmoe.memory.experts import Load
+from sglmoe.memory.device_transfer import DeviceCopier, page_lock
+from sglmoe.memory.experts import ABSENT, Load
+from sglmoe.memory.host_tier import HostTier, TieredStore, make_blocks
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.promoter import DemandGate, Promoter
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import show_bytes
@@ -227,36 +230,46 @@ def manage(
     floor_frames: int,
     config: EngineConfig,
 ) -> MemoryManager:
-    """The owner of the arena."""
-    return MemoryManager(
+    """The owner of the arena, and below it host memory, which fills in the background from now on."""
+    num_layers = len(experts.layer_ids)
+    num_experts = experts.shape.num_experts if experts.shape else 0
+    lock_pages = None if arena.device.type == "cpu" else page_lock
+    blocks = make_blocks(config.host_memory_bytes, experts.store, lock_pages=lock_pages)
+    tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts)
+    gate = DemandGate()
+    memory = MemoryManager(
         geometry,
-        num_layers=len(experts.layer_ids),
-        num_experts=experts.shape.num_experts if experts.shape else 0,
+        num_layers=num_layers,
+        num_experts=num_experts,
         floor_frames=floor_frames,
-        load_experts=expert_loader(
-            arena, geometry, experts.store, host_bytes=config.host_memory_bytes
-        ),
+        load_experts=gate.guard(expert_loader(arena, geometry, experts.store, tier)),
         policy=config.memory_policy,
         expert_ratio=config.expert_ratio,
+        host_counters=tier.counters,
     )
+    if len(blocks):
+        Promoter(
+            tier,
+            experts.store,
+            gate,
+            heat=lambda: memory.expert_values,
+            residents=lambda: memory.frame_table != ABSENT,
+        ).start()
+    return memory
 
 
 def expert_loader(
-    arena: torch.Tensor, geometry: Geometry, store: ExpertStore, *, host_bytes: int
+    arena: torch.Tensor, geometry: Geometry, store: ExpertStore, tier: HostTier
 ) -> Callable[[Sequence[Load]], None]:
-    """What copies experts into frames on this device; `host_bytes` may be page-locked for that on a GPU."""
+    """What copies experts into frames on this device."""
     if arena.device.type == "cpu":
         return HostCopier(
             arena.numpy(),
             frame_bytes=geometry.frame_bytes,
-            store=store,
+            store=TieredStore(tier, store),
             num_threads=os.cpu_count() or 1,
         ).load
-    from sglmoe.memory.device_transfer import DeviceCopier
-
-    return DeviceCopier(
-        arena, frame_bytes=geometry.frame_bytes, store=store, host_bytes=host_bytes
-    ).load
+    return DeviceCopier(arena, frame_bytes=geometry.frame_bytes, store=store, tier=tier).load
 
 
 def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:

@@ -116,8 +116,8 @@ def ready_message(loaded: Loaded, model: ModelRunner) -> WorkerReady:
         description=(
             f"dense weights {show_bytes(loaded.dense_bytes)}, arena {show_bytes(loaded.arena_bytes)} "
             f"in {snapshot.num_frames} frames of {show_bytes(snapshot.frame_bytes)}; experts "
-            f"{show_bytes(expert_bytes)} in the checkpoint; KV of up to {tokens} tokens "
-            f"in pages of {snapshot.page_tokens}"
+            f"{show_bytes(expert_bytes)} in the checkpoint, host memory for {snapshot.host_blocks} of "
+            f"them; KV of up to {tokens} tokens in pages of {snapshot.page_tokens}"
         ),
     )
 

@@ -4,6 +4,7 @@ Owns the requests the scheduler has named and the rows of the token table. Memor
 sampling are the `Model`'s. Knows neither sockets nor sglang.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,6 +12,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
+from sglmoe.memory.store import ExpertReadError
 from sglmoe.protocol import (
     MemorySnapshot,
     NewRequest,
@@ -23,6 +25,8 @@ from sglmoe.protocol import (
     TokenLogprobs,
 )
 from sglmoe.worker.request import BatchRow, WorkerRequest
+
+logger = logging.getLogger(__name__)
 
 
 class RowOutput(msgspec.Struct, frozen=True):
@@ -218,9 +222,15 @@ class Worker:
         if not rows:
             return (), ()
         self.memory.begin_step()
+        try:
+            outputs = self._model.forward(rows)
+        except ExpertReadError as error:
+            # They share the pass. Nothing of it counts, and what is unharmed can be served on.
+            logger.error("%d requests fail: %s", len(rows), error)
+            return (), tuple(RowFailure(row.request.rid, 500, str(error)) for row in rows)
         results: list[RowResult] = []
         failed: list[RowFailure] = []
-        for row, output in zip(rows, self._model.forward(rows), strict=True):
+        for row, output in zip(rows, outputs, strict=True):
             if output.error:
                 failed.append(RowFailure(rid=row.request.rid, status=400, message=output.error))
             else:

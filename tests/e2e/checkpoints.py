@@ -174,8 +174,11 @@ def make_checkpoint(
     dtype: str = "bfloat16",
     seed: int = 0,
     attention_gain: float = 0.06,
+    **sizes: int,
 ) -> Path:
     """Write a random checkpoint of one of `FAMILIES`, with tokenizer, to `directory`; return it.
+
+    `sizes` are fields of the family's config that are to be others.
 
     The same arguments give the same weights, rounded to bfloat16 whatever `dtype` says: one seed
     is one model in every dtype. How much states owe to attention is a choice of oracle:
@@ -185,8 +188,10 @@ def make_checkpoint(
       17 % (qwen3_moe) of the tokens; margins are those of any random model. For float32.
     """
     generator = torch.Generator().manual_seed(seed)
+    config = FAMILIES[family]()
+    config.update(sizes)
     with torch.random.fork_rng(), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         _randomise(model, attention_gain, generator)
         _fit_head(model, generator)
     model.to(torch.bfloat16).to(getattr(torch, dtype)).save_pretrained(directory)

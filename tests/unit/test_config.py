@@ -43,9 +43,30 @@ def test_what_the_machine_has_not_got_is_refused_by_flag(options: Options, messa
         plan_config(options, GPU, page_tokens=None)
 
 
-def test_a_cpu_has_no_host_memory_beside_its_own() -> None:
-    with pytest.raises(ValueError, match="use --memory-budget"):
-        plan_config(Options(host_memory="1k"), CPU, page_tokens=None)
+def test_host_memory_on_a_cpu_is_beside_the_budget() -> None:
+    config = plan_config(Options(memory_budget="600", host_memory="40%"), CPU, page_tokens=None)
+    assert (config.memory_budget_bytes, config.host_memory_bytes) == (600, 400)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            Options(memory_budget="601", host_memory="400"),
+            "--memory-budget of 601 B and --host-memory of 400 B together are more than the 1000 B",
+        ),
+        (Options(host_memory="501"), r"--memory-budget of 500 B \(the default\) and --host-memory"),
+        (Options(host_memory="2k"), "--host-memory: 2k is more than the 1000 B"),
+    ],
+)
+def test_on_a_cpu_both_come_out_of_the_same_memory(options: Options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_config(options, CPU, page_tokens=None)
+
+
+def test_beside_a_gpu_each_has_its_own_memory() -> None:
+    config = plan_config(Options(memory_budget="1000", host_memory="5000"), GPU, page_tokens=None)
+    assert (config.memory_budget_bytes, config.host_memory_bytes) == (1000, 5000)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def test_a_range_that_leaves_the_mapping_is_no_extent(mapped: np.ndarray) -> Non
 def test_a_file_that_became_shorter_is_an_error(mapped: np.ndarray) -> None:
     extent = MappedFiles().extent(mapped.ctypes.data, 100)
     assert extent is not None
-    beyond = Extent(extent.descriptor, offset=9_950, nbytes=100)
+    assert extent.path.endswith("a checkpoint.bin")
+    beyond = Extent(extent.descriptor, offset=9_950, nbytes=100, path=extent.path)
     with pytest.raises(OSError, match="ends 50 bytes early"):
         beyond.read_into(memoryview(bytearray(100)))

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sglmoe.memory.store import Bytes, ExpertStore
+from sglmoe.memory import store as store_module
+from sglmoe.memory.store import Bytes, ExpertReadError, ExpertStore
 
 
 def some_bytes(size: int) -> Bytes:
@@ -67,6 +68,67 @@ def test_a_tensor_that_comes_twice_or_has_no_place_is_refused() -> None:
         store.put(3, 5, "w2", some_bytes(1))
     with pytest.raises(ValueError, match="layer 3 expert 5 has no tensor 'bias'"):
         store.put(3, 5, "bias", some_bytes(1))
+
+
+def mapped_store(path: Path) -> ExpertStore:
+    """One expert of 24 bytes 0, 1, 2, ... in a file."""
+    path.write_bytes(bytes(range(24)))
+    with path.open("rb") as file:
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    store = ExpertStore()
+    for index, part in enumerate(("w1", "w3", "w2")):
+        store.put(2, 0, part, mapped[8 * index : 8 * index + 8])
+    assert store.unmap() == 0
+    return store
+
+
+def test_a_file_cut_short_is_named_with_what_to_do_and_read_again_once_restored(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model.safetensors"
+    store = mapped_store(path)
+    path.write_bytes(bytes(range(20)))
+    target = np.zeros(24, np.uint8)
+    message = (
+        f"expert 0 of MoE layer 2 can't be read from {path}: the file ends 4 bytes early. The file was "
+        "changed while being served, or its disk fails: restore the file and restart the server"
+    )
+    with pytest.raises(ExpertReadError) as raised:
+        store.read(2, 0, target)
+    assert str(raised.value) == message
+    path.write_bytes(bytes(range(24)))
+    assert store.read(2, 0, target) == 24
+    assert target.tolist() == list(range(24))
+
+
+def test_a_read_that_gives_way_does_so_before_each_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "CHUNK_BYTES", 3)
+    store = mapped_store(tmp_path / "model.safetensors")
+    store.put(2, 1, "w1", np.arange(100, 108, dtype=np.uint8))
+    store.put(2, 1, "w3", some_bytes(0))
+    store.put(2, 1, "w2", some_bytes(1))
+    target = np.full(24, 255, np.uint8)
+    seen: list[int] = []
+    store.read(2, 0, target, before_chunk=lambda: seen.append(int((target < 255).sum())))
+    assert seen == [0, 3, 6, 8, 11, 14, 16, 19, 22]
+    assert target.tolist() == list(range(24))
+    # Likewise from memory; and what it raises ends the read.
+    seen.clear()
+    store.read(2, 1, target, before_chunk=lambda: seen.append(0))
+    assert len(seen) == 4
+    assert target[:9].tolist() == [*range(100, 108), 0]
+    with pytest.raises(KeyError):
+        store.read(2, 0, target, before_chunk=lambda: {}["stop"])
+
+
+def test_experts_in_memory_need_no_reading_ahead(tmp_path: Path) -> None:
+    store = mapped_store(tmp_path / "model.safetensors")
+    for part in ("w1", "w3", "w2"):
+        store.put(2, 1, part, some_bytes(1))
+    store.will_read(2, 0)
+    store.will_read(2, 1)
 
 
 def test_a_mapped_expert_is_read_from_its_file_once_unmapped(tmp_path: Path) -> None:

@@ -57,3 +57,26 @@ def test_a_failure_is_raised_when_all_threads_are_done(copier: HostCopier, arena
     frames = arena.reshape(5, FRAME_BYTES)
     assert frames[1, 0] == 1
     assert frames[3, 0] == 2
+
+
+def test_a_thread_asks_the_disk_for_a_few_experts_ahead(arena: Bytes) -> None:
+    class Disk:
+        def __init__(self) -> None:
+            self.log: list[str] = []
+
+        def will_read(self, layer: int, expert: int) -> None:
+            self.log.append(f"will read {expert}")
+
+        def read(self, layer: int, expert: int, target: Bytes) -> int:
+            self.log.append(f"read {expert}")
+            return 7
+
+    disk = Disk()
+    copier = HostCopier(arena, frame_bytes=FRAME_BYTES, store=disk, num_threads=1)
+    copier.load([Load(frame % 5, 0, expert) for frame, expert in enumerate((9, 8, 7, 6, 5, 4))])
+    copier.close()
+    assert disk.log == [
+        *["will read 9", "will read 8", "will read 7", "will read 6"],
+        *["will read 5", "read 9", "will read 4", "read 8"],
+        *["read 7", "read 6", "read 5", "read 4"],
+    ]

@@ -12,6 +12,7 @@ import pytest
 
 from sglmoe.memory.arena import plan_geometry
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.store import ExpertReadError
 from sglmoe.protocol import LogprobSpec, NewRequest, Row, StepPlan, StepResult
 from sglmoe.worker.request import BatchRow
 from sglmoe.worker.worker import RowOutput, Worker
@@ -26,6 +27,7 @@ class CountingModel:
         self.table: dict[tuple[int, int], int] = {}
         self.computed: list[tuple[str, int, int]] = []
         self.errors: dict[str, str] = {}
+        self.disk_error = ""
         self.forgotten: list[str] = []
 
     def write_token_ids(self, table_row: int, start: int, token_ids: np.ndarray) -> None:
@@ -39,6 +41,8 @@ class CountingModel:
             self.table[row, position] = token_id
 
     def forward(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
+        if self.disk_error:
+            raise ExpertReadError(self.disk_error)
         self.computed = [(row.request.rid, row.start, row.stop) for row in rows]
         return [
             RowOutput(
@@ -207,6 +211,22 @@ def test_a_failed_row_is_reported_and_others_go_on(bench: Bench) -> None:
     result = bench.step(("a", 4), ("b", 4))
     assert [(f.rid, f.status) for f in result.failed] == [("a", 400)]
     assert sampled(result) == {"b": 4}
+
+
+def test_an_expert_that_can_not_be_read_fails_the_pass_and_not_the_worker(bench: Bench) -> None:
+    bench.add("a", range(10))
+    bench.step(("a", 8))
+    bench.add("b", range(100, 104))
+    bench.model.disk_error = "expert 3 of MoE layer 0 can't be read from a.safetensors"
+    result = bench.step(("a", 2), ("b", 4))
+    assert result.rows == ()
+    assert [(f.rid, f.status) for f in result.failed] == [("a", 500), ("b", 500)]
+    assert "a.safetensors" in result.failed[0].message
+    # The scheduler drops both. Nothing of the pass is kept: what was computed before it is.
+    bench.model.disk_error = ""
+    bench.add("c", range(10))
+    (row,) = bench.step(("c", 10), drop=("a", "b")).rows
+    assert (row.num_cached, row.token_id) == (8, 10)
 
 
 def test_a_new_worker_takes_up_a_request_with_its_output(bench: Bench) -> None:

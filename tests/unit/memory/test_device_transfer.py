@@ -1,0 +1,125 @@
+"""Copies that end later: blocks stay pinned until then. On a CPU, with a stream that is made up.
+
+Four blocks of host memory and 3 frames; experts are 6 bytes. What a CUDA device does with the copies
+no test here shows.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from sglmoe.memory.device_transfer import DeviceCopier
+from sglmoe.memory.experts import Load
+from sglmoe.memory.host_tier import HostTier
+from sglmoe.memory.promotion import Promotion
+from sglmoe.memory.store import PARTS, Bytes, ExpertReadError, ExpertStore
+
+
+class Stream:
+    """Hands out events and reaches them when told to."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.num_events = 0
+
+    def new_event(self) -> "StreamEvent":
+        self.num_events += 1
+        return StreamEvent(self, self.num_events)
+
+
+class StreamEvent:
+    def __init__(self, stream: Stream, number: int) -> None:
+        self._stream = stream
+        self.number = number
+        self.reached = True  # never recorded
+
+    def record(self) -> None:
+        self.reached = False
+        self._stream.log.append(f"record {self.number}")
+
+    def query(self) -> bool:
+        return self.reached
+
+    def synchronize(self) -> None:
+        self._stream.log.append(f"wait {self.number}")
+        self.reached = True
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.store = ExpertStore()
+        for expert in range(6):  # expert e is e, e, e, e, e, e
+            for part in PARTS:
+                self.store.put(0, expert, part, np.full(2, expert, np.uint8))
+        self.tier = HostTier(np.zeros((4, 6), np.uint8), num_layers=1, num_experts=6)
+        for expert in (0, 1):
+            block = self.tier.begin(Promotion(0, expert))
+            assert block is not None
+            self.tier.finish(block, self.store.read(0, expert, self.tier.blocks[block]))
+        self.stream = Stream()
+        self.locked: list[tuple[int, ...]] = []
+        self.arena = torch.full((3 * 8,), 255, dtype=torch.uint8)
+        self.copier = DeviceCopier(
+            self.arena,
+            frame_bytes=8,
+            store=self.store,
+            tier=self.tier,
+            new_event=self.stream.new_event,
+            lock_pages=self.lock_pages,
+        )
+
+    def lock_pages(self, blocks: Bytes) -> None:
+        self.locked.append(blocks.shape)
+
+    def pins(self) -> list[int]:
+        assert self.tier.violations() == []
+        return self.tier._pins.tolist()
+
+    def reach(self) -> None:
+        """The device has done all that was queued."""
+        for event, _ in self.copier._copying:
+            event.reached = True  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_experts_come_from_host_memory_or_through_staging(bench: Bench) -> None:
+    bench.copier.load([Load(2, 0, 1), Load(0, 0, 5)])
+    frames = bench.arena.view(3, 8).tolist()
+    assert frames == [[5] * 6 + [255] * 2, [255] * 8, [1] * 6 + [255] * 2]
+    counters = bench.tier.counters()
+    assert (counters["host_hits"], counters["disk_reads"], counters["disk_bytes"]) == (1, 1, 6)
+    assert bench.locked == [(2, 6)]
+
+
+def test_a_block_is_pinned_until_its_copy_is_done(bench: Bench) -> None:
+    bench.copier.load([Load(0, 0, 0), Load(1, 0, 1)])
+    assert bench.pins() == [1, 1, 0, 0]
+    # Not done yet when the next layer asks: one more pin. Nobody may write into block 0.
+    bench.copier.load([Load(2, 0, 0)])
+    assert bench.pins() == [2, 1, 0, 0]
+    bench.reach()
+    bench.copier.load([])
+    assert bench.pins() == [0, 0, 0, 0]
+
+
+def test_a_staging_block_is_written_again_only_when_its_copy_is_done(bench: Bench) -> None:
+    # Events 1 and 2 belong to the two staging blocks.
+    bench.copier.load([Load(frame, 0, 2 + frame) for frame in range(3)])
+    assert bench.stream.log == ["wait 1", "record 1", "wait 2", "record 2", "wait 1", "record 1"]
+
+
+def test_a_read_that_fails_leaves_pins_that_end_with_their_copies(bench: Bench) -> None:
+    def fail(*_: object, **__: object) -> int:
+        raise ExpertReadError("the disk is gone")
+
+    bench.store.read = fail  # type: ignore[method-assign]
+    with pytest.raises(ExpertReadError):
+        bench.copier.load([Load(0, 0, 0), Load(1, 0, 4)])
+    assert bench.pins() == [1, 0, 0, 0]
+    bench.reach()
+    bench.copier.load([])
+    assert bench.pins() == [0, 0, 0, 0]
