@@ -67,6 +67,15 @@ class LeafOrder(Generic[L]):
             self.add(leaf)
         return None
 
+    def first_few(self, num_leaves: int) -> list[L]:
+        """The leaves to evict next, in their order; they stay in it. O(num_leaves log n)."""
+        entries: list[tuple[int, int, L]] = []
+        while len(entries) < num_leaves and self.first() is not None:
+            entries.append(heappop(self._heap))
+        for entry in entries:
+            heappush(self._heap, entry)
+        return [leaf for _, _, leaf in entries]
+
     def key(self, leaf: L) -> int:
         """Lowest goes first."""
         return leaf.num_uses if self._by_uses else leaf.last_use

@@ -27,6 +27,7 @@ from sglmoe.memory.eviction import Clock, LeafOrder
 from sglmoe.memory.expert_heat import Candidate, ExpertHeat
 from sglmoe.memory.expert_pager import ExpertPager, LoadExperts
 from sglmoe.memory.experts import ExpertIds, ExpertTable
+from sglmoe.memory.frame_reclaim import LEAVES_AHEAD, plan_emptying, plan_near
 from sglmoe.memory.kv_pages import PagePool, Pages, no_pages
 from sglmoe.memory.radix_cache import TOKEN_BYTES, RadixCache, RadixNode, path_pages
 from sglmoe.protocol import MemorySnapshot
@@ -151,9 +152,10 @@ class MemoryManager:
         num_missing = ceil_div(num_tokens, self._geometry.page_tokens) - len(request.pages)
         if num_missing <= 0:
             return True
-        if not self._make_pages(num_missing):
+        last_page = request.pages[-1] if request.pages else None
+        if not self._make_pages(num_missing, after=last_page):
             return False
-        request.pages += self._pool.allocate(num_missing)
+        request.pages += self._pool.allocate(num_missing, after=last_page)
         self._count_prefill(request)
         return True
 
@@ -250,6 +252,7 @@ class MemoryManager:
             total_pages=self._max_kv_frames * geometry.pages_per_frame,
             locked_pages=self._pool.held_pages,
             cached_pages=self._pool.idle_pages,
+            free_pages=self._pool.free_pages,
             page_tokens=geometry.page_tokens,
             expert_hits=pager.hits,
             expert_misses=pager.misses,
@@ -284,16 +287,16 @@ class MemoryManager:
 
     # ------------------------------------------------------------------------------------- eviction
 
-    def _make_pages(self, num_pages: int) -> bool:
-        """Evict until the pool has `num_pages` to hand out; False, and nothing evicted, if it never
-        can."""
+    def _make_pages(self, num_pages: int, *, after: int | None) -> bool:
+        """Evict until the pool has `num_pages` to hand out, near page `after` if it can choose; False,
+        and nothing evicted, if it never can."""
         num_frames = min(self._max_kv_frames, len(self._frames) - len(self._table.pinned))
         if num_pages > num_frames * self._geometry.pages_per_frame - self._pool.held_pages:
             return False
         while (num_missing := num_pages - self._pool.available_pages) > 0:
             victim = self._next_victim(experts=self._pool.may_grow, leaves=True)
             assert victim is not None, f"{num_missing} pages are neither free nor evictable"
-            self._evict(victim, num_missing)
+            self._evict(victim, num_missing, near=after)
         return True
 
     def _make_frame(self, layer: int, num_loading: int) -> bool:
@@ -327,13 +330,25 @@ class MemoryManager:
             return leaf or expert
         return leaf if self._leaves.key(leaf) < expert.heat else expert
 
-    def _evict(self, victim: Candidate | RadixNode, num_pages: int | None) -> None:
-        """Evict an expert, or `num_pages` pages of a leaf; None: as few as may empty a frame."""
-        if isinstance(victim, RadixNode):
-            self._evict_leaf(victim, num_pages or self._pool.last_run(victim.pages))
-        else:
+    def _evict(
+        self, victim: Candidate | RadixNode, num_pages: int | None, *, near: int | None = None
+    ) -> None:
+        """Evict an expert; or at most `num_pages` pages of a leaf whose turn is next, near page `near`;
+        None: as few as may empty a frame."""
+        if isinstance(victim, Candidate):
             self._table.evict(victim.layer, victim.expert)
             self._counters.experts_evicted += 1
+            return
+        pages_per_frame = self._geometry.pages_per_frame
+        leaves = self._leaves.first_few(LEAVES_AHEAD if pages_per_frame > 1 else 1)
+        pages = [leaf.pages for leaf in leaves]
+        if num_pages is None:
+            num_idle = self._pool.num_idle
+            tails = plan_emptying(pages, pages_per_frame=pages_per_frame, num_idle=num_idle)
+        else:
+            tails = plan_near(pages, num_pages, near=near, pages_per_frame=pages_per_frame)
+        for tail in tails:
+            self._evict_leaf(leaves[tail.leaf], tail.num_pages)
 
     def _evict_leaf(self, leaf: RadixNode, num_pages: int) -> None:
         pages = self._cache.evict(leaf, num_pages)

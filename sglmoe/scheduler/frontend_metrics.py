@@ -245,6 +245,7 @@ GAUGES = {
     "sglmoe_kv_frames": ("Frames that hold KV pages.", "kv_frames"),
     "sglmoe_locked_pages": ("KV pages of running requests.", "locked_pages"),
     "sglmoe_cached_pages": ("KV pages of cached prefixes.", "cached_pages"),
+    "sglmoe_free_pages": ("KV pages that are free within KV frames: fragmentation.", "free_pages"),
 }
 COUNTERS = {
     "sglmoe_expert_hits": ("Experts that were resident when needed.", "expert_hits"),
