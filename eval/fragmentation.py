@@ -385,6 +385,7 @@ def main() -> None:
     parser.add_argument("--rules", default=",".join(RULES))
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
+    report: dict[str, Any] = describe_run()
     outcomes = [
         Mix(rule, pages_per_frame, concurrency).run()
         for pages_per_frame in PAGES_PER_FRAME
@@ -393,8 +394,8 @@ def main() -> None:
     ]
     print(table(outcomes))
     if options.output is not None:
-        report: dict[str, Any] = {"outcomes": [msgspec.structs.asdict(its) for its in outcomes]}
-        options.output.write_text(json.dumps(describe_run() | report, indent=1) + "\n")
+        report["outcomes"] = [msgspec.structs.asdict(its) for its in outcomes]
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
