@@ -89,3 +89,13 @@ def test_adding_twice_makes_one_entry_and_adding_what_may_not_go_none(clock: Clo
         order.add(thing)
     assert order.violations({leaf}) == []
     assert [evict(order), evict(order)] == [leaf, None]
+
+
+def test_the_first_few_are_in_the_order_of_eviction_and_stay_in_it(clock: Clock) -> None:
+    order, (first, second, third) = three_leaves(clock, MemoryPolicy.LRU)
+    first.use(clock)
+    assert order.first_few(2) == [second, third]
+    assert order.first_few(9) == [second, third, first]
+    assert order.violations({first, second, third}) == []
+    assert [evict(order) for _ in range(4)] == [second, third, first, None]
+    assert order.first_few(2) == []
