@@ -25,19 +25,19 @@ class Tail(NamedTuple):
 
 
 def plan_emptying(
-    leaves: Sequence[Pages], *, pages_per_frame: int, num_idle: Callable[[int], int]
+    leaves: Sequence[Pages], *, pages_per_frame: int, num_to_empty: Callable[[int], int]
 ) -> list[Tail]:
     """The tails to evict so that one frame runs empty, as few pages as can be; if that takes more
     than these leaves have, the end of the first, as far as it lies in one frame.
 
-    `num_idle(frame)`: its pages in use, 0 if a running request holds one of them.
+    `num_to_empty(frame)`: its pages in use, 0 if a running request holds one of them.
     """
     left: dict[int, int] = {}  # frame -> pages in use but for the tails of the leaves seen
     tails: dict[int, dict[int, int]] = {}  # frame -> leaf -> pages from the first one in it on
     cheapest: list[Tail] = []
     for leaf, pages in enumerate(leaves):
         for frame, start, stop in _last_runs(pages, pages_per_frame):
-            if not left.setdefault(frame, num_idle(frame)):
+            if not left.setdefault(frame, num_to_empty(frame)):
                 continue
             left[frame] -= stop - start
             tails.setdefault(frame, {})[leaf] = len(pages) - start
@@ -52,15 +52,13 @@ def plan_emptying(
 
 
 def plan_near(
-    leaves: Sequence[Pages], num_pages: int, *, near: int | None, pages_per_frame: int
+    leaves: Sequence[Pages], num_pages: int, *, frame: int, pages_per_frame: int
 ) -> list[Tail]:
-    """At most `num_pages` pages for one who goes on after page `near`: in its frame, if one of the
-    leaves ends there; else those of the first leaf, wherever they lie."""
-    if near is not None:
-        frame = near // pages_per_frame
-        for leaf, pages in enumerate(leaves):
-            if pages[-1] // pages_per_frame == frame:
-                return [Tail(leaf, min(num_pages, _last_run(pages, pages_per_frame)))]
+    """At most `num_pages` pages for one who goes on in this frame: there, if one of the leaves ends
+    there; else those of the first leaf, wherever they lie."""
+    for leaf, pages in enumerate(leaves):
+        if pages[-1] // pages_per_frame == frame:
+            return [Tail(leaf, min(num_pages, _last_run(pages, pages_per_frame)))]
     return [Tail(0, num_pages)]
 
 

@@ -120,10 +120,13 @@ class PagePool:
             self._count_held(frame, start - stop)
 
     def num_idle(self, frame: int) -> int:
-        """How many pages to evict for this KV frame to run empty; 0 if one of its pages is held."""
-        if self._held[frame]:
-            return 0
-        return self._pages_per_frame - len(self._free.get(frame, ()))
+        """The idle pages of a KV frame."""
+        num_free = len(self._free.get(frame, ()))
+        return self._pages_per_frame - num_free - self._held[frame]
+
+    def num_to_empty(self, frame: int) -> int:
+        """How many pages to evict for a KV frame to run empty; 0 if one of its pages is held."""
+        return 0 if self._held[frame] else self.num_idle(frame)
 
     def violations(self, *, held: Pages, idle: Pages) -> list[str]:
         """Pages free + held + idle = pages of KV frames. `held` and `idle`: all pages that have an

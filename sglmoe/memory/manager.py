@@ -339,14 +339,17 @@ class MemoryManager:
             self._table.evict(victim.layer, victim.expert)
             self._counters.experts_evicted += 1
             return
+        leaves = [victim]
         pages_per_frame = self._geometry.pages_per_frame
-        leaves = self._leaves.first_few(LEAVES_AHEAD if pages_per_frame > 1 else 1)
+        frame = -1 if near is None else near // pages_per_frame
+        if num_pages is None or (near is not None and self._pool.num_idle(frame)):
+            leaves = self._leaves.first_few(LEAVES_AHEAD if pages_per_frame > 1 else 1)
         pages = [leaf.pages for leaf in leaves]
         if num_pages is None:
-            num_idle = self._pool.num_idle
-            tails = plan_emptying(pages, pages_per_frame=pages_per_frame, num_idle=num_idle)
+            to_empty = self._pool.num_to_empty
+            tails = plan_emptying(pages, pages_per_frame=pages_per_frame, num_to_empty=to_empty)
         else:
-            tails = plan_near(pages, num_pages, near=near, pages_per_frame=pages_per_frame)
+            tails = plan_near(pages, num_pages, frame=frame, pages_per_frame=pages_per_frame)
         for tail in tails:
             self._evict_leaf(leaves[tail.leaf], tail.num_pages)
 

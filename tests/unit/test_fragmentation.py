@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from eval import fragmentation
-from eval.fragmentation import RULES, Mix, Outcome
+from eval.fragmentation import Mix, Outcome
+from eval.page_rules import RULES
 
 
 def run(monkeypatch: pytest.MonkeyPatch, rule: str) -> Outcome:

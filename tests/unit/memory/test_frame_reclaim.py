@@ -9,11 +9,11 @@ from sglmoe.memory.kv_pages import Pages
 
 def emptying(leaves: Sequence[Sequence[int]], *, idle: dict[int, int]) -> list[Tail]:
     """`idle`: pages in use by frame, of the frames that no running request uses."""
-    return plan_emptying(arrays(leaves), pages_per_frame=4, num_idle=lambda f: idle.get(f, 0))
+    return plan_emptying(arrays(leaves), pages_per_frame=4, num_to_empty=lambda f: idle.get(f, 0))
 
 
-def near(leaves: Sequence[Sequence[int]], num_pages: int, page: int | None) -> list[Tail]:
-    return plan_near(arrays(leaves), num_pages, near=page, pages_per_frame=4)
+def near(leaves: Sequence[Sequence[int]], num_pages: int, *, frame: int) -> list[Tail]:
+    return plan_near(arrays(leaves), num_pages, frame=frame, pages_per_frame=4)
 
 
 def arrays(leaves: Sequence[Sequence[int]]) -> list[Pages]:
@@ -54,10 +54,10 @@ def test_without_a_frame_to_empty_the_end_of_the_first_goes() -> None:
 
 def test_room_is_made_in_the_frame_where_a_request_goes_on() -> None:
     leaves = [[0, 1], [4, 5, 8], [12, 9, 10]]
-    assert near(leaves, 1, 11) == [Tail(1, 1)]
-    assert near(leaves[::2], 3, 11) == [Tail(1, 2)]  # no more than lie there
+    assert near(leaves, 1, frame=2) == [Tail(1, 1)]
+    assert near(leaves[::2], 3, frame=2) == [Tail(1, 2)]  # no more than lie there
 
 
-def test_a_request_that_has_no_pages_takes_the_first_ones() -> None:
-    assert near([[0, 1, 2], [4]], 2, None) == [Tail(0, 2)]
-    assert near([[0, 1, 2], [4]], 2, 8) == [Tail(0, 2)]
+def test_without_a_prefix_that_ends_there_the_first_one_gives_the_pages() -> None:
+    assert near([[0, 1, 2], [4]], 2, frame=2) == [Tail(0, 2)]
+    assert near([[0, 1, 2], [4]], 2, frame=-1) == [Tail(0, 2)]  # one that has no pages yet

@@ -137,15 +137,16 @@ def test_idle_frames_are_those_without_a_held_page() -> None:
     assert (pool.pool.idle_frames, pool.pool.held_pages) == (0, 2)
 
 
-def test_idle_pages_of_a_frame_count_only_if_it_could_run_empty() -> None:
+def test_a_frame_can_run_empty_when_none_of_its_pages_is_held() -> None:
     pool = Pool()
     pool.allocate(5)
     pool.unhold(0, 1, 3)
-    assert [pool.pool.num_idle(frame) for frame in (0, 1)] == [0, 0]  # 2 and 4 are held
+    assert [pool.pool.num_idle(frame) for frame in (0, 1)] == [2, 1]
+    assert [pool.pool.num_to_empty(frame) for frame in (0, 1)] == [0, 0]  # 2 and 4 are held
     pool.unhold(2, 4)
-    assert [pool.pool.num_idle(frame) for frame in (0, 1)] == [3, 2]
+    assert [pool.pool.num_to_empty(frame) for frame in (0, 1)] == [3, 2]
     pool.free(1)
-    assert pool.pool.num_idle(0) == 2
+    assert pool.pool.num_to_empty(0) == 2
 
 
 def test_letting_go_of_what_is_not_held_is_caught() -> None:
