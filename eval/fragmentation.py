@@ -7,9 +7,6 @@ prefilled in chunks and decoded together, and come back after other clients' tur
 only a quarter as many run for a while. Every step needs experts by Zipf's law, whose popularity drifts. What decides is
 the product's own `MemoryManager`; the arena holds half of the experts and a quarter more than running requests fill. The
 same seeds, so the same figures, but for the microseconds.
-
-Rules: "oldest" is how it began (the partly used frame that has been so longest, and eviction page by page in the order);
-the next three change only where pages go, after a request's own frame; "now" is the product.
 """
 
 import argparse
@@ -26,13 +23,10 @@ from unittest.mock import patch
 import msgspec
 import numpy as np
 
+from eval.page_rules import RULES
 from eval.servers import describe_run
 from sglmoe.memory.arena import Geometry
-from sglmoe.memory.expert_heat import Candidate
-from sglmoe.memory.frame_reclaim import plan_emptying, plan_near
-from sglmoe.memory.kv_pages import PagePool, Pages
 from sglmoe.memory.manager import MemoryManager
-from sglmoe.memory.radix_cache import RadixNode
 from sglmoe.units import ceil_div
 
 PAGES_PER_FRAME = (1, 3, 6, 24, 168)
@@ -43,58 +37,6 @@ CHUNK_TOKENS = 64 * PAGE_TOKENS  # of prefill in a step
 NUM_LAYERS = 4
 MEAN_PAGES = 100  # of a running request, about
 STEPS_PER_CENSUS = 16
-
-
-class OldestFirst(PagePool):
-    """The partly used frame that has been so longest, for everybody."""
-
-    def allocate(self, num_pages: int, *, after: int | None = None) -> Pages:
-        return super().allocate(num_pages)
-
-    def _next_frame(self, num_pages: int) -> int:
-        return next(iter(self._free)) if self._free else self._open_frame()
-
-
-class BestFit(PagePool):
-    """The fullest of the partly used frames."""
-
-    def _next_frame(self, num_pages: int) -> int:
-        if not self._free:
-            return self._open_frame()
-        return min(self._free, key=lambda frame: len(self._free[frame]))
-
-
-class WorstFit(PagePool):
-    """The roomiest of the partly used frames."""
-
-    def _next_frame(self, num_pages: int) -> int:
-        return super()._next_frame(0)
-
-
-class PlainEviction(MemoryManager):
-    """Pages of the first leaf in the order, wherever they lie."""
-
-    def _evict(
-        self, victim: Candidate | RadixNode, num_pages: int | None, *, near: int | None = None
-    ) -> None:
-        if isinstance(victim, Candidate):
-            super()._evict(victim, num_pages)
-            return
-        leaf, pages_per_frame = [victim.pages], self._geometry.pages_per_frame
-        if num_pages is None:
-            tails = plan_emptying(leaf, pages_per_frame=pages_per_frame, num_idle=lambda frame: 0)
-        else:
-            tails = plan_near(leaf, num_pages, near=None, pages_per_frame=pages_per_frame)
-        self._evict_leaf(victim, tails[0].num_pages)
-
-
-RULES: dict[str, tuple[type[PagePool], type[MemoryManager]]] = {
-    "oldest": (OldestFirst, PlainEviction),
-    "best fit": (BestFit, PlainEviction),
-    "worst fit": (WorstFit, PlainEviction),
-    "new or worst fit": (PagePool, PlainEviction),
-    "now": (PagePool, MemoryManager),
-}
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -313,13 +255,9 @@ class Mix:
             for page in pages:
                 owners.setdefault(page // self._pages_per_frame, set()).add(owner)
         num_mixed = sum(len(its) > 1 for its in owners.values())
-        frames = [
-            {page // self._pages_per_frame for page in pages}
-            for pages in running_pages(self._memory)
-        ]
-        least = sum(
-            ceil_div(len(pages), self._pages_per_frame) for pages in running_pages(self._memory)
-        )
+        running = [request.pages for request in self._memory._requests.values()]
+        frames = [{page // self._pages_per_frame for page in pages} for pages in running]
+        least = sum(ceil_div(len(pages), self._pages_per_frame) for pages in running)
         return (
             1 - num_pages / (len(owners) * self._pages_per_frame),
             num_mixed / len(owners),

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from sglmoe.memory.kv_pages import Pages
 
-# How far eviction may depart from its order: a leaf goes before up to 15 whose turn it was. Of 4, 8,
-# 16 and 64 in `eval.fragmentation`, 64 gained no more frames than 16.
-LEAVES_AHEAD = 16
+# How far eviction may depart from its order: a leaf may go before 7 whose turn it was. With 16 a
+# frame costs as many pages in `eval.fragmentation`, and looking at them twice the time.
+LEAVES_AHEAD = 8
 # How far from its end a leaf is looked at: emptying a frame further up costs more frames' worth of
 # pages than it gains.
 FRAMES_DEEP = 2

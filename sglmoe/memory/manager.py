@@ -339,11 +339,12 @@ class MemoryManager:
             self._table.evict(victim.layer, victim.expert)
             self._counters.experts_evicted += 1
             return
-        leaves = [victim]
         pages_per_frame = self._geometry.pages_per_frame
         frame = -1 if near is None else near // pages_per_frame
-        if num_pages is None or (near is not None and self._pool.num_idle(frame)):
-            leaves = self._leaves.first_few(LEAVES_AHEAD if pages_per_frame > 1 else 1)
+        if num_pages is not None and (near is None or not self._pool.num_idle(frame)):
+            self._evict_leaf(victim, num_pages)
+            return
+        leaves = self._leaves.first_few(LEAVES_AHEAD if pages_per_frame > 1 else 1)
         pages = [leaf.pages for leaf in leaves]
         if num_pages is None:
             to_empty = self._pool.num_to_empty
