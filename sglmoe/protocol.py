@@ -133,6 +133,7 @@ class MemorySnapshot(Struct, frozen=True):
     total_pages: int  # as many as all frames but the floor of expert frames would hold
     locked_pages: int  # KV of running requests
     cached_pages: int  # prefixes that nobody uses now
+    free_pages: int  # within KV frames: nothing is in them, yet no expert can use them
     page_tokens: int
     expert_hits: int
     expert_misses: int

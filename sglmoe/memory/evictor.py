@@ -3,11 +3,15 @@
 Running requests' KV and pinned experts never do.
 """
 
+import math
+from collections.abc import Sequence
+
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Frames
 from sglmoe.memory.eviction import LeafOrder
 from sglmoe.memory.expert_order import Candidate, ExpertOrder
 from sglmoe.memory.experts import ExpertTable
+from sglmoe.memory.frame_reclaim import LEAVES_AHEAD, Tail, plan_emptying, plan_near
 from sglmoe.memory.kv_pages import PagePool
 from sglmoe.memory.radix_cache import RadixCache, RadixNode
 
@@ -29,6 +33,7 @@ class Evictor:
         table: ExpertTable,
         experts: ExpertOrder,
         layer_frames: int,
+        pages_per_frame: int,
     ):
         self._is_static = policy is MemoryPolicy.STATIC
         self._frames = frames
@@ -38,19 +43,24 @@ class Evictor:
         self._table = table
         self._experts = experts
         self._layer_frames = layer_frames
+        self._pages_per_frame = pages_per_frame
         self.experts_evicted = 0  # totals since the start: these two
         self.pages_evicted = 0
 
-    def make_pages(self, num_pages: int) -> bool:
-        """Evict until the pool has `num_pages` to hand out; False, and nothing evicted, if it never
-        can."""
+    def make_pages(self, num_pages: int, *, after: int | None) -> bool:
+        """Evict until the pool has `num_pages` to hand out, near page `after` if it can choose; False,
+        and nothing evicted, if it never can."""
         num_unpinned = len(self._frames) - len(self._table.pinned)
         if num_pages > self._pool.most_pages(num_unpinned):
             return False
         while (num_missing := num_pages - self._pool.available_pages) > 0:
-            victim = self._next_victim(experts=self._pool.may_grow, leaves=True)
-            assert victim is not None, f"{num_missing} pages are neither free nor evictable"
-            self._evict(victim, num_missing)
+            expert = self._next_expert() if self._pool.may_grow else None
+            leaf = self._leaves.first()
+            if leaf is not None and self._goes_before(leaf, expert):
+                self._evict_near(leaf, num_missing, after, below=_value(expert))
+            else:
+                assert expert is not None, f"{num_missing} pages are neither free nor evictable"
+                self._evict_expert(expert)
         return True
 
     def make_frame(self, layer: int, num_loading: int) -> bool:
@@ -59,11 +69,15 @@ class Evictor:
         if self._is_static:
             return self._make_frame_within(layer, num_loading)
         while not self._frames.num_free:
+            expert = self._next_expert()
             # With a running request in every KV frame, evicting prefixes would free none.
-            victim = self._next_victim(experts=True, leaves=self._pool.idle_frames > 0)
-            if victim is None:
+            leaf = self._leaves.first() if self._pool.idle_frames else None
+            if leaf is not None and self._goes_before(leaf, expert):
+                self._empty_frame(below=_value(expert))
+            elif expert is not None:
+                self._evict_expert(expert)
+            else:
                 return False
-            self._evict(victim, None)
         return True
 
     def evict_leaf(self, leaf: RadixNode, num_pages: int) -> None:
@@ -76,23 +90,56 @@ class Evictor:
         """Keep the layer within its share."""
         if self._table.num_resident[layer] + num_loading < self._layer_frames:
             return True
-        victim = self._experts.first_of(layer)
-        if victim is not None:
-            self._evict(victim, None)
-        return victim is not None
+        expert = self._experts.first_of(layer)
+        if expert is not None:
+            self._evict_expert(expert)
+        return expert is not None
 
-    def _next_victim(self, *, experts: bool, leaves: bool) -> Candidate | RadixNode | None:
-        """Of those who may go, whose turn it is; experts that have a share never give way to KV."""
-        expert = self._experts.first() if experts and not self._is_static else None
-        leaf = self._leaves.first() if leaves else None
-        if expert is None or leaf is None:
-            return leaf or expert
-        return leaf if self._leaves.value(leaf) < expert.value else expert
+    def _next_expert(self) -> Candidate | None:
+        """Those that have a share never give way to KV."""
+        return None if self._is_static else self._experts.first()
 
-    def _evict(self, victim: Candidate | RadixNode, num_pages: int | None) -> None:
-        """Evict an expert, or `num_pages` pages of a leaf; None: as few as may empty a frame."""
-        if isinstance(victim, RadixNode):
-            self.evict_leaf(victim, num_pages or self._pool.last_run(victim.pages))
-        else:
-            self._table.evict(victim.layer, victim.expert)
-            self.experts_evicted += 1
+    def _goes_before(self, leaf: RadixNode, expert: Candidate | None) -> bool:
+        return self._leaves.value(leaf) < _value(expert)
+
+    def _evict_expert(self, expert: Candidate) -> None:
+        self._table.evict(expert.layer, expert.expert)
+        self.experts_evicted += 1
+
+    def _evict_near(
+        self, leaf: RadixNode, num_pages: int, page: int | None, *, below: float
+    ) -> None:
+        """Evict at most `num_pages` pages of the leaf whose turn it is, or of one of the next that
+        ends in that page's frame."""
+        frame = -1 if page is None else page // self._pages_per_frame
+        if page is None or not self._pool.num_idle(frame):
+            self.evict_leaf(leaf, num_pages)
+            return
+        leaves = self._next_leaves(below)
+        pages = [leaf.pages for leaf in leaves]
+        near = plan_near(pages, num_pages, frame=frame, pages_per_frame=self._pages_per_frame)
+        self._evict_tails(leaves, near)
+
+    def _empty_frame(self, *, below: float) -> None:
+        """Evict as few pages as may empty a frame, of the leaves that are next."""
+        leaves = self._next_leaves(below)
+        emptying = plan_emptying(
+            [leaf.pages for leaf in leaves],
+            pages_per_frame=self._pages_per_frame,
+            num_to_empty=self._pool.num_to_empty,
+        )
+        self._evict_tails(leaves, emptying)
+
+    def _next_leaves(self, below: float) -> list[RadixNode]:
+        """The next few of less value than that; the first is among them."""
+        leaves = self._leaves.first_few(LEAVES_AHEAD if self._pages_per_frame > 1 else 1)
+        return [leaf for leaf in leaves if self._leaves.value(leaf) < below]
+
+    def _evict_tails(self, leaves: Sequence[RadixNode], tails: Sequence[Tail]) -> None:
+        for tail in tails:
+            self.evict_leaf(leaves[tail.leaf], tail.num_pages)
+
+
+def _value(expert: Candidate | None) -> float:
+    """What a leaf must be worth less than, to go first."""
+    return math.inf if expert is None else expert.value

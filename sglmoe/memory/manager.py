@@ -140,6 +140,7 @@ class MemoryManager:
             table=self._table,
             experts=self._experts,
             layer_frames=layer_frames,
+            pages_per_frame=geometry.pages_per_frame,
         )
 
     @property
@@ -193,9 +194,10 @@ class MemoryManager:
         num_missing = ceil_div(num_tokens, self._geometry.page_tokens) - len(request.pages)
         if num_missing <= 0:
             return True
-        if not self._evictor.make_pages(num_missing):
+        last_page = request.pages[-1] if request.pages else None
+        if not self._evictor.make_pages(num_missing, after=last_page):
             return False
-        request.pages += self._pool.allocate(num_missing)
+        request.pages += self._pool.allocate(num_missing, after=last_page)
         self._count_prefill(request)
         return True
 
@@ -304,6 +306,7 @@ class MemoryManager:
             total_pages=self._max_kv_frames * geometry.pages_per_frame,
             locked_pages=self._pool.held_pages,
             cached_pages=self._pool.idle_pages,
+            free_pages=self._pool.free_pages,
             page_tokens=geometry.page_tokens,
             expert_hits=pager.hits,
             expert_misses=pager.misses,

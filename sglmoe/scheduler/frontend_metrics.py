@@ -247,6 +247,7 @@ GAUGES = {
     "sglmoe_cached_pages": ("KV pages of cached prefixes.", "cached_pages"),
     "sglmoe_host_blocks": ("Blocks of host memory, of one expert each.", "host_blocks"),
     "sglmoe_host_blocks_filled": ("Those that hold an expert.", "host_blocks_filled"),
+    "sglmoe_free_pages": ("KV pages that are free within KV frames: fragmentation.", "free_pages"),
 }
 COUNTERS = {
     "sglmoe_expert_hits": ("Experts that were resident when needed.", "expert_hits"),

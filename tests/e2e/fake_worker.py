@@ -153,6 +153,7 @@ class FakeWorker:
             total_pages=LIMITS.total_tokens // LIMITS.page_tokens,
             locked_pages=locked,
             cached_pages=0,
+            free_pages=0,
             page_tokens=LIMITS.page_tokens,
             expert_hits=10 * step_id,
             expert_misses=step_id,

@@ -264,6 +264,7 @@ def test_metrics_and_loads(server: Server) -> None:
         "sglang:realtime_tokens_total",
         "sglang:queue_time_seconds",
         "sglmoe_expert_frames",
+        "sglmoe_free_pages",
         "sglmoe_expert_misses_total",
         "sglmoe_stall_seconds_total",
     ):

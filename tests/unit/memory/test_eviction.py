@@ -144,3 +144,13 @@ def test_a_leaf_is_worth_what_its_reuse_would_save() -> None:
     order: Order = LeafOrder(MemoryPolicy.COST_AWARE, reuse=reuse, prices=prices)
     leaf = Thing(Clock())
     assert order.value(leaf) == pytest.approx(reuse.rate(0, 0) * 2 * 4e-6 / 500)
+
+
+def test_the_first_few_are_in_the_order_of_eviction_and_stay_in_it(clock: Clock) -> None:
+    order, (first, second, third) = three_leaves(clock, MemoryPolicy.LRU)
+    first.use(clock)
+    assert order.first_few(2) == [second, third]
+    assert order.first_few(9) == [second, third, first]
+    assert order.violations({first, second, third}) == []
+    assert [evict(order) for _ in range(4)] == [second, third, first, None]
+    assert order.first_few(2) == []

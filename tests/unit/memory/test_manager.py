@@ -148,12 +148,12 @@ def test_two_that_compute_the_same_end_up_on_the_same_pages(memory: Memory) -> N
     for rid in ("a", "b"):
         assert memory.admit(rid, same, "") == 0
         assert memory.extend(rid, 9)
-    assert memory.pages("b") == [3, 4, 5]
+    assert memory.pages("b") == [4, 5, 3]
     assert memory.commit("a", same, 8) is False
     assert memory.commit("b", same, 8) is True
     assert memory.violations() == []
     assert memory.pages("a") == [0, 1, 2]
-    assert memory.pages("b") == [0, 1, 5]
+    assert memory.pages("b") == [0, 1, 3]
     # Its own copies of the two pages are free.
     assert memory.snapshot(0).locked_pages == 4
 
@@ -347,8 +347,8 @@ def test_what_the_layer_needs_is_not_evicted_for_the_same_layer(memory: Memory) 
     assert memory.residents() == [(0, 0), (0, 1), (0, 2), (1, 1)]
 
 
-def test_experts_evict_older_prefixes_until_a_frame_is_empty(memory: Memory) -> None:
-    # Two prefixes share each of two frames: pages 0, 2 and 1, 3.
+def two_that_share_frames(memory: Memory) -> None:
+    """Cache prefix 1, then 2: each has a page in frame 0 and one in frame 1."""
     for rid, first in (("a", 1), ("b", 2)):
         memory.admit(rid, prompt(first, 8), "")
     for num_tokens in (4, 8):
@@ -357,14 +357,34 @@ def test_experts_evict_older_prefixes_until_a_frame_is_empty(memory: Memory) -> 
     assert (memory.pages("a"), memory.pages("b")) == ([0, 2], [1, 3])
     for rid, first in (("a", 1), ("b", 2)):
         memory.release(rid, prompt(first, 8), 8)
+
+
+def test_experts_evict_only_what_empties_a_frame(memory: Memory) -> None:
+    two_that_share_frames(memory)
     memory.run(0, 0, 1, 2, 3)
     memory.run(1, 0, 1)
     assert memory.run(1, 2) == [[2]]
-    # All of prefix 1, the older, empties no frame; the last page of prefix 2 empties frame 1.
-    assert memory.probe(prompt(1, 8), "") == 0
+    # The last page of each prefix lies in frame 1; all of prefix 1, the older, would empty none.
+    assert memory.probe(prompt(1, 8), "") == 4
     assert memory.probe(prompt(2, 8), "") == 4
-    assert memory.snapshot(0).pages_evicted == 3
+    assert memory.snapshot(0).pages_evicted == 2
     assert len(memory.residents()) == 7
+
+
+def test_a_request_goes_on_in_its_frame_at_the_cost_of_whoever_ends_there(memory: Memory) -> None:
+    memory.cache(prompt(1, 16))  # frames 0 and 1
+    memory.cache(prompt(2, 12))  # frame 2 and page 6
+    memory.start("c", prompt(3, 4))
+    memory.start("d", prompt(4, 16))
+    assert memory.pages("c") == [7]
+    assert (memory.snapshot(0).kv_frames, memory.snapshot(0).free_pages) == (6, 0)
+    # Prefix 1 is the older, but prefix 2 ends beside c.
+    assert memory.extend("c", 5)
+    assert memory.pages("c") == [7, 6]
+    assert (memory.probe(prompt(1, 16), ""), memory.probe(prompt(2, 12), "")) == (16, 8)
+    # Nobody ends there any more.
+    assert memory.extend("c", 9)
+    assert memory.pages("c") == [7, 6, 3]
 
 
 def test_prefixes_are_spared_when_no_frame_would_come_of_it(memory: Memory) -> None:
@@ -439,6 +459,7 @@ def test_snapshot_adds_up(memory: Memory) -> None:
     assert (snapshot.num_frames, snapshot.frame_bytes, snapshot.page_tokens) == (8, 100, 4)
     assert (snapshot.free_frames, snapshot.expert_frames, snapshot.kv_frames) == (2, 3, 3)
     assert (snapshot.total_pages, snapshot.locked_pages, snapshot.cached_pages) == (12, 5, 0)
+    assert snapshot.free_pages == 1  # the sixth page of the three frames
     assert snapshot.available_pages == 7
     assert (snapshot.cache_hit_tokens, snapshot.prefill_tokens) == (12, 13)
     assert snapshot.stall_seconds > 0

@@ -28,7 +28,7 @@ from sglmoe.memory.experts import ExpertIds, Load
 from sglmoe.memory.manager import MemoryManager
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
-PAGE_TOKENS, PAGES_PER_FRAME = 4, 2
+PAGE_TOKENS = 4
 PAGE_ROWS = 2 * 3 * PAGE_TOKENS
 
 # Beginnings of four texts that diverge within a page, at its end, and at once.
@@ -73,28 +73,35 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @initialize(
         num_frames=st.integers(2, 12),
+        pages_per_frame=st.sampled_from([1, 2, 3, 6]),
         floor_frames=st.integers(1, 3),
         policy=st.sampled_from(MemoryPolicy),
         layer_frames=st.integers(1, 3),
     )
     def build(
-        self, num_frames: int, floor_frames: int, policy: MemoryPolicy, layer_frames: int
+        self,
+        num_frames: int,
+        pages_per_frame: int,
+        floor_frames: int,
+        policy: MemoryPolicy,
+        layer_frames: int,
     ) -> None:
+        self.pages_per_frame = pages_per_frame
         if policy is MemoryPolicy.STATIC:
             num_frames = max(num_frames, NUM_LAYERS * layer_frames + 1)
             floor_frames = 1
         floor_frames = min(floor_frames, num_frames - 1)
         self.static_frames = layer_frames if policy is MemoryPolicy.STATIC else None
         reserved = NUM_LAYERS * layer_frames if self.static_frames else floor_frames
-        self.capacity_pages = (num_frames - reserved) * PAGES_PER_FRAME
-        self.arena = np.zeros((num_frames, PAGES_PER_FRAME * PAGE_TOKENS), np.int32)
+        self.capacity_pages = (num_frames - reserved) * pages_per_frame
+        self.arena = np.zeros((num_frames, pages_per_frame * PAGE_TOKENS), np.int32)
         geometry = Geometry(
             num_frames=num_frames,
-            frame_bytes=32,
-            expert_bytes=32,
+            frame_bytes=16 * pages_per_frame,
+            expert_bytes=16 * pages_per_frame,
             page_bytes=16,
             page_tokens=PAGE_TOKENS,
-            pages_per_frame=PAGES_PER_FRAME,
+            pages_per_frame=pages_per_frame,
             page_rows=PAGE_ROWS,
         )
         self.memory = MemoryManager(
@@ -119,7 +126,7 @@ class MemoryMachine(RuleBasedStateMachine):
         ids = self.memory.token_ids(rid, start, stop)
         assert ids.tolist() == [self.memory.token_id(rid, at) for at in range(start, stop)]
         pages, offsets = np.divmod(ids, PAGE_ROWS)
-        frames, pages = np.divmod(pages, PAGES_PER_FRAME)
+        frames, pages = np.divmod(pages, self.pages_per_frame)
         assert (offsets < PAGE_TOKENS).all()
         return frames, pages * PAGE_TOKENS + offsets
 
