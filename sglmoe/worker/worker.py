@@ -23,6 +23,7 @@ from sglmoe.protocol import (
     TokenLogprobs,
 )
 from sglmoe.worker.request import BatchRow, WorkerRequest
+from sglmoe.worker.residency_planner import ResidencyPlanner, StepKind
 
 
 class RowOutput(msgspec.Struct, frozen=True):
@@ -81,9 +82,17 @@ class Memory(Protocol):
 class Worker:
     """Executes `StepPlan`s, one after the other."""
 
-    def __init__(self, *, memory: Memory, model: Model, max_running: int):
+    def __init__(
+        self,
+        *,
+        memory: Memory,
+        model: Model,
+        max_running: int,
+        planner: ResidencyPlanner | None = None,
+    ):
         self.memory = memory  # replaced while a routing trace is recorded
         self._model = model
+        self._planner = planner
         self._requests: dict[str, WorkerRequest] = {}
         # Row 0 is where sglang's padded batches point to.
         self._free_table_rows = list(range(max_running, 0, -1))
@@ -106,15 +115,20 @@ class Worker:
         for rid in plan.preempt:
             self._give_back(self._requests[rid])
         rows, rejected = self._reserve(plan.rows)
+        kind = StepKind.of(rows)
         results, failed = self._run(rows)
+        snapshot, seconds = self.memory.snapshot(plan.step_id), time.perf_counter() - started
+        if self._planner is not None:
+            residency = self._planner.step_done(kind, snapshot, seconds)
+            snapshot = msgspec.structs.replace(snapshot, plan=residency)
         return StepResult(
             step_id=plan.step_id,
             rows=results,
             rejected=rejected,
             failed=failed,
             cached_tokens={rid: self._probe(rid) for rid in plan.probe if rid in self._requests},
-            snapshot=self.memory.snapshot(plan.step_id),
-            step_seconds=time.perf_counter() - started,
+            snapshot=snapshot,
+            step_seconds=seconds,
         )
 
     def flush_cache(self) -> None:

@@ -35,7 +35,7 @@ from sglmoe.scheduler.scheduler import Scheduler, WorkerLost
 from sglmoe.scheduler.settings import SchedulerSettings
 
 LIMITS = Limits(total_tokens=80, page_tokens=4, max_running=8, context_tokens=64, vocab_size=100)
-NO_MEMORY = MemorySnapshot(*[0] * len(MemorySnapshot.__struct_fields__))
+NO_MEMORY = MemorySnapshot(*[0] * sum(f.required for f in msgspec.structs.fields(MemorySnapshot)))
 
 
 def snapshot(*, available_pages: int = 20) -> MemorySnapshot:
