@@ -29,7 +29,8 @@ MAX_EXTRAPOLATION = 2
 NUM_TRIED = 16
 # What 64 steps can't tell from "in every step".
 MAX_PROBABILITY = 1 - 1 / 64
-# FluxMoE's: with compute / load seconds within these, loads are hidden and no frame is idle.
+# FluxMoE's dead zone of compute / load seconds. Above it no load is waited for, and fewer requests are
+# never predicted to be better; below, its planner would give frames to experts, ours what is predicted.
 BALANCED_RATIOS = (0.9, 1.0)
 
 
@@ -157,7 +158,8 @@ def expert_frames(now: ResidencySnapshot, num_running: int) -> int:
 def predict(now: ResidencySnapshot, model: StepModel, num_running: int) -> Prediction:
     """A decode step with so many requests."""
     frames = expert_frames(now, num_running)
-    misses = now.miss_correction * now.curve.misses(num_running, frames)
+    misses = now.curve.misses(num_running, frames) * now.miss_correction
+    misses = min(misses, now.curve.misses(num_running, 0))  # all that are used
     return Prediction(
         num_running=num_running,
         expert_frames=frames,
@@ -189,10 +191,7 @@ def reason_to_stay(model: StepModel, present: Prediction, best: Prediction) -> s
     rho = present.compute_seconds / present.load_seconds
     lowest, highest = BALANCED_RATIOS
     if lowest <= rho <= highest:
-        return f"computing takes {rho:.2f} of the time of loading, which hides it"
-    # Where loads are hidden anyway, more frames for experts are of no use.
-    if rho > highest and best.num_running < present.num_running:
-        return f"computing takes {rho:.2f} of the time of loading: experts need no more frames"
+        return f"computing takes {rho:.2f} of the time of loading, which hides it all but for little"
     return ""
 
 
