@@ -12,6 +12,7 @@ computes for 10 ms and one for each request, and loads an expert in 10 ms:
     5   2       7.75   8 ranks beyond 0:  7.75         92.50 ms  54.1
 """
 
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -59,7 +60,9 @@ def test_steps_are_predicted_as_in_the_table_above() -> None:
     table = [predict(snapshot(), MODEL, number) for number in range(1, 6)]
     assert [p.expert_frames for p in table] == [10, 8, 6, 4, 2]
     assert [p.misses for p in table] == pytest.approx([0, 0, 2.625, 5.625, 7.75])
-    assert [p.step_seconds for p in table] == pytest.approx([0.011, 0.012, 0.03925, 0.07025, 0.0925])
+    assert [p.step_seconds for p in table] == pytest.approx(
+        [0.011, 0.012, 0.03925, 0.07025, 0.0925]
+    )
     rates = [p.tokens_per_second for p in table]
     assert rates == pytest.approx([90.9, 166.7, 76.4, 56.9, 54.1], abs=0.05)
 
@@ -243,11 +246,11 @@ def test_any_plan_is_within_its_bounds(now: ResidencySnapshot) -> None:
 @settings(deadline=None, derandomize=True, database=None)
 def test_more_requests_leave_fewer_frames_and_more_misses(now: ResidencySnapshot) -> None:
     table = [predict(now, now.model, number) for number in range(1, 12)]
-    for fewer, more in zip(table, table[1:], strict=False):
+    for fewer, more in pairwise(table):
         assert more.expert_frames <= fewer.expert_frames
-        assert more.misses >= fewer.misses - 1e-9
+        assert more.misses >= fewer.misses - 1e-5
     for frames in range(8):
-        assert now.curve.misses(4, frames) >= now.curve.misses(4, frames + 1) - 1e-9
+        assert now.curve.misses(4, frames) >= now.curve.misses(4, frames + 1) - 1e-5
 
 
 @given(snapshots(), st.integers(1, 60))
@@ -266,7 +269,7 @@ def test_the_present_number_is_always_among_those_tried() -> None:
             assert present in tried
             assert tried == sorted(set(tried))
             assert max(tried) <= max(present, most)
-            assert len(tried) <= 17
+            assert len(tried) <= 15
 
 
 def test_frames_are_rounded_for_kv_not_for_experts() -> None:

@@ -147,11 +147,13 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def play(scene: Callable[[Stage], Awaitable[None]], **settings: Any) -> Stage:
+def play(
+    scene: Callable[[Stage], Awaitable[None]], *, kind: type[Stage] = Stage, **settings: Any
+) -> Stage:
     """Run a scene against a serving scheduler."""
 
     async def run() -> Stage:
-        stage = Stage(**settings)
+        stage = kind(**settings)
         serving = asyncio.create_task(stage.scheduler.run())
         try:
             await scene(stage)
