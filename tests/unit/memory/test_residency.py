@@ -256,10 +256,19 @@ def test_more_requests_leave_fewer_frames_and_more_misses(now: ResidencySnapshot
 @given(snapshots(), st.integers(1, 60))
 @settings(deadline=None, derandomize=True, database=None)
 def test_limits_settle(now: ResidencySnapshot, demand: int) -> None:
-    """With the same load for ever, the limit comes to rest: what it was changed for stays gained."""
-    now = msgspec.structs.replace(now, num_running=demand, limit=None)
+    """With the same load for ever, the limit comes to rest, and where it rests nothing is to be gained."""
+    model = msgspec.structs.replace(now.model, loads_overlap=False)  # no dead zone
+    demand = min(demand, most_running(now))
+    now = msgspec.structs.replace(now, num_running=demand, limit=None, model=model)
     found = limits(now, 60, demand=demand)
     assert len(set(found[-20:])) == 1
+    running = min(demand, found[-1] or demand)
+    rates = {
+        number: predict(now, model, number).tokens_per_second
+        for number in numbers_to_try(running, most_running(now))
+        if number <= demand
+    }
+    assert max(rates.values()) <= rates[running] * (1 + MIN_GAIN_RATIO) + 1e-9
 
 
 def test_the_present_number_is_always_among_those_tried() -> None:
