@@ -94,7 +94,7 @@ class ResidencySnapshot(msgspec.Struct, frozen=True):
     num_frames: int
     floor_frames: int  # never taken by KV
     pages_per_frame: int
-    pages_per_request: float  # mean KV of a running request, with its growth until the next plan
+    pages_per_request: float  # mean KV of a running request until the next plan
     num_running: int
     max_running: int
     curve: MissCurve

@@ -153,7 +153,7 @@ class ResidencyPlanner:
     def _pages_per_request(
         self, decoding: Sequence[WorkerRequest], snapshot: MemorySnapshot
     ) -> float:
-        """Mean pages of those that run, when they have grown until the next plan."""
+        """Mean pages of those that run, half-way to the next plan: each grows by a token a step."""
         growth_tokens = sum(min(request.num_tokens_left, PLAN_STEPS) for request in decoding)
-        growth_pages = growth_tokens / self._geometry.page_tokens
+        growth_pages = growth_tokens / 2 / self._geometry.page_tokens
         return (snapshot.locked_pages + growth_pages) / len(decoding)
