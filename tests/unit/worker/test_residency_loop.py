@@ -153,7 +153,7 @@ def test_where_loads_cost_much_fewer_requests_run_and_more_tokens_come_out() -> 
     unlimited = serve(load_seconds=0.002, planned=False)
     planned = serve(load_seconds=0.002, planned=True)
     assert all(limit in (5, 6, 7) for limit in planned.limits[3:])
-    assert planned.tokens_per_second > 1.7 * unlimited.tokens_per_second
+    assert planned.tokens_per_second > 1.5 * unlimited.tokens_per_second
 
 
 def test_what_is_predicted_at_rest_is_what_happens_next() -> None:
