@@ -44,6 +44,7 @@ class Options(msgspec.Struct, frozen=True):
     memory_budget: str | None = None
     host_memory: str | None = None
     memory_policy: str | None = None
+    memory_planner: str | None = None
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -54,6 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     page_tokens: int | None = None  # tokens in a KV page; None leaves it to the arena's geometry
     memory_policy: MemoryPolicy = MemoryPolicy.COST_AWARE
     expert_ratio: float = 0.0  # the share of the arena that MemoryPolicy.STATIC gives to experts
+    memory_planner: bool = True  # limit the running requests to what leaves experts enough frames
 
 
 def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) -> EngineConfig:
@@ -77,7 +79,15 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
         page_tokens=page_tokens,
         memory_policy=memory_policy,
         expert_ratio=expert_ratio,
+        memory_planner=parse_memory_planner(options.memory_planner),
     )
+
+
+def parse_memory_planner(text: str | None) -> bool:
+    """Read ``"on"``, the default, or ``"off"``. Raises ValueError."""
+    if text not in (None, "on", "off"):
+        raise ValueError(f"--memory-planner: {text!r} is none of on, off")
+    return text != "off"
 
 
 def parse_memory_policy(text: str | None) -> tuple[MemoryPolicy, float]:

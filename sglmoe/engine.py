@@ -20,8 +20,8 @@ from sglmoe.preparation import detokenizer_entry, prepare, scheduler_entry  # no
 class Engine(SglangEngine):
     """As `sglang.Engine`, which documents the methods, under one memory budget.
 
-    `memory_budget`, `host_memory` and `memory_policy` are what the server's flags take, such as ``"2GiB"``. All else is
-    sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for what can't be served.
+    `memory_budget`, `host_memory`, `memory_policy` and `memory_planner` are what the server's flags take, such as ``"2GiB"``.
+    All else is sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for what can't be served.
     """
 
     run_detokenizer_process_func = detokenizer_entry()
@@ -32,11 +32,13 @@ class Engine(SglangEngine):
         memory_budget: str | None = None,
         host_memory: str | None = None,
         memory_policy: str | None = None,
+        memory_planner: str | None = None,
         **flags: Any,
     ):
         load_plugins()
         server_args = flags.pop("server_args", None) or self._read_server_args(flags)
-        config = prepare(server_args, Options(memory_budget, host_memory, memory_policy))
+        options = Options(memory_budget, host_memory, memory_policy, memory_planner)
+        config = prepare(server_args, options)
         self.run_scheduler_process_func = scheduler_entry(config)
         start_up.keep_start_method()
         super().__init__(server_args=server_args)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from sglmoe.config import EngineConfig, Options, parse_memory_policy
+from sglmoe.config import EngineConfig, Options, parse_memory_planner, parse_memory_policy
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.start_up import keep_start_method, leave_after, start_importing
 from sglmoe.units import parse_bytes
@@ -110,6 +110,12 @@ def our_parser() -> Parser:
         "that a byte of each saves; lru, lfu and static=SHARE (experts get that share of what the dense weights leave, "
         "and no more) are there to compare with.",
     )
+    group.add_argument(
+        "--memory-planner",
+        metavar="on|off",
+        help="Whether new requests wait while the KV of more would leave experts so few frames that fewer tokens a second "
+        "came out. Default: on.",
+    )
     return parser
 
 
@@ -125,10 +131,12 @@ def read_options(argv: list[str]) -> Options:
         except ValueError as error:
             raise ValueError(f"{flag}: {error}") from None
     parse_memory_policy(given.memory_policy)
+    parse_memory_planner(given.memory_planner)
     return Options(
         memory_budget=given.memory_budget,
         host_memory=given.host_memory,
         memory_policy=given.memory_policy,
+        memory_planner=given.memory_planner,
     )
 
 

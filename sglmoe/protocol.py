@@ -121,6 +121,21 @@ class Limits(Struct, frozen=True):
     floor_frames: int = 0  # never taken by KV
 
 
+class ResidencyPlan(Struct, frozen=True):
+    """How many requests should run at once, and what is expected of that (`memory/residency.py`)."""
+
+    running_limit: int | None = None  # None: as many as KV memory and the flags allow
+    expert_frames: int = 0  # that their KV leaves to experts
+    num_running: int = 0  # requests in the step that the next three are predicted of
+    misses: float = 0.0  # experts to load in it
+    step_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    measured_running: float = 0.0  # mean of the decode steps since the plan before, as the next two
+    measured_misses: float = 0.0
+    measured_step_seconds: float = 0.0
+    reason: str = "no plan was made"
+
+
 class MemorySnapshot(Struct, frozen=True):
     """The state of the worker's memory after a step; stale on arrival. Counters run from the start of the worker."""
 
@@ -154,6 +169,7 @@ class MemorySnapshot(Struct, frozen=True):
     host_promoted: int = 0  # experts read into host memory in the background
     host_promoted_bytes: int = 0
     host_evicted: int = 0
+    plan: ResidencyPlan = ResidencyPlan()
 
     @property
     def available_pages(self) -> int:

@@ -17,6 +17,7 @@ Why nothing here can deadlock, or wait for something that does not come:
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,7 +79,7 @@ class MemoryManager:
         load_experts: LoadExperts,
         policy: MemoryPolicy = MemoryPolicy.LRU,
         expert_ratio: float = 0.0,
-        host_counters: Callable[[], Mapping[str, int]] = dict,
+        host_counters: Callable[[], Mapping[str, Any]] = dict,
     ):
         assert floor_frames >= (1 if num_experts else 0)
         layer_frames = 0

@@ -256,6 +256,8 @@ async def refuse(message: Any) -> Reply:
 def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -> dict[str, Any]:
     """What /server_info shows beside the flags: SGLang's keys, and ours under "sglmoe"."""
     snapshot, roster = scheduler.planner.snapshot, scheduler.roster
+    memory = msgspec.structs.asdict(snapshot)
+    plan = msgspec.structs.asdict(memory.pop("plan"))
     arena_gib = snapshot.num_frames * snapshot.frame_bytes / 2**30
     return {
         "world_size": 1,
@@ -270,7 +272,9 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
             "graph": {},
         },
         "sglmoe": {
-            "memory": msgspec.structs.asdict(snapshot),
+            "memory": memory,
+            "plan": plan,
+            "running_limit": scheduler.planner.running_limit,
             "limits": msgspec.structs.asdict(scheduler.limits),
             "running_requests": len(roster.running),
             "queued_requests": len(roster.queue),

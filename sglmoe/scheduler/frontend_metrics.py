@@ -79,7 +79,7 @@ class Metrics:
                 num_retracted_output_tokens=report.rejected_output_tokens,
             )
         if self._own is not None:
-            self._own.update(report.snapshot)
+            self._own.update(report.snapshot, running_limit=self._scheduler.planner.running_limit)
         now = time.perf_counter()
         if now - self._loads_written_at > LOAD_SNAPSHOT_SECONDS:
             self.write_loads()
@@ -249,6 +249,20 @@ GAUGES = {
     "sglmoe_host_blocks_filled": ("Those that hold an expert.", "host_blocks_filled"),
     "sglmoe_free_pages": ("KV pages that are free within KV frames: fragmentation.", "free_pages"),
 }
+PLAN_GAUGES = {
+    "sglmoe_target_expert_frames": (
+        "Frames that the KV of as many requests as planned leaves to experts.",
+        "expert_frames",
+    ),
+    "sglmoe_predicted_step_seconds": (
+        "A decode step of as many requests as planned.",
+        "step_seconds",
+    ),
+    "sglmoe_measured_step_seconds": (
+        "Mean of the decode steps before the last plan.",
+        "measured_step_seconds",
+    ),
+}
 COUNTERS = {
     "sglmoe_expert_hits": ("Experts that were resident when needed.", "expert_hits"),
     "sglmoe_expert_misses": ("Experts that had to be loaded when needed.", "expert_misses"),
@@ -275,17 +289,27 @@ class OwnMetrics:
         from prometheus_client import Counter, Gauge
 
         names = list(labels)
-        self._gauges = {
-            field: Gauge(name, text, names, multiprocess_mode="mostrecent").labels(**labels)
-            for name, (text, field) in GAUGES.items()
+
+        def gauge(name: str, text: str) -> Any:
+            return Gauge(name, text, names, multiprocess_mode="mostrecent").labels(**labels)
+
+        self._gauges = {field: gauge(name, text) for name, (text, field) in GAUGES.items()}
+        self._plan_gauges = {
+            field: gauge(name, text) for name, (text, field) in PLAN_GAUGES.items()
         }
+        self._running_limit = gauge(
+            "sglmoe_running_limit", "Requests that may run at once: the flags' limit or the plan's."
+        )
         self._counters = {
             field: Counter(name, text, names).labels(**labels)
             for name, (text, field) in COUNTERS.items()
         }
         self._seen: dict[str, float] = dict.fromkeys(self._counters, 0)
 
-    def update(self, snapshot: MemorySnapshot) -> None:
+    def update(self, snapshot: MemorySnapshot, *, running_limit: int) -> None:
+        self._running_limit.set(running_limit)
+        for field, plan_gauge in self._plan_gauges.items():
+            plan_gauge.set(getattr(snapshot.plan, field))
         values = msgspec.structs.asdict(snapshot)
         for field, gauge in self._gauges.items():
             gauge.set(values[field])

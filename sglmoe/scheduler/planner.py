@@ -3,12 +3,13 @@
 Gathers the views that `policy.plan_step` decides on, and keeps the estimates that it needs. Does no I/O.
 """
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 
 import msgspec
 
-from sglmoe.protocol import Limits, MemorySnapshot, StepPlan, StepResult
+from sglmoe.protocol import Limits, MemorySnapshot, ResidencyPlan, StepPlan, StepResult
 from sglmoe.scheduler.policy import (
     MAX_PREFIX_MATCHES,
     NUM_PROBES,
@@ -20,6 +21,8 @@ from sglmoe.scheduler.policy import (
 )
 from sglmoe.scheduler.request import Request, State
 from sglmoe.scheduler.roster import Roster
+
+logger = logging.getLogger(__name__)
 
 # One plan runs, the next one is with the worker already.
 MAX_PLANS_IN_FLIGHT = 2
@@ -47,6 +50,7 @@ class Planner:
         self.snapshot = snapshot
         self.policy = policy
         self.ratio = ratio
+        self._limited = limited(policy, snapshot.plan)
         self._roster = roster
         self._page_tokens = limits.page_tokens
         self._plans: deque[InFlight] = deque()
@@ -59,6 +63,11 @@ class Planner:
     def oldest(self) -> StepPlan | None:
         """The plan whose answer is due next."""
         return self._plans[0].plan if self._plans else None
+
+    @property
+    def running_limit(self) -> int:
+        """Requests that may run at once: what the flags allow, and the worker's memory plan."""
+        return self._limited.max_running
 
     @property
     def settled(self) -> bool:
@@ -90,7 +99,7 @@ class Planner:
                 page_tokens=self._page_tokens,
                 new_token_ratio=self.ratio.current,
             ),
-            settings=self.policy,
+            settings=self._limited,
             drop=tuple(self._to_drop),
             preempt=tuple(self._to_preempt),
         )
@@ -104,6 +113,9 @@ class Planner:
         if not self._plans or self._plans[0].plan.step_id != result.step_id:
             raise ValueError(f"the worker answered step {result.step_id}, which is not due")
         answered = self._plans.popleft()
+        if result.snapshot.plan.running_limit != self.snapshot.plan.running_limit:
+            self._limited = limited(self.policy, result.snapshot.plan)
+            log_limit(result.snapshot.plan)
         self.snapshot = result.snapshot
         for request in answered.requests.values():
             request.in_flight.pop(0)
@@ -147,7 +159,7 @@ class Planner:
 
     def _admissible(self) -> Sequence[Request]:
         """The queue as far as a plan could take it, and a few more whose cached prefixes to ask for."""
-        queue, room = self._roster.queue, self.policy.max_running - len(self._roster.running)
+        queue, room = self._roster.queue, self.running_limit - len(self._roster.running)
         if self.policy.preemption_threshold is not None:
             room = self.policy.max_running
         if room <= 0 or (self._pages_at_rejection is not None and self._roster.running):
@@ -170,3 +182,16 @@ class Planner:
             rank=self._roster.rank(request),
             arrival=request.arrival,
         )
+
+
+def limited(policy: PolicySettings, plan: ResidencyPlan) -> PolicySettings:
+    """The policy that admits no more than the worker's plan says. Those who run go on, whatever it says."""
+    if plan.running_limit is None:
+        return policy
+    max_running = max(1, min(plan.running_limit, policy.max_running))
+    return msgspec.structs.replace(policy, max_running=max_running)
+
+
+def log_limit(plan: ResidencyPlan) -> None:
+    limit = "no limit" if plan.running_limit is None else f"{plan.running_limit} requests may run"
+    logger.info("Memory plan: %s. %s", limit, plan.reason)

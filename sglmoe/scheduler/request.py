@@ -188,6 +188,10 @@ class Request:
                 self.output_logprobs = LogprobLists()
             self.output_logprobs.append(token, self.logprobs)
 
+    def record_routing(self, chunk: RoutedExperts | None, *, end: int) -> None:
+        if self.routed_experts is not None and chunk is not None:
+            self.routed_experts.put(chunk, end=end)
+
     def announcement(self) -> NewRequest:
         """What a worker has to know of it."""
         return NewRequest(

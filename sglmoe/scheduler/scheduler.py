@@ -104,7 +104,6 @@ class Scheduler:
         self._decode = decode
         self._clock = clock
         self._calls = WorkerCalls(worker.send)
-
         self._unannounced: list[Request] = []  # the worker does not know them yet
         self._last_progress_at = clock()  # the worker spoke, or was given something to do
         self._changed: dict[int, Request] = {}  # by id(); to be published
@@ -282,17 +281,19 @@ class Scheduler:
 
     def _on_row(self, request: Request, row: RowResult, step_id: int) -> RowTally:
         tally = tally_row(request, row)
+        was_rejected = step_id >= request.evicted_step and request.state is State.QUEUED
         if step_id >= request.evicted_step:
             if not request.output_ids and not request.num_computed:
                 request.num_cached = row.num_cached
             request.num_computed = row.num_computed
-            if request.state is State.QUEUED:  # rejected once, but the plan behind had room for it
+            if was_rejected:  # but the plan behind had room for it
                 self.roster.start(request)
         request.record_prompt_logprobs(row.prompt_logprobs)
-        if request.routed_experts is not None and row.routed_experts is not None:
-            request.routed_experts.put(row.routed_experts, end=row.num_computed)
+        request.record_routing(row.routed_experts, end=row.num_computed)
         if row.token_id is not None:
             self._on_token(request, row, row.token_id)
+        if was_rejected and not request.finished:
+            self.planner.preempt(request)  # back to where it waits: see "Who finishes" in design.md
         return tally
 
     def _on_token(self, request: Request, row: RowResult, token_id: int) -> None:

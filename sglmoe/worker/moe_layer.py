@@ -48,7 +48,7 @@ class PagedExperts:
         self.shape: ExpertShape | None = None
         self.layer_ids: list[int] = []  # sglang's layer_id of each MoE layer, in order
         self._on_tensor = on_tensor
-        self._waves: Waves | None = None
+        self.waves: Waves | None = None  # asked for a layer's experts; None before `attach`
         self._frame_table = np.empty((0, 0), dtype=np.int32)
         self._w13 = self._w2 = torch.empty(0)
         self._routing: dict[int, torch.Tensor] | None = None
@@ -114,7 +114,7 @@ class PagedExperts:
             (geometry.num_frames, *down), (stride, shape.inner, 1), storage_offset=up[0] * up[1]
         )
         self._frame_table = frame_table
-        self._waves = waves
+        self.waves = waves
 
     def record_routing(self, record: bool, *, with_logits: bool = False) -> None:
         """Start to keep the expert ids of the coming forward pass, and the router's logits too, or stop."""
@@ -160,7 +160,7 @@ class PagedExperts:
 
         `hidden`: `[tokens, hidden]`; `weights`, `ids`: `[tokens, top_k]`.
         """
-        assert self._waves is not None
+        assert self.waves is not None
         if self._routing is not None:
             self._routing[layer] = ids.to(torch.int32, copy=True)
         order = ids.reshape(-1).argsort()
@@ -168,7 +168,7 @@ class PagedExperts:
         bounds = expert_bounds(ids)
         frame_of = self._frame_table[layer]
         outputs: dict[int, torch.Tensor] = {}
-        for wave in self._waves(layer, np.fromiter(bounds, np.intp, len(bounds))):
+        for wave in self.waves(layer, np.fromiter(bounds, np.intp, len(bounds))):
             for expert in wave.tolist():
                 start, stop = bounds[expert]
                 frame = int(frame_of[expert])

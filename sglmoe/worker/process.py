@@ -12,6 +12,9 @@ from typing import Any, assert_never
 
 import zmq
 
+from sglmoe.config import EngineConfig, MemoryPolicy
+from sglmoe.memory.step_times import StepTimes
+from sglmoe.memory.use_counter import UseCounter
 from sglmoe.protocol import (
     PROTOCOL_VERSION,
     AddRequests,
@@ -35,6 +38,8 @@ from sglmoe.worker.model_runner import ModelRunner
 from sglmoe.worker.model_runner_loading import Loaded, load_model, start_process
 from sglmoe.worker.profiler import Profiler
 from sglmoe.worker.recorder import Recorder, Recording
+from sglmoe.worker.residency_planner import ResidencyPlanner
+from sglmoe.worker.step_watch import Price, StepWatch
 from sglmoe.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -61,7 +66,16 @@ def run_worker(
             on_progress=lambda *stage: sender.send(WorkerProgress(*stage)),
         )
         model = ModelRunner(loaded, server_args)
-        worker = Worker(memory=loaded.memory, model=model, max_running=loaded.max_running)
+        times = StepTimes(
+            loads_overlap=False
+        )  # experts travel while their layer waits, on a GPU too
+        worker = Worker(
+            memory=loaded.memory,
+            model=model,
+            max_running=loaded.max_running,
+            watch=StepWatch(times, first_price(loaded)),
+            planner=residency_planner(loaded, config, times),
+        )
         recording = Recording(
             worker, model, lambda: new_recorder(loaded, server_args.model_path), loaded.memory
         )
@@ -82,6 +96,30 @@ def run_worker(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # copy threads and grammar compilers must not hold the process
+
+
+def first_price(loaded: Loaded) -> Price:
+    prices = loaded.memory.prices
+    return Price(prices.expert_nanoseconds, prices.token_nanoseconds)
+
+
+def residency_planner(
+    loaded: Loaded, config: EngineConfig, times: StepTimes
+) -> ResidencyPlanner | None:
+    """None where there is nothing to plan: by the operator's wish, without experts, or where they have a fixed share."""
+    experts = loaded.experts
+    fixed = config.memory_policy is MemoryPolicy.STATIC
+    if not config.memory_planner or fixed or experts.shape is None or experts.waves is None:
+        return None
+    uses = UseCounter(len(experts.layer_ids), experts.shape.num_experts)
+    experts.waves = uses.counting(experts.waves)
+    return ResidencyPlanner(
+        times=times,
+        uses=uses,
+        geometry=loaded.geometry,
+        floor_frames=loaded.floor_frames,
+        max_running=loaded.max_running,
+    )
 
 
 def new_recorder(loaded: Loaded, model_path: str) -> Recorder:

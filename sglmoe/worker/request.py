@@ -31,6 +31,11 @@ class WorkerRequest:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def num_tokens_left(self) -> int:
+        """That it may still ask for."""
+        return max(0, self.spec.max_new_tokens - self.num_output)
+
+    @property
     def holds_memory(self) -> bool:
         return self.table_row >= 0
 

@@ -25,6 +25,8 @@ from sglmoe.protocol import (
     TokenLogprobs,
 )
 from sglmoe.worker.request import BatchRow, WorkerRequest
+from sglmoe.worker.residency_planner import ResidencyPlanner
+from sglmoe.worker.step_watch import StepKind, StepWatch
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +91,19 @@ class Memory(Protocol):
 class Worker:
     """Executes `StepPlan`s, one after the other."""
 
-    def __init__(self, *, memory: Memory, model: Model, max_running: int):
+    def __init__(
+        self,
+        *,
+        memory: Memory,
+        model: Model,
+        max_running: int,
+        watch: StepWatch | None = None,
+        planner: ResidencyPlanner | None = None,
+    ):
         self.memory = memory  # replaced while a routing trace is recorded
         self._model = model
+        self._watch = watch
+        self._planner = planner
         self._requests: dict[str, WorkerRequest] = {}
         # Row 0 is where sglang's padded batches point to.
         self._free_table_rows = list(range(max_running, 0, -1))
@@ -114,19 +126,34 @@ class Worker:
         for rid in plan.preempt:
             self._give_back(self._requests[rid])
         rows, rejected = self._reserve(plan.rows)
+        kind = StepKind.of(rows)
         results, failed = self._run(rows)
+        snapshot, seconds = self.memory.snapshot(plan.step_id), time.perf_counter() - started
+        snapshot = self._learn(kind, snapshot, seconds)
         return StepResult(
             step_id=plan.step_id,
             rows=results,
             rejected=rejected,
             failed=failed,
             cached_tokens={rid: self._probe(rid) for rid in plan.probe if rid in self._requests},
-            snapshot=self.memory.snapshot(plan.step_id),
-            step_seconds=time.perf_counter() - started,
+            snapshot=snapshot,
+            step_seconds=seconds,
         )
 
     def flush_cache(self) -> None:
         self.memory.flush_cache()
+
+    def _learn(self, kind: StepKind, snapshot: MemorySnapshot, seconds: float) -> MemorySnapshot:
+        """What a step has cost makes prices and plans; the snapshot with the plan that holds."""
+        if self._watch is None:
+            return snapshot
+        cost = self._watch.step_done(kind, snapshot, seconds)
+        if price := self._watch.new_price():
+            self.memory.set_prices(**price._asdict())
+        if self._planner is None:
+            return snapshot
+        plan = self._planner.step_done(kind, snapshot, cost)
+        return msgspec.structs.replace(snapshot, plan=plan)
 
     # ------------------------------------------------------------------------------------------------ memory of rows
 

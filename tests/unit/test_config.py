@@ -7,6 +7,7 @@ from sglmoe.config import (
     Machine,
     MemoryPolicy,
     Options,
+    parse_memory_planner,
     parse_memory_policy,
     plan_config,
 )
@@ -85,3 +86,13 @@ def test_memory_policy(text: str | None, expected: tuple[MemoryPolicy, float]) -
 def test_a_policy_that_there_is_not_is_refused_with_those_that_there_are(text: str) -> None:
     with pytest.raises(ValueError, match=r"--memory-policy: '.*' is n"):
         parse_memory_policy(text)
+
+
+def test_the_planner_is_on_unless_switched_off() -> None:
+    assert parse_memory_planner(None)
+    assert parse_memory_planner("on")
+    assert not parse_memory_planner("off")
+    config = plan_config(Options(memory_planner="off"), CPU, page_tokens=None)
+    assert not config.memory_planner
+    with pytest.raises(ValueError, match="--memory-planner: 'maybe' is none of on, off"):
+        parse_memory_planner("maybe")

@@ -8,7 +8,9 @@ from sglmoe.launch_server import read_options
 
 def test_our_flags_are_found_among_sglangs() -> None:
     argv = ["--port", "1", "--memory-budget", "2GiB", "--tp", "1", "--host-memory=50%"]
-    assert read_options(argv) == Options(memory_budget="2GiB", host_memory="50%")
+    argv.append("--memory-planner=off")
+    expected = Options(memory_budget="2GiB", host_memory="50%", memory_planner="off")
+    assert read_options(argv) == expected
 
 
 def test_abbreviations_are_left_to_sglang() -> None:
@@ -17,7 +19,13 @@ def test_abbreviations_are_left_to_sglang() -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--memory-budget", "lots"], ["--memory-budget"], ["--host-memory", "0%"]]
+    "argv",
+    [
+        ["--memory-budget", "lots"],
+        ["--memory-budget"],
+        ["--host-memory", "0%"],
+        ["--memory-planner", "perhaps"],
+    ],
 )
 def test_nonsense_is_refused_by_flag_before_anything_starts(argv: list[str]) -> None:
     with pytest.raises(ValueError, match=argv[0]):

@@ -35,7 +35,7 @@ from sglmoe.scheduler.scheduler import Scheduler, WorkerLost
 from sglmoe.scheduler.settings import SchedulerSettings
 
 LIMITS = Limits(total_tokens=80, page_tokens=4, max_running=8, context_tokens=64, vocab_size=100)
-NO_MEMORY = MemorySnapshot(*[0] * len(MemorySnapshot.__struct_fields__))
+NO_MEMORY = MemorySnapshot(*[0] * sum(f.required for f in msgspec.structs.fields(MemorySnapshot)))
 
 
 def snapshot(*, available_pages: int = 20) -> MemorySnapshot:
@@ -147,11 +147,13 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def play(scene: Callable[[Stage], Awaitable[None]], **settings: Any) -> Stage:
+def play(
+    scene: Callable[[Stage], Awaitable[None]], *, kind: type[Stage] = Stage, **settings: Any
+) -> Stage:
     """Run a scene against a serving scheduler."""
 
     async def run() -> Stage:
-        stage = Stage(**settings)
+        stage = kind(**settings)
         serving = asyncio.create_task(stage.scheduler.run())
         try:
             await scene(stage)
@@ -252,6 +254,9 @@ def test_a_rejected_request_waits_until_memory_is_back() -> None:
 
 
 def test_rejected_but_served_by_the_plan_behind() -> None:
+    """It goes back to the queue all the same. If it went on, its prompt would go before the senior's
+    decode, fail again, be served by the plan behind again, and so on for ever."""
+
     async def scene(stage: Stage) -> None:
         await stage.add("a", 4)
         await stage.add("b", 4)
@@ -261,8 +266,26 @@ def test_rejected_but_served_by_the_plan_behind() -> None:
         assert stage.scheduler.roster.queue[0].state is State.QUEUED
         # Step 3 granted "b" one token, meant as a decode; now it is a piece of the prompt.
         await stage.answer(3, {"a": 52, "b": None}, computed={"a": 6, "b": 1})
-        b = stage.scheduler.roster.running[1]
-        assert (b.rid, b.num_computed) == ("b", 1)
+        assert stage.plans[4].rows == (Row("a", 1),), "made when b was rejected"
+        assert (stage.plans[5].rows, stage.plans[5].preempt) == ((Row("a", 1),), ("b",))
+        b = stage.scheduler.roster.queue[0]
+        assert (b.rid, b.state, b.num_computed) == ("b", State.QUEUED, 0)
+
+    play(scene)
+
+
+def test_a_token_from_the_plan_behind_a_rejection_is_not_lost() -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.add("a", 4)
+        b = await stage.add("b", 4)
+        await stage.answer(0, {"a": 50})
+        await stage.answer(1, {"a": 51}, computed={"a": 5})
+        await stage.answer(2, {}, rejected=("b",))
+        # All but the last token of b's prompt was cached, so the plan behind samples.
+        await stage.answer(3, {"a": 52, "b": 70}, computed={"a": 6})
+        assert stage.client.outputs["b"] == [70]
+        assert stage.plans[5].preempt == ("b",)
+        assert (b.state, b.num_tokens, b.num_computed) == (State.QUEUED, 5, 0)
 
     play(scene)
 

@@ -41,6 +41,8 @@ LIMITS = Limits(
     vocab_size=1000,
 )
 
+NO_MEMORY = MemorySnapshot(*[0] * sum(f.required for f in msgspec.structs.fields(MemorySnapshot)))
+
 
 class LiteralWorker:
     """Holds pages, serves rows in order, and trips over anything it was not told before."""
@@ -71,7 +73,7 @@ class LiteralWorker:
 
     def snapshot(self, step_id: int) -> MemorySnapshot:
         return msgspec.structs.replace(
-            MemorySnapshot(*[0] * len(MemorySnapshot.__struct_fields__)),
+            NO_MEMORY,
             step_id=step_id,
             total_pages=NUM_PAGES,
             locked_pages=self._locked(),

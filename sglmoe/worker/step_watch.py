@@ -1,0 +1,89 @@
+"""Watches the worker's steps: what they cost, and what that makes of the prices that memory reckons with."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sglmoe.memory.step_times import StepTimes
+from sglmoe.protocol import MemorySnapshot
+from sglmoe.worker.request import BatchRow, WorkerRequest
+
+# Arbitrary: a price is new when it differs so much from the last one. Each is a line of a routing trace.
+PRICE_CHANGE = 1.1
+
+
+class StepKind(NamedTuple):
+    """What a step was about to do."""
+
+    decoding: Sequence[WorkerRequest]
+    num_prefill_tokens: int
+
+    @classmethod
+    def of(cls, rows: Sequence[BatchRow]) -> "StepKind":
+        """To be called before the rows have run."""
+        decoding = [row.request for row in rows if row.decodes]
+        return cls(decoding, sum(row.stop - row.start for row in rows if not row.decodes))
+
+    @property
+    def num_decoding(self) -> int:
+        """Rows of a step that only decoded; 0 for any other step."""
+        return 0 if self.num_prefill_tokens else len(self.decoding)
+
+
+class StepCost(NamedTuple):
+    """How long a step took, how much of that it waited for experts, and for how many."""
+
+    seconds: float
+    stall_seconds: float
+    misses: int
+
+
+class Price(NamedTuple):
+    """As `MemoryManager.set_prices` takes them."""
+
+    expert_nanoseconds: int
+    token_nanoseconds: int
+
+
+class StepWatch:
+    """Teaches `times`. `price` is what memory reckons with at first."""
+
+    def __init__(self, times: StepTimes, price: Price):
+        self._times = times
+        self._price = price
+        self._stall_seconds = 0.0  # of the snapshot before, as the next
+        self._misses = 0
+
+    def step_done(self, kind: StepKind, snapshot: MemorySnapshot, seconds: float) -> StepCost:
+        """To be called after every step, with memory as it is then."""
+        cost = StepCost(
+            seconds,
+            snapshot.stall_seconds - self._stall_seconds,
+            snapshot.expert_misses - self._misses,
+        )
+        self._stall_seconds, self._misses = snapshot.stall_seconds, snapshot.expert_misses
+        self._times.note_loads(cost.misses, cost.stall_seconds)
+        compute_seconds = cost.seconds - cost.stall_seconds
+        if kind.num_decoding:
+            self._times.note_decode(kind.num_decoding, compute_seconds)
+        elif not kind.decoding:
+            self._times.note_prefill(kind.num_prefill_tokens, compute_seconds)
+        return cost
+
+    def new_price(self) -> Price | None:
+        """What memory should reckon with from now on; None if that has hardly changed."""
+        price = Price(
+            nanoseconds(self._times.load_seconds, self._price.expert_nanoseconds),
+            nanoseconds(self._times.prefill_token_seconds, self._price.token_nanoseconds),
+        )
+        if not any(map(is_new, price, self._price)):
+            return None
+        self._price = price
+        return price
+
+
+def nanoseconds(measured_seconds: float | None, otherwise: int) -> int:
+    return otherwise if measured_seconds is None else max(1, round(1e9 * measured_seconds))
+
+
+def is_new(price: int, before: int) -> bool:
+    return not before / PRICE_CHANGE <= price <= before * PRICE_CHANGE

@@ -1,0 +1,92 @@
+"""What steps cost, learned from made-up steps."""
+
+import numpy as np
+import pytest
+
+from sglmoe.memory.step_times import DecayedRatio, DecodeFit, StepTimes
+
+
+def fitted(*steps: tuple[int, float], half_life: int = 256) -> tuple[float, float]:
+    fit = DecodeFit(half_life)
+    for num_rows, seconds in steps:
+        fit.note(num_rows, seconds)
+    assert fit.line is not None
+    return fit.line
+
+
+def test_steps_on_a_line_give_that_line() -> None:
+    # 10 ms, and 2 ms for each row.
+    assert fitted((1, 0.012), (4, 0.018), (2, 0.014)) == pytest.approx((0.010, 0.002))
+
+
+def test_the_fit_is_least_squares_with_weights_that_halve() -> None:
+    rows, seconds = [3, 9, 4, 7, 1], [0.02, 0.05, 0.04, 0.03, 0.01]
+    weights = 0.5 ** (np.arange(5)[::-1] / 2)
+    slope, fixed = np.polyfit(rows, seconds, 1, w=np.sqrt(weights))
+    steps = zip(rows, seconds, strict=True)
+    assert fitted(*steps, half_life=2) == pytest.approx((fixed, slope))
+
+
+def test_one_size_of_step_says_nothing_about_others() -> None:
+    assert fitted((4, 0.02), (4, 0.04)) == pytest.approx((0.03, 0), abs=1e-4)
+
+
+def test_a_slope_once_seen_stays_while_all_steps_are_of_one_size() -> None:
+    """A server that is kept at its limit for hours must not forget what a request costs."""
+    steps = [(1, 0.012), (4, 0.018)] + [(4, 0.018)] * 5_000
+    assert fitted(*steps) == pytest.approx((0.010, 0.002), rel=1e-3)
+    # The device has become slower by 10 ms since.
+    steps += [(4, 0.028)] * 5_000
+    assert fitted(*steps) == pytest.approx((0.020, 0.002), rel=1e-3)
+
+
+def test_neither_part_is_negative() -> None:
+    assert fitted((1, 0.03), (9, 0.01)) == pytest.approx((0.02, 0), abs=1e-4)
+    fixed, slope = fitted((4, 0.001), (8, 0.02))
+    assert fixed == 0
+    assert slope > 0
+
+
+def test_nothing_is_known_before_it_was_measured() -> None:
+    times = StepTimes()
+    assert (times.load_seconds, times.prefill_token_seconds, times.model) == (None, None, None)
+
+
+def test_a_model_has_what_was_measured() -> None:
+    times = StepTimes(loads_overlap=True)
+    times.note_decode(1, 0.012)
+    times.note_decode(4, 0.018)
+    model = times.model
+    assert model is not None
+    assert (model.loads_overlap, model.load_seconds) == (True, 0), "no expert was ever loaded"
+    times.note_loads(3, 0.012)
+    times.note_loads(0, 0.0)
+    assert times.model is not None
+    assert times.model.load_seconds == pytest.approx(0.004)
+    assert times.model.compute_seconds(10) == pytest.approx(0.030)
+
+
+def test_loads_and_prompts_count_by_their_number_not_by_step() -> None:
+    times = StepTimes()
+    times.note_loads(1, 0.010)  # one alone waits for the disk
+    times.note_loads(99, 0.090)
+    assert times.load_seconds == pytest.approx(0.001, rel=0.01)
+    times.note_prefill(100, 0.1)
+    times.note_prefill(300, 0.6)
+    assert times.prefill_token_seconds == pytest.approx(0.7 / 400, rel=0.01)
+
+
+def test_short_prefills_say_nothing_about_tokens() -> None:
+    times = StepTimes()
+    times.note_prefill(31, 0.5)
+    assert times.prefill_token_seconds is None
+    times.note_prefill(32, 0.032)
+    assert times.prefill_token_seconds == pytest.approx(0.001)
+
+
+def test_a_note_counts_half_after_its_half_life() -> None:
+    ratio = DecayedRatio(half_life=2)
+    for amount in (30.0, 0.0, 0.0):
+        ratio.note(amount, 1)
+    # Weights 1/2, 0.707, 1.
+    assert ratio.ratio == pytest.approx(15 / (0.5 + 0.5**0.5 + 1))

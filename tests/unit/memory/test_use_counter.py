@@ -1,0 +1,72 @@
+"""Shares of decode steps that used an expert. 2 layers of 4 experts."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from sglmoe.memory.experts import ExpertIds
+from sglmoe.memory.use_counter import UseCounter
+
+
+class Steps:
+    """A counter, and waves that pass everything at once."""
+
+    def __init__(self) -> None:
+        self.counter = UseCounter(2, 4)
+        self._waves = self.counter.counting(self.all_at_once)
+
+    def all_at_once(self, layer: int, experts: ExpertIds) -> Iterator[ExpertIds]:
+        yield experts
+
+    def run(self, first: list[int], second: list[int], *, num_decoding: int = 1) -> None:
+        for layer, experts in enumerate((first, second)):
+            ids = np.array(experts, np.intp)
+            assert [wave.tolist() for wave in self._waves(layer, ids)] == [experts]
+        self.counter.end_step(num_decoding)
+
+    def probability(self) -> list[list[float]]:
+        return self.counter.uses().probability.tolist()
+
+
+def test_used_always_is_one_and_never_is_zero() -> None:
+    steps = Steps()
+    for _ in range(5):
+        steps.run([0, 2], [3])
+    assert steps.probability() == [[1, 0, 1, 0], [0, 0, 0, 1]]
+
+
+def test_recent_steps_weigh_more() -> None:
+    steps = Steps()
+    for _ in range(32):
+        steps.run([0], [0])
+    for _ in range(32):
+        steps.run([1], [0])
+    # 32 steps ago everything counted half.
+    assert steps.probability()[0] == pytest.approx([1 / 3, 2 / 3, 0, 0])
+
+
+def test_prefills_do_not_count() -> None:
+    steps = Steps()
+    steps.run([0, 1, 2, 3], [0, 1, 2, 3], num_decoding=0)
+    steps.run([1], [2])
+    assert steps.probability() == [[0, 1, 0, 0], [0, 0, 1, 0]]
+
+
+def test_it_knows_how_many_requests_it_was_measured_with() -> None:
+    steps = Steps()
+    steps.run([0], [0], num_decoding=2)
+    steps.run([0], [0], num_decoding=2)
+    assert steps.counter.uses().num_running == pytest.approx(2)
+    steps.run([0], [0], num_decoding=8)
+    assert 4 < steps.counter.uses().num_running < 4.1
+
+
+def test_weights_do_not_run_out() -> None:
+    """They double every 32 steps: after 33,000 they would be infinite."""
+    steps = Steps()
+    for number in range(40_000):
+        steps.counter._used.append((0, np.array([number % 2])))
+        steps.counter.end_step(3)
+    assert steps.probability()[0] == pytest.approx([0.5, 0.5, 0, 0], abs=0.01)
+    assert steps.counter.uses().num_running == pytest.approx(3)

@@ -1,0 +1,88 @@
+"""What steps cost, and the prices that follow. Steps are made up: what memory says, and how long it took."""
+
+from array import array
+
+import msgspec
+import pytest
+
+from sglmoe.memory.step_times import StepTimes
+from sglmoe.protocol import MemorySnapshot, NewRequest
+from sglmoe.worker.request import BatchRow, WorkerRequest
+from sglmoe.worker.step_watch import Price, StepCost, StepKind, StepWatch
+
+NOTHING = MemorySnapshot(*[0] * sum(f.required for f in msgspec.structs.fields(MemorySnapshot)))
+
+
+def request(rid: str) -> WorkerRequest:
+    spec = NewRequest(
+        rid=rid,
+        prompt_ids=array("i", range(10)).tobytes(),
+        output_ids=b"",
+        sampling=b"",
+        max_new_tokens=9,
+        namespace="",
+        logprobs=None,
+        routed_experts_start=None,
+        requires_reasoning=False,
+    )
+    return WorkerRequest(spec)
+
+
+class Watched:
+    """Steps and what is learned of them."""
+
+    def __init__(self) -> None:
+        self.times = StepTimes()
+        self.watch = StepWatch(self.times, Price(expert_nanoseconds=1000, token_nanoseconds=2000))
+        self.snapshot = NOTHING
+
+    def step(self, kind: StepKind, *, seconds: float, misses: int = 0) -> StepCost:
+        """Each miss takes 5 ms of the step."""
+        self.snapshot = msgspec.structs.replace(
+            self.snapshot,
+            expert_misses=self.snapshot.expert_misses + misses,
+            stall_seconds=self.snapshot.stall_seconds + 0.005 * misses,
+        )
+        return self.watch.step_done(kind, self.snapshot, seconds)
+
+
+def test_rows_that_have_sampled_decode_and_others_prefill() -> None:
+    """To be asked before the step: it appends a token, and the same rows are of the past then."""
+    running, fresh = request("running"), request("fresh")
+    running.tokens.append(99)
+    rows = [BatchRow(running, 10, 11), BatchRow(fresh, 4, 10)]
+    assert StepKind.of(rows) == ([running], 6)
+    assert StepKind.of(rows).num_decoding == 0, "a mixed step is no decode step"
+    assert StepKind.of(rows[:1]).num_decoding == 1
+
+
+def test_waiting_for_experts_is_no_computing() -> None:
+    its = Watched()
+    decode = StepKind([request("a")], 0)
+    assert its.step(decode, seconds=0.02, misses=2) == pytest.approx((0.02, 0.01, 2))
+    assert its.step(decode, seconds=0.01) == pytest.approx((0.01, 0, 0))
+    assert its.times.load_seconds == pytest.approx(0.005)
+    assert its.times.model is not None
+    assert its.times.model.compute_seconds(1) == pytest.approx(0.01)
+
+
+def test_prefills_teach_what_a_token_costs() -> None:
+    its = Watched()
+    its.step(StepKind([], 100), seconds=0.22, misses=4)
+    assert its.times.prefill_token_seconds == pytest.approx(0.002)
+    its.step(StepKind([request("a")], 100), seconds=9.0)
+    assert its.times.prefill_token_seconds == pytest.approx(0.002), "decoded as well"
+
+
+def test_a_price_is_new_once_it_was_measured_and_when_it_has_moved_by_a_tenth() -> None:
+    its = Watched()
+    assert its.watch.new_price() is None, "nothing was measured"
+    its.step(StepKind([], 100), seconds=0.2)
+    assert its.watch.new_price() == Price(1000, 2_000_000)
+    its.step(StepKind([], 100), seconds=0.21)
+    assert its.watch.new_price() is None
+    its.step(StepKind([], 100), seconds=0.3, misses=1)
+    price = its.watch.new_price()
+    assert price is not None
+    assert price.expert_nanoseconds == 5_000_000
+    assert price.token_nanoseconds > 2_200_000
