@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from sglmoe.memory.arena import Geometry
-from sglmoe.memory.expert_values import HALF_LIFE_STEPS, MAX_WEIGHT, NextUse
+from sglmoe.memory.expert_values import NextUse
 from sglmoe.memory.prices import Prices
+from sglmoe.memory.use_counter import HALF_LIFE_STEPS
 
 GEOMETRY = Geometry(
     num_frames=8,
@@ -60,18 +61,6 @@ def test_probability_is_the_share_of_recent_steps(values: NextUse) -> None:
         step(values, [3], [2])
     values.begin_step()
     assert values.probability()[0] == pytest.approx([0.5, 0.25, 0, 0.5], abs=0.02)
-
-
-def test_weights_are_scaled_back_before_they_overflow(values: NextUse) -> None:
-    for _ in range(3):
-        step(values, [0], [1])
-    values._weight = MAX_WEIGHT
-    for _ in range(3):
-        step(values, [0], [1])
-    values.begin_step()
-    assert values._weight < 10
-    assert values.probability()[0, 0] == pytest.approx(1, abs=0.3)
-    assert np.isfinite(values.now()).all()
 
 
 def test_before_anything_was_used_all_are_alike_but_for_where_they_are(values: NextUse) -> None:
