@@ -5,9 +5,9 @@ requests as KV has room for may leave experts so few frames that each step waits
 time of a decode step is predicted over the number of running requests, and the number is chosen that
 promises the most tokens per second. Pure functions of a frozen snapshot; nobody is evicted here.
 
-The miss curve follows Che's and Fagin's reasoning on caches: requests choose experts independently,
-and a policy that works keeps those that are used most. What it gets wrong is corrected by the ratio of
-misses measured to misses predicted. The dead zone is that of FluxMoE's planner (arXiv 2604.02715).
+The miss curve takes requests as independent, steps too, and the policy as one that keeps what is used
+most. What that gets wrong is corrected by the ratio of misses measured to misses predicted. The dead
+zone is that of FluxMoE's planner (arXiv 2604.02715).
 """
 
 import math

@@ -217,6 +217,8 @@ def test_abort_running_and_health_while_busy(server: Server) -> None:
     state = server.client.get("/server_info").json()["internal_states"][0]
     assert state["sglmoe"]["running_requests"] == 1
     assert state["sglmoe"]["memory"]["expert_frames"] == 50
+    assert state["sglmoe"]["plan"]["reason"] == "no plan was made"
+    assert state["sglmoe"]["running_limit"] == 16
     server.client.post("/abort_request", json={"rid": "long"})
     thread.join(timeout=10)
     reason = answers[0].json()["meta_info"]["finish_reason"]
@@ -267,6 +269,9 @@ def test_metrics_and_loads(server: Server) -> None:
         "sglmoe_free_pages",
         "sglmoe_expert_misses_total",
         "sglmoe_stall_seconds_total",
+        "sglmoe_running_limit",
+        "sglmoe_target_expert_frames",
+        "sglmoe_predicted_step_seconds",
     ):
         assert name in metrics
     loads = server.client.get("/v1/loads").json()["loads"]
