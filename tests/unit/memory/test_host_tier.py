@@ -78,6 +78,17 @@ def test_the_bytes_really_come_from_the_block(tier: HostTier, store: ExpertStore
     assert frame.tolist() == [77] * 6
 
 
+def test_the_disk_is_asked_ahead_only_for_what_is_not_in_host_memory(
+    tier: HostTier, store: ExpertStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(store, "will_read", lambda layer, expert: asked.append(expert))
+    bring_in(tier, store, 0, 1)
+    for expert in range(4):
+        TieredStore(tier, store).will_read(0, expert)
+    assert asked == [2, 3]
+
+
 def test_an_expert_on_its_way_is_read_from_disk(tier: HostTier, store: ExpertStore) -> None:
     """Its block is half full."""
     block = tier.begin(Promotion(1, 2))

@@ -102,6 +102,14 @@ def test_nearly_as_often_missed_is_not_worth_a_read(misses: int, gives_way: bool
     assert bool(plan_promotions(state, 8)) is gives_way
 
 
+def test_a_miss_that_has_half_faded_is_not_worth_a_read() -> None:
+    # Nor where the victim's own, which made it resident, has faded further.
+    state = snapshot(
+        misses={(0, 0): 0.25, (1, 2): 0.5}, resident=((0, 0),), here=((0, 0), (0, 1), (0, 2))
+    )
+    assert plan_promotions(state, 8) == []
+
+
 def test_equals_do_not_take_turns() -> None:
     """More experts than blocks, used in a circle: whoever is here stays and serves its share."""
     here = ((0, 0), (0, 1), (0, 2), (0, 3))
