@@ -10,11 +10,8 @@ from typing import NamedTuple
 from sglmoe.memory.kv_pages import Pages
 
 # How far eviction may depart from its order: a leaf may go before 7 whose turn it was. With 16 a
-# frame costs as many pages in `eval.fragmentation`, and looking at them twice the time.
+# frame costs no fewer pages in `eval.fragmentation`.
 LEAVES_AHEAD = 8
-# How far from its end a leaf is looked at: emptying a frame further up costs more frames' worth of
-# pages than it gains.
-FRAMES_DEEP = 2
 
 
 class Tail(NamedTuple):
@@ -65,8 +62,7 @@ def plan_near(
 def _last_runs(pages: Pages, pages_per_frame: int) -> Iterator[tuple[int, int, int]]:
     """(frame, start, stop) of each run of pages in one frame, from the end on."""
     stop = len(pages)
-    limit = max(0, stop - FRAMES_DEEP * pages_per_frame)
-    while stop > limit:
+    while stop:
         frame = pages[stop - 1] // pages_per_frame
         start = stop - 1
         while start > 0 and pages[start - 1] // pages_per_frame == frame:

@@ -42,9 +42,9 @@ def test_pages_behind_those_in_the_frame_have_to_go_as_well() -> None:
     assert emptying([first], idle={0: 4, 2: 3}) == [Tail(0, 5)]
 
 
-def test_a_frame_that_lies_deep_in_a_prefix_is_not_looked_at() -> None:
-    # Page 0 is the only one in frame 0, with 8 pages behind it, beside running requests.
-    assert emptying([[0, *range(4, 12)]], idle={0: 1}) == [Tail(0, 4)]
+def test_nothing_can_be_had_from_the_middle_of_a_prefix() -> None:
+    # Page 0 is the only one in frame 0; the 8 pages behind it lie beside running requests.
+    assert emptying([[0, *range(4, 12)]], idle={0: 1}) == [Tail(0, 9)]
 
 
 def test_without_a_frame_to_empty_the_end_of_the_first_goes() -> None:
