@@ -272,6 +272,7 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
         "sglmoe": {
             "memory": msgspec.structs.asdict(snapshot),
             "limits": msgspec.structs.asdict(scheduler.limits),
+            "totals": msgspec.structs.asdict(metrics.totals),
             "running_requests": len(roster.running),
             "queued_requests": len(roster.queue),
             "preparing_requests": roster.num_preparing,
