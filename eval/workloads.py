@@ -113,17 +113,19 @@ def ask_each(prefixes: Sequence[str], questions: Sequence[str]) -> list[str]:
 
 
 def text_windows(model_path: str, count: int, num_tokens: int) -> list[str]:
-    """`count` pieces of the held-out text, of so many of the model's tokens each, without overlap.
-
-    Raises ValueError if there is not so much text.
-    """
+    """`count` pieces of the held-out text, of so many of the model's tokens each."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     held_out = read_corpus().held_out
     text = "\n\n".join(document for domain in ("python", "prose") for document in held_out[domain])
+    return cut_windows(text, tokenizer, count=count, num_tokens=num_tokens)
+
+
+def cut_windows(text: str, tokenizer: Any, *, count: int, num_tokens: int) -> list[str]:
+    """Pieces that don't overlap, the same each time. Raises ValueError if there is not so much text."""
     ids = tokenizer.encode(text)
-    starts = range(0, len(ids) - num_tokens, num_tokens)
+    starts = range(0, len(ids) - num_tokens + 1, num_tokens)
     if len(starts) < count:
         raise ValueError(
             f"the held-out text has {len(ids)} tokens, {count * num_tokens} are wanted"
