@@ -49,8 +49,7 @@ FIGURES = (
     "completed",
 )
 FIRST_SEED = 100  # of the round that counts first; warm-up rounds are numbered below 0
-
-DEFAULT_POLICY = "cost-aware"
+POLICY_FLAG, DEFAULT_POLICY = "--memory-policy=", "cost-aware"
 
 
 class Spec(NamedTuple):
@@ -63,9 +62,13 @@ class Spec(NamedTuple):
 
     @property
     def policy(self) -> str:
-        """Whose turn it is to give way in our server; empty for others."""
-        policies = [flag.partition("=")[2] for flag in self.flags if "--memory-policy=" in flag]
-        return [*policies, DEFAULT_POLICY][0] if self.module == OURS else ""
+        """Who gives way in our server, and what else sets it apart; empty for others."""
+        if self.module != OURS:
+            return ""
+        policies = [flag for flag in self.flags if flag.startswith(POLICY_FLAG)]
+        others = [flag for flag in self.flags if flag not in policies]
+        name = policies[-1].removeprefix(POLICY_FLAG) if policies else DEFAULT_POLICY
+        return " ".join([name, *others])
 
 
 class System(NamedTuple):
@@ -153,7 +156,7 @@ def read_specs(options: argparse.Namespace) -> list[Spec]:
     """--systems, or every policy at every budget. Raises SystemExit for what is neither."""
     if options.budgets:
         budgets, policies = options.budgets.split(","), options.policies.split(",")
-        texts = [f"sglmoe@{b}:--memory-policy={p}" for b in budgets for p in policies]
+        texts = [f"sglmoe@{b}:{POLICY_FLAG}{p}" for b in budgets for p in policies]
     else:
         texts = options.systems.split(",")
     return [read_spec(text) for text in texts]
@@ -262,11 +265,11 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--one-at-a-time", action="store_true")
     parser.add_argument("--server-flag", action="append", default=[], help="for all servers")
     group = parser.add_argument_group("the shifting workload")
-    group.add_argument("--prefixes", type=int, default=12, help="common to the long prompts")
+    group.add_argument("--prefixes", type=int, default=8, help="common to the long prompts")
     group.add_argument("--prefix-tokens", type=int, default=1024)
     group.add_argument("--questions-per-prefix", type=int, default=4, help="in each long phase")
     group.add_argument("--long-output-len", type=int, default=16)
-    group.add_argument("--short-prompts", type=int, default=96, help="--output-len answers them")
+    group.add_argument("--short-prompts", type=int, default=32, help="--output-len answers them")
     options = parser.parse_args(arguments)
     options.concurrency = options.concurrency or default_concurrency(
         options.workload, has_accelerator=has_accelerator()

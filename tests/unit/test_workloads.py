@@ -101,7 +101,7 @@ def test_a_system_may_name_its_policy() -> None:
     )
     theirs, static, default = read_specs(options)
     assert (theirs.module, theirs.budget, theirs.policy) == (UNMODIFIED, "", "")
-    assert (static.module, static.budget, static.policy) == (OURS, "50%", "static=40%")
+    assert (static.module, static.budget, static.policy) == (OURS, "50%", "static=40% --x=1")
     assert static.flags == ["--memory-policy=static=40%", "--x=1"]
     assert (default.budget, default.policy) == ("9MB", "cost-aware")
 
