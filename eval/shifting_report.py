@@ -69,7 +69,7 @@ def shifting_sections(groups: Groups, folder: Path) -> list[str]:
             f"## {budget or 'Default'} budget, {concurrency} at a time",
             table({s: p for s, p in settings.items() if s[:2] == (budget, concurrency)}),
         ]
-    return [*parts, "## Frames over time", *timelines(groups, folder)]
+    return [*parts, "## Frames over time", *timelines(settings, folder)]
 
 
 def summary(settings: Mapping[Setting, Policies]) -> str:
@@ -133,17 +133,19 @@ def total(rows: Sequence[Row], figure: str) -> str:
 # ------------------------------------------------------------------------------------------ over time
 
 
-def timelines(groups: Groups, folder: Path) -> list[str]:
-    """A figure for each system and concurrency, of its first round."""
-    runs: dict[tuple[str, int], dict[str, Timeline]] = {}
-    for (system, phase, concurrency), rows in groups.items():
-        if "timeline" in rows[0]:
-            runs.setdefault((system, concurrency), {})[phase] = rows[0]["timeline"]
+def timelines(settings: Mapping[Setting, Policies], folder: Path) -> list[str]:
+    """A figure for each policy, budget and concurrency, of its first round."""
+    runs: dict[tuple[str, int, str], dict[str, Timeline]] = {}
+    for (budget, concurrency, phase), policies in settings.items():
+        for policy, rows in policies.items():
+            if "timeline" in rows[0]:
+                runs.setdefault((budget, concurrency, policy), {})[phase] = rows[0]["timeline"]
     images = []
-    for (system, concurrency), phases in runs.items():
-        name = re.sub(r"[^\w.]+", "-", f"frames-{system}-x{concurrency}") + ".png"
-        plot_timeline(phases, title=f"{system}, {concurrency} at a time", path=folder / name)
-        images.append(f"![Frames by kind over time: {system}]({name})")
+    for (budget, concurrency, policy), phases in runs.items():
+        title = f"{policy}, {budget or 'default'} budget, {concurrency} at a time"
+        name = re.sub(r"[^\w.]+", "-", f"frames-{budget}-{policy}-x{concurrency}") + ".png"
+        plot_timeline(phases, title=title, path=folder / name)
+        images.append(f"![Frames by kind over time: {title}]({name})")
     return images
 
 
@@ -191,7 +193,7 @@ def plot_timeline(phases: Mapping[str, Timeline], *, title: str, path: Path) -> 
     inputs.plot(seconds, rates(timeline, "prefill_tokens", "cache_hit_tokens"), color="#555555")
     inputs.plot(seconds, rates(timeline, "cache_hit_tokens"), color=FRAMES["cached_kv_frames"][1])
     inputs.set_ylabel("input tokens/s")
-    inputs.legend(["all", "found cached"], loc="upper right", fontsize=8)
+    inputs.legend(["all", "found cached"], loc="upper center", ncols=2, fontsize=8)
     outputs.plot(seconds, rates(timeline, "decoded_tokens"), color="#555555")
     outputs.set(ylabel="output tokens/s", xlabel="seconds")
     for panel in (inputs, outputs):

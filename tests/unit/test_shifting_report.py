@@ -167,9 +167,9 @@ def test_a_report_of_several_phases_has_a_figure_for_each_system(tmp_path: Path)
     text = write_report(tmp_path).read_text()
     images = sorted(path.name for path in tmp_path.glob("*.png"))
     assert images == [
-        "frames-sglmoe-50-memory-policy-cost-aware-x8.png",
-        "frames-sglmoe-50-memory-policy-static-20-x8.png",
-        "frames-sglmoe-50-memory-policy-static-80-x8.png",
+        "frames-50-cost-aware-x8.png",
+        "frames-50-static-20-x8.png",
+        "frames-50-static-80-x8.png",
     ]
     assert all(f"]({name})" in text for name in images)
     assert "## 50% budget, 8 at a time" in text
