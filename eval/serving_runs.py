@@ -41,13 +41,16 @@ def median(rows: Sequence[Row], figure: str) -> float | None:
 
 
 def round_ratios(rows: Sequence[Row], baseline: Sequence[Row], figure: str) -> list[float]:
-    """Each round beside the same round of its baseline."""
-    return [a[figure] / b[figure] for a, b in zip(rows, baseline, strict=True)]
+    """Each round beside the same round of its baseline; who was interrupted has fewer."""
+    beside = {row["round"]: row[figure] for row in baseline}
+    return [row[figure] / beside[row["round"]] for row in rows if row["round"] in beside]
 
 
 def ratio(rows: Sequence[Row], baseline: Sequence[Row], figure: str) -> str:
-    """Median and extremes of the rounds' ratios."""
+    """Median and extremes of the rounds' ratios; nothing if they have no round in common."""
     values = round_ratios(rows, baseline, figure)
+    if not values:
+        return ""
     return f"{statistics.median(values):.2f} [{min(values):.2f} .. {max(values):.2f}]"
 
 

@@ -217,6 +217,7 @@ def test_abort_running_and_health_while_busy(server: Server) -> None:
     state = server.client.get("/server_info").json()["internal_states"][0]
     assert state["sglmoe"]["running_requests"] == 1
     assert state["sglmoe"]["memory"]["expert_frames"] == 50
+    assert state["sglmoe"]["totals"]["decoded_tokens"] > 0
     server.client.post("/abort_request", json={"rid": "long"})
     thread.join(timeout=10)
     reason = answers[0].json()["meta_info"]["finish_reason"]

@@ -8,7 +8,7 @@ import pytest
 
 from eval.memory_timeline import COUNTERS, FRAMES, frames_by_kind, read_counters
 from eval.serving_report import write_report
-from eval.serving_runs import Groups, read_runs
+from eval.serving_runs import Groups, ratio, read_runs
 from eval.shifting_report import (
     Setting,
     by_setting,
@@ -85,6 +85,14 @@ def test_rounds_are_compared_with_their_own(tmp_path: Path) -> None:
     assert lines[2] == (
         "| 50% | 8 | long | 20% | 80% | 1.91 [1.82 .. 2.00] | 1.02 [0.98 .. 1.05] | 1.93 [1.91 .. 1.96] |"
     )
+
+
+def test_an_interrupted_run_is_compared_as_far_as_it_came(tmp_path: Path) -> None:
+    """Without the second round of static=80%: 100/50, not 200/50."""
+    (policies,) = by_setting(written(tmp_path, "long")).values()
+    best, worst = policies["static=20%"], policies["static=80%"]
+    assert ratio(best, worst[:1], "total_throughput") == "2.00 [2.00 .. 2.00]"
+    assert ratio(best[1:], worst[:1], "total_throughput") == ""
 
 
 def test_a_line_tells_what_a_split_costs(tmp_path: Path) -> None:
