@@ -1,12 +1,13 @@
 """The report of the shifting workload: each round beside the same round of the best and the worst split."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eval.memory_timeline import COUNTERS, FRAMES, frames_by_kind, read_counters
+from eval.memory_timeline import COUNTERS, FRAMES, frames_by_kind, read_counters, watched
 from eval.serving_report import write_report
 from eval.serving_runs import Groups, ratio, read_runs
 from eval.shifting_report import (
@@ -151,6 +152,51 @@ def test_counters_come_from_the_worker_and_the_scheduler() -> None:
     counters = read_counters({"memory": memory | {"num_frames": 9}, "totals": totals})
     assert list(counters) == list(COUNTERS)
     assert [counters[name] for name in COUNTERS[-3:]] == [2, 3, 4]
+
+
+class Growing:
+    """A server that computes ten tokens between two looks at it."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def state(self) -> dict[str, Any]:
+        self.looks += 1
+        memory = dict.fromkeys(COUNTERS[:-3], 0) | {"prefill_tokens": 10 * self.looks}
+        frames = {"free_frames": 8, "expert_frames": 0, "kv_frames": 0}
+        pages = {"locked_pages": 0, "cached_pages": 0}
+        return {"memory": memory | frames | pages, "totals": dict.fromkeys(COUNTERS[-3:], 0)}
+
+
+def test_memory_is_watched_from_the_first_moment_to_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Were it only looked at in between, a phase shorter than the period would have no figure."""
+    monkeypatch.setattr("eval.memory_timeline.PERIOD_SECONDS", 60.0)
+    server: Any = Growing()
+    with watched(server, started=time.perf_counter()) as timeline:
+        assert timeline["prefill_tokens"] == [10]
+    assert timeline["prefill_tokens"] == [10, 20]
+    assert timeline["free_frames"] == [8, 8]
+    assert 0 <= timeline["seconds"][0] <= timeline["seconds"][1] < 60
+
+
+def test_memory_is_watched_no_longer_than_the_benchmark_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("eval.memory_timeline.PERIOD_SECONDS", 0.001)
+    server: Any = Growing()
+
+    def interrupted() -> None:
+        while server.looks < 3:
+            time.sleep(0.001)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watched(server, started=0.0):
+        interrupted()
+    looks = server.looks
+    time.sleep(0.02)
+    assert server.looks == looks
 
 
 def test_a_rate_is_the_growth_over_the_last_two_seconds() -> None:
