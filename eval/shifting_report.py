@@ -13,7 +13,7 @@ from eval.memory_timeline import Timeline
 from eval.serving_runs import Groups, Row, markdown_table, median, percent, ratio
 
 THROUGHPUT = "total_throughput"  # input and output tokens per second
-SMOOTHED_SECONDS = 2.0  # arbitrary: a long prompt counts in one moment
+SMOOTHED_SECONDS = 4.0  # arbitrary: a long prompt counts in one moment
 
 FRAMES = {  # column of the timeline: (legend, colour)
     "expert_frames": ("experts", "#4472a8"),
@@ -149,14 +149,14 @@ def timelines(settings: Mapping[Setting, Policies], folder: Path) -> list[str]:
     return images
 
 
-def rates(timeline: Timeline, *columns: str) -> list[float]:
-    """Growth of the sum of these counters, per second, over the last `SMOOTHED_SECONDS` of each sample."""
+def rates(timeline: Timeline, *columns: str, over_seconds: float = SMOOTHED_SECONDS) -> list[float]:
+    """Growth of the sum of these counters, per second, in the time before each sample."""
     seconds = timeline["seconds"]
     counts = [sum(values) for values in zip(*(timeline[name] for name in columns), strict=True)]
     found = []
     first = 0
     for index, now in enumerate(seconds):
-        while now - seconds[first] > SMOOTHED_SECONDS and first < index - 1:
+        while now - seconds[first] > over_seconds and first < index - 1:
             first += 1
         passed = now - seconds[first]
         found.append((counts[index] - counts[first]) / passed if passed else 0.0)

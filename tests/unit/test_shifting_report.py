@@ -206,8 +206,8 @@ def test_a_rate_is_the_growth_over_the_last_two_seconds() -> None:
         "prefill_tokens": [0, 10, 20, 20, 30, 70],
         "cache_hit_tokens": [0, 0, 0, 0, 0, 10],
     }
-    assert rates(timeline, "prefill_tokens") == [0, 10, 10, 5, 5, 25]
-    assert rates(timeline, "prefill_tokens", "cache_hit_tokens")[-1] == 30
+    assert rates(timeline, "prefill_tokens", over_seconds=2.0) == [0, 10, 10, 5, 5, 25]
+    assert rates(timeline, "prefill_tokens", "cache_hit_tokens", over_seconds=2.0)[-1] == 30
 
 
 def test_the_phases_of_a_run_follow_each_other() -> None:
