@@ -43,6 +43,7 @@ class Server:
             self._process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+        self._watchdog = kill_when_we_are_gone(self._process.pid)
         try:
             self._wait_until_healthy()
         except BaseException:
@@ -107,23 +108,37 @@ class Server:
             os.killpg(self._process.pid, number)
 
     def stop(self) -> None:
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """End it and all its processes; at once if interrupted meanwhile."""
+        try:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+        finally:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+            self._watchdog.kill()
+            self._watchdog.communicate()
 
 
 @contextmanager
 def running(module: str, *flags: str) -> Iterator[Server]:
-    """A server that is stopped however this ends, by SIGTERM too (which acts as Ctrl-C from here on)."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """A server that is stopped however this ends: SIGTERM and SIGHUP act as Ctrl-C from here on."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     server = Server(module, list(flags))
     try:
         yield server
     finally:
         server.stop()
+
+
+def kill_when_we_are_gone(group: int) -> subprocess.Popen[bytes]:
+    """Kill a process group, stopped ones too, when this process has ended and could not do it itself.
+
+    Whatever ends us closes the pipe from which the watchdog reads.
+    """
+    command = ["sh", "-c", 'read -r _; kill -s KILL -- "-$0"', str(group)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def machine_flags(module: str) -> list[str]:

@@ -2,16 +2,19 @@
 
     python -m eval.serving --model-path MODEL --systems "unmodified,sglmoe@100%,sglmoe@50%" \\
         --concurrency 1,8,32 --output eval/results/serving-NAME
+    python -m eval.serving --model-path MODEL --workload shifting --budgets 50%,75%,100% \\
+        --policies cost-aware,static=20%,static=50%,static=80% --output eval/results/shifting-NAME
 
 A system is `unmodified` or `sglmoe@BUDGET`, with flags of its own behind a colon, `;` between them:
-`unmodified:--cpu-offload-gb=8;--mem-fraction-static=0.3`. A budget in % is that share of the experts
-beside the dense weights and the KV cache of `--kv-tokens` tokens; others go to --memory-budget as
-they are. To compare at the same device bytes, give the others flags that take as much.
+`unmodified:--cpu-offload-gb=8;--mem-fraction-static=0.3`, `sglmoe@50%:--memory-policy=static=40%`.
+`--budgets` and `--policies` stand for each of our policies under each budget. A budget in % is that
+share of the experts beside the dense weights and the KV cache of `--kv-tokens` tokens; others go to
+--memory-budget as they are. To compare at the same device bytes, give the others flags that take as much.
 
-All servers stay up; those that are not measured are stopped (SIGSTOP), because the unmodified
-scheduler polls while idle. `--one-at-a-time` starts and stops them instead, where they do not fit
-beside each other. `sglang.benchmark.serving` makes the load. Written: every run (`runs.jsonl`), a
-report (`report.md`) and plots.
+All servers stay up (of the shifting workload, those of one budget); those that are not measured are
+stopped (SIGSTOP), because the unmodified scheduler polls while idle. `--one-at-a-time` starts and
+stops them instead, where they do not fit beside each other. `sglang.benchmark.serving` makes the
+load. Written: every run (`runs.jsonl`), a report (`report.md`) and plots.
 """
 
 import argparse
@@ -20,18 +23,23 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval.demo_model.prompts import prompts_by_domain
+from eval.memory_timeline import Timeline, read_counters, watched
 from eval.parity import memory_budget
 from eval.servers import OURS, UNMODIFIED, Server, describe_run, running
 from eval.serving_report import write_report
+from eval.workloads import Phase, read_workload
+from sglmoe.machine import has_accelerator
 
 FIGURES = (
     "output_throughput",
+    "total_throughput",
     "median_ttft_ms",
     "p99_ttft_ms",
     "median_tpot_ms",
@@ -41,67 +49,33 @@ FIGURES = (
     "completed",
 )
 FIRST_SEED = 100  # of the round that counts first; warm-up rounds are numbered below 0
-COUNTERS = ("expert_hits", "expert_misses", "expert_bytes_moved", "stall_seconds")
+POLICY_FLAG, DEFAULT_POLICY = "--memory-policy=", "cost-aware"
 
 
-class System(NamedTuple):
-    """What is measured: a name for the report and a command."""
+class Spec(NamedTuple):
+    """One of --systems, as it was written."""
 
     name: str
     module: str
+    budget: str  # empty where none is named
     flags: list[str]
 
+    @property
+    def policy(self) -> str:
+        """Who gives way in our server, and what else sets it apart; empty for others."""
+        if self.module != OURS:
+            return ""
+        policies = [flag for flag in self.flags if flag.startswith(POLICY_FLAG)]
+        others = [flag for flag in self.flags if flag not in policies]
+        name = policies[-1].removeprefix(POLICY_FLAG) if policies else DEFAULT_POLICY
+        return " ".join([name, *others])
 
-class Phase(NamedTuple):
-    """One call of the benchmark."""
 
-    name: str
-    settings: dict[str, Any]
+class System(NamedTuple):
+    """What is measured, and the flags it is started with."""
 
-
-def workload(options: argparse.Namespace, concurrency: int) -> list[Phase]:
-    """The phases of a run; each goes on with the cache that the one before has left."""
-    num_prompts = options.prompts_per_client * concurrency
-    random_ids = {
-        "dataset-name": "random-ids",
-        "random-input-len": options.input_len,
-        "random-output-len": options.output_len,
-        "random-range-ratio": 0.5,
-        "num-prompts": num_prompts,
-    }
-    match options.workload:
-        case "random":
-            return [Phase("random", random_ids)]
-        case "text":
-            settings = {
-                "dataset-name": "custom",
-                "dataset-path": options.dataset_path,
-                "sharegpt-output-len": options.output_len,
-                "num-prompts": num_prompts,
-            }
-            return [Phase("text", settings)]
-        case "shared-prefix":
-            groups = max(1, concurrency // 4)
-            settings = {
-                "dataset-name": "generated-shared-prefix",
-                "gsp-num-groups": groups,
-                "gsp-prompts-per-group": num_prompts // groups,
-                "gsp-system-prompt-len": 4 * options.input_len,
-                "gsp-question-len": options.input_len // 4,
-                "gsp-output-len": options.output_len,
-                "num-prompts": num_prompts,
-            }
-            return [Phase("shared prefix", settings)]
-        case "shifting":
-            long = random_ids | {
-                "random-input-len": 8 * options.input_len,
-                "num-prompts": max(1, num_prompts // 4),
-            }
-            return [Phase("few long prompts", long), Phase("many short prompts", random_ids)]
-    settings = {"dataset-name": options.workload, "num-prompts": num_prompts}
-    if options.dataset_path:
-        settings["dataset-path"] = options.dataset_path
-    return [Phase(options.workload, settings)]
+    spec: Spec
+    flags: list[str]
 
 
 def run_benchmark(server: Server, phase: Phase, options: argparse.Namespace, **more: Any) -> Any:
@@ -111,7 +85,7 @@ def run_benchmark(server: Server, phase: Phase, options: argparse.Namespace, **m
         settings |= {"backend": "sglang", "host": "127.0.0.1", "port": server.port}
         argv = ["serving", *(f"--{name}={value}" for name, value in settings.items())]
         child = multiprocessing.get_context("fork").Process(
-            target=benchmark_in_fork, args=([*argv, "--disable-tqdm"],)
+            target=benchmark_in_fork, args=([*argv, "--disable-tqdm"],), daemon=True
         )
         child.start()
         child.join()
@@ -131,54 +105,95 @@ def benchmark_in_fork(argv: list[str]) -> None:
 
 
 def measure(
-    server: Server, system: System, options: argparse.Namespace, concurrency: int, number: int
+    server: Server,
+    system: System,
+    phases: Sequence[Phase],
+    options: argparse.Namespace,
+    concurrency: int,
+    number: int,
 ) -> Iterator[dict[str, Any]]:
     """A row of figures for each phase of the workload."""
     server.post("/flush_cache?timeout=30")
-    for phase in workload(options, concurrency):
-        before = counters(server, system)
-        figures = run_benchmark(
-            server, phase, options, **{"max-concurrency": concurrency, "seed": FIRST_SEED + number}
-        )
-        moved = {name: value - before[name] for name, value in counters(server, system).items()}
+    started = time.perf_counter()
+    settings = {"max-concurrency": concurrency, "seed": FIRST_SEED + number}
+    if len(phases) > 1:
+        settings["warmup-requests"] = 0  # it would change what the phase before has left
+    for phase in phases:
+        with observed(server, system, started) as seen:
+            figures = run_benchmark(server, phase, options, **settings)
         yield {
-            "system": system.name,
+            "system": system.spec.name,
+            "budget": system.spec.budget,
+            "policy": system.spec.policy,
             "phase": phase.name,
             "concurrency": concurrency,
             "round": number,
             "start_seconds": round(server.start_seconds, 1),
             **figures,
-            **moved,
+            **seen,
         }
 
 
-def counters(server: Server, system: System) -> dict[str, float]:
-    if system.module != OURS:
-        return {}
-    memory = server.state()["memory"]
-    return {name: memory[name] for name in COUNTERS}
+@contextmanager
+def observed(server: Server, system: System, started: float) -> Iterator[dict[str, Any]]:
+    """By how much the counters of our server grew in the block, and its memory meanwhile."""
+    seen: dict[str, float | Timeline] = {}
+    if system.spec.module != OURS:
+        yield seen
+        return
+    before = read_counters(server.state())
+    with watched(server, started) as timeline:
+        yield seen
+    after = read_counters(server.state())
+    seen |= {name: value - before[name] for name, value in after.items()}
+    seen["timeline"] = timeline
+
+
+# -------------------------------------------------------------------------------------------- systems
+
+
+def read_specs(options: argparse.Namespace) -> list[Spec]:
+    """--systems, or every policy at every budget. Raises SystemExit for what is neither."""
+    if options.budgets:
+        budgets, policies = options.budgets.split(","), options.policies.split(",")
+        texts = [f"sglmoe@{b}:{POLICY_FLAG}{p}" for b in budgets for p in policies]
+    else:
+        texts = options.systems.split(",")
+    return [read_spec(text) for text in texts]
+
+
+def read_spec(text: str) -> Spec:
+    name, _, more = text.partition(":")
+    kind, _, budget = name.partition("@")
+    if kind not in ("unmodified", "sglmoe"):
+        raise SystemExit(f"--systems: {text!r} is neither unmodified nor sglmoe@BUDGET")
+    flags = [flag for flag in more.split(";") if flag]
+    return Spec(text, OURS if kind == "sglmoe" else UNMODIFIED, budget, flags)
 
 
 def read_systems(options: argparse.Namespace) -> list[System]:
     flags = [f"--model-path={options.model_path}", "--random-seed=0", *options.server_flag]
-    specs = options.systems.split(",")
-    state = None
-    if any("%" in spec.partition(":")[0] for spec in specs):
+    specs = read_specs(options)
+    state: dict[str, Any] = {}
+    if any(spec.budget.endswith("%") for spec in specs):
         with running(OURS, *flags) as server:
             state = server.state()
     systems = []
     for spec in specs:
-        name, _, more = spec.partition(":")
-        kind, _, budget = name.partition("@")
-        own = [flag for flag in more.split(";") if flag]
-        if kind not in ("unmodified", "sglmoe"):
-            raise SystemExit(f"--systems: {spec!r} is neither unmodified nor sglmoe@BUDGET")
-        if budget.endswith("%"):
-            budget = memory_budget(budget, state or {}, options.kv_tokens)
-        if budget:
-            own.append(f"--memory-budget={budget}")
-        systems.append(System(spec, OURS if kind == "sglmoe" else UNMODIFIED, [*flags, *own]))
+        budget = spec.budget and memory_budget(spec.budget, state, options.kv_tokens)
+        own = [*spec.flags, *([f"--memory-budget={budget}"] if budget else [])]
+        systems.append(System(spec, [*flags, *own]))
     return systems
+
+
+def groups_at_once(systems: list[System], options: argparse.Namespace) -> list[list[System]]:
+    """Who is up at the same time: those that are compared."""
+    if options.one_at_a_time:
+        return [[system] for system in systems]
+    if options.workload == "shifting":
+        by_budget = groupby(systems, key=lambda system: system.spec.budget)
+        return [list(group) for _, group in by_budget]
+    return [systems]
 
 
 @contextmanager
@@ -187,32 +202,35 @@ def all_up(systems: list[System]) -> Iterator[dict[str, Server]]:
     with ExitStack() as stack:
         servers: dict[str, Server] = {}
         for system in systems:
-            servers[system.name] = stack.enter_context(running(system.module, *system.flags))
-            stack.enter_context(servers[system.name].stopped())
+            server = stack.enter_context(running(system.spec.module, *system.flags))
+            servers[system.spec.name] = server
+            stack.enter_context(server.stopped())
         yield servers
 
 
-def run_all(systems: list[System], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def run_all(
+    systems: list[System],
+    phases_of: Callable[[int], Sequence[Phase]],
+    options: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
     """Rows of all runs: round by round, so that what drifts, drifts for everyone."""
     rounds = [
         (concurrency, number)
         for concurrency in map(int, options.concurrency.split(","))
         for number in range(-options.warmup, options.rounds)
     ]
-    if options.one_at_a_time:
-        for system in systems:
-            with running(system.module, *system.flags) as server:
-                for concurrency, number in rounds:
-                    rows = list(measure(server, system, options, concurrency, number))
+    for group in groups_at_once(systems, options):
+        with all_up(group) as servers:
+            for concurrency, number in rounds:
+                phases = phases_of(concurrency)
+                for system in group:
+                    server = servers[system.spec.name]
+                    with server.awake():
+                        rows = list(measure(server, system, phases, options, concurrency, number))
                     yield from (row for row in rows if number >= 0)
-        return
-    with all_up(systems) as servers:
-        for concurrency, number in rounds:
-            for system in systems:
-                server = servers[system.name]
-                with server.awake():
-                    rows = list(measure(server, system, options, concurrency, number))
-                yield from (row for row in rows if number >= 0)
+
+
+# ------------------------------------------------------------------------------------------------ main
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -221,6 +239,8 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model-path", required=True)
     parser.add_argument("--systems", default="unmodified,sglmoe@100%,sglmoe@50%,sglmoe@25%")
+    parser.add_argument("--budgets", help="of ours, instead of --systems: 50%%,75%%,100%%")
+    parser.add_argument("--policies", default=DEFAULT_POLICY, help="at each of --budgets")
     parser.add_argument("--output", type=Path, required=True, help="folder for runs and report")
     parser.add_argument(
         "--workload",
@@ -231,7 +251,9 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset-path", help="for a dataset of the benchmark's: mooncake, custom, ..."
     )
-    parser.add_argument("--concurrency", default="1,8,32")
+    parser.add_argument(
+        "--concurrency", help="default: 8 if shifting, else 1,8,32 and on a GPU 64 too"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
     parser.add_argument("--prompts-per-client", type=int, default=3)
@@ -242,34 +264,46 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--one-at-a-time", action="store_true")
     parser.add_argument("--server-flag", action="append", default=[], help="for all servers")
-    return parser.parse_args(arguments)
+    group = parser.add_argument_group("the shifting workload")
+    group.add_argument("--prefixes", type=int, default=8, help="common to the long prompts")
+    group.add_argument("--prefix-tokens", type=int, default=1024)
+    group.add_argument("--questions-per-prefix", type=int, default=4, help="in each long phase")
+    group.add_argument("--long-output-len", type=int, default=16)
+    group.add_argument("--short-prompts", type=int, default=32, help="--output-len answers them")
+    options = parser.parse_args(arguments)
+    options.concurrency = options.concurrency or default_concurrency(
+        options.workload, has_accelerator=has_accelerator()
+    )
+    return options
 
 
-def write_prompts(path: Path) -> str:
-    """Text in the form of the benchmark's custom dataset, whose answers only give a length."""
-    prompts = [prompt for group in prompts_by_domain(96).values() for prompt in group]
-    turns = [[{"content": prompt}, {"content": "an answer"}] for prompt in prompts]
-    path.write_text("".join(json.dumps({"conversations": turn}) + "\n" for turn in turns))
-    return str(path)
+def default_concurrency(workload: str, *, has_accelerator: bool) -> str:
+    """A shifting workload is of one size; 64 at a time make a GPU busy and a CPU late."""
+    if workload == "shifting":
+        return "8"
+    return "1,8,32,64" if has_accelerator else "1,8,32"
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = read_options(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    if options.workload == "text":
-        options.dataset_path = write_prompts(Path(tempfile.mkdtemp()) / "prompts.jsonl")
     systems = read_systems(options)
     import sglang.benchmark.serving  # noqa: F401 - once, before the forks
 
-    run = describe_run() | {"systems": {system.name: system.flags for system in systems}}
-    with (options.output / "runs.jsonl").open("w") as file:
+    run = describe_run() | {"systems": {system.spec.name: system.flags for system in systems}}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        (options.output / "runs.jsonl").open("w") as file,
+    ):
+        phases_of = read_workload(options, Path(folder))
         file.write(json.dumps(run).replace(str(Path.home()), "~") + "\n")
-        for row in run_all(systems, options):
+        for row in run_all(systems, phases_of, options):
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(
                 f"{row['system']:24s} {row['phase']:18s} x{row['concurrency']:<3d} "
-                f"{row['output_throughput']:8.1f} tokens/s  TTFT {row['median_ttft_ms']:7.1f} ms",
+                f"{row['total_throughput']:8.1f} tokens/s in and out, {row['output_throughput']:8.1f} out  "
+                f"TTFT {row['median_ttft_ms']:7.1f} ms",
                 flush=True,
             )
     print((write_report(options.output)).read_text())

@@ -1,16 +1,15 @@
 """From the runs of `eval.serving` to a report: medians, ratios to the first system, plots.
 
-python -m eval.serving_report eval/results/serving-NAME
+    python -m eval.serving_report eval/results/serving-NAME
+
+Runs of several phases get the report of `eval.shifting_report` instead: ratios to static splits.
 """
 
 import argparse
-import json
-import statistics
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
-Group = dict[tuple[str, str, int], list[Row]]  # system, phase, concurrency
+from eval.serving_runs import Groups, markdown_table, median, percent, ratio, read_runs
+from eval.shifting_report import shifting_sections
 
 PLOTS = {  # figure: (title, unit)
     "output_throughput": ("Output throughput", "tokens/s"),
@@ -21,62 +20,32 @@ PLOTS = {  # figure: (title, unit)
 }
 
 
-def read_runs(folder: Path) -> tuple[dict[str, Any], Group]:
-    """What was run where, and the runs by what they measured, in the order of the file."""
-    first, *lines = (folder / "runs.jsonl").read_text().splitlines()
-    groups: Group = {}
-    for line in lines:
-        row = json.loads(line)
-        if "expert_hits" in row:
-            needed = row["expert_hits"] + row["expert_misses"]
-            row["hit_ratio"] = 100 * row["expert_hits"] / needed if needed else 100.0
-            row["stall_share"] = 100 * row["stall_seconds"] / row["duration"]
-        groups.setdefault((row["system"], row["phase"], row["concurrency"]), []).append(row)
-    return json.loads(first), groups
-
-
-def median(rows: list[Row], figure: str) -> float | None:
-    return statistics.median(row[figure] for row in rows) if figure in rows[0] else None
-
-
-def ratio(rows: list[Row], baseline: list[Row], figure: str) -> str:
-    """Median and extremes of the rounds' ratios: each round beside its own baseline."""
-    values = [a[figure] / b[figure] for a, b in zip(rows, baseline, strict=True)]
-    return f"{statistics.median(values):.2f} [{min(values):.2f} .. {max(values):.2f}]"
-
-
-def table(groups: Group) -> str:
+def table(groups: Groups) -> str:
     baseline_system = next(iter(groups))[0]
-    lines = [
-        "| concurrency | phase | system | tokens/s | ratio | ITL ms | ratio | TTFT ms | ratio "
-        "| p99 ITL ms | expert hits | stalled |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = "concurrency,phase,system,tokens/s,ratio,ITL ms,ratio,TTFT ms,ratio,p99 ITL ms,expert hits,stalled"
+    lines = []
     for (system, phase, concurrency), rows in groups.items():
         baseline = groups[baseline_system, phase, concurrency]
-        cells = [
-            f"{concurrency}",
-            phase,
-            system,
-            f"{median(rows, 'output_throughput'):.1f}",
-            ratio(rows, baseline, "output_throughput"),
-            f"{median(rows, 'median_itl_ms'):.1f}",
-            ratio(rows, baseline, "median_itl_ms"),
-            f"{median(rows, 'median_ttft_ms'):.1f}",
-            ratio(rows, baseline, "median_ttft_ms"),
-            f"{median(rows, 'p99_itl_ms'):.1f}",
-            percent(median(rows, "hit_ratio")),
-            percent(median(rows, "stall_share")),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(
+            [
+                f"{concurrency}",
+                phase,
+                system,
+                f"{median(rows, 'output_throughput'):.1f}",
+                ratio(rows, baseline, "output_throughput"),
+                f"{median(rows, 'median_itl_ms'):.1f}",
+                ratio(rows, baseline, "median_itl_ms"),
+                f"{median(rows, 'median_ttft_ms'):.1f}",
+                ratio(rows, baseline, "median_ttft_ms"),
+                f"{median(rows, 'p99_itl_ms'):.1f}",
+                percent(median(rows, "hit_ratio")),
+                percent(median(rows, "stall_share")),
+            ]
+        )
+    return markdown_table(head.split(","), lines)
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} %"
-
-
-def plot(groups: Group, figure: str, path: Path) -> bool:
+def plot(groups: Groups, figure: str, path: Path) -> bool:
     """One figure over concurrency, a line for each system; False if no system has it."""
     import matplotlib
 
@@ -118,27 +87,32 @@ def plot(groups: Group, figure: str, path: Path) -> bool:
     return drawn
 
 
-def write_report(folder: Path) -> Path:
-    run, groups = read_runs(folder)
+def sections(groups: Groups, folder: Path) -> list[str]:
+    """Ratios to the first system, and plots over concurrency."""
     images = [
         f"![{PLOTS[figure][0]}]({figure}.png)"
         for figure in PLOTS
         if plot(groups, figure, folder / f"{figure}.png")
     ]
+    baseline = next(iter(groups))[0]
+    note = f"A ratio is of each round to the same round of {baseline}, with extremes."
+    return [note, table(groups), *images]
+
+
+def write_report(folder: Path) -> Path:
+    run, groups = read_runs(folder)
     machine = run["machine"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, no GPU"
-    baseline = next(iter(groups))[0]
     starts = {system: rows[0]["start_seconds"] for (system, _, _), rows in groups.items()}
     ready = ", ".join(f"{seconds} s ({system})" for system, seconds in starts.items())
     rounds = {len(rows) for rows in groups.values()}
+    is_shifting = len({phase for _, phase, _ in groups}) > 1
     text = "\n\n".join(
         [
             "# Serving benchmark",
             f"{device}; torch {machine['torch']}; commit {run['commit']}.\n\n    {run['command']}",
-            f"Medians of {min(rounds)} rounds. A ratio is of each round to the same round of {baseline}, with extremes.",
-            f"Ready after {ready}.",
-            table(groups),
-            *images,
+            f"Medians of {min(rounds)} rounds. Ready after {ready}.",
+            *(shifting_sections if is_shifting else sections)(groups, folder),
         ]
     )
     path = folder / "report.md"
@@ -147,7 +121,9 @@ def write_report(folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     print(write_report(parser.parse_args().folder))
 

@@ -276,6 +276,7 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
             "plan": plan,
             "running_limit": scheduler.planner.running_limit,
             "limits": msgspec.structs.asdict(scheduler.limits),
+            "totals": msgspec.structs.asdict(metrics.totals),
             "running_requests": len(roster.running),
             "queued_requests": len(roster.queue),
             "preparing_requests": roster.num_preparing,

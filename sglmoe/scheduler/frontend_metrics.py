@@ -36,11 +36,25 @@ LOAD_SNAPSHOT_SECONDS = 0.1
 THROUGHPUT_STALE_SECONDS = 30.0
 
 
+class Totals(msgspec.Struct):
+    """Counts since the scheduler started, which outlives its workers."""
+
+    decoded_tokens: int = 0  # by decode steps: all output but first tokens
+    rejected_requests: int = 0  # times that a request found no memory and went back to the queue
+    preempted_requests: int = 0  # of these, times that it lost KV it had computed
+
+    def count(self, report: StepReport) -> None:
+        self.decoded_tokens += report.decode_tokens
+        self.rejected_requests += report.num_rejected
+        self.preempted_requests += report.num_preempted
+
+
 class Metrics:
     """Turns step reports into what operators look at. `collector` is None without --enable-metrics."""
 
     def __init__(self, *, server_args: Any, port_args: Any, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
+        self.totals = Totals()
         self._loads = create_load_snapshot_writer(port_args, dp_size=1, dp_rank=0)
         self._log_interval = get_observability().decode_log_interval
         self._use_priority = get_schedule().enable_priority_scheduling
@@ -68,6 +82,7 @@ class Metrics:
 
     def step_done(self, report: StepReport) -> None:
         """Count a step, and log if it is time to. To be called before the scheduler acts on it."""
+        self.totals.count(report)
         if report.prefill_tokens:
             self._on_prefill(report)
         if report.decode_tokens:

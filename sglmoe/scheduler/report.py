@@ -18,6 +18,7 @@ class StepReport(msgspec.Struct, frozen=True):
     cached_tokens: int
     decode_tokens: int
     num_rejected: int = 0
+    num_preempted: int = 0  # of these, requests that lost KV they had computed
     rejected_input_tokens: int = 0
     rejected_output_tokens: int = 0
 
@@ -45,7 +46,7 @@ def tally_row(request: Request, row: RowResult) -> RowTally:
 def summarize(
     result: StepResult, tallies: Sequence[RowTally], rejected: Sequence[Request]
 ) -> StepReport:
-    """The report on `result`, whose wanted rows came to `tallies`."""
+    """The report on `result`, whose wanted rows came to `tallies`; `rejected` as they were before it."""
     return StepReport(
         snapshot=result.snapshot,
         step_seconds=result.step_seconds,
@@ -54,6 +55,7 @@ def summarize(
         cached_tokens=sum(tally.cached_tokens for tally in tallies),
         decode_tokens=sum(tally.decode_tokens for tally in tallies),
         num_rejected=len(rejected),
+        num_preempted=sum(request.num_computed > 0 for request in rejected),
         rejected_input_tokens=sum(len(request.prompt_ids) for request in rejected),
         rejected_output_tokens=sum(len(request.output_ids) for request in rejected),
     )

@@ -219,6 +219,7 @@ def test_abort_running_and_health_while_busy(server: Server) -> None:
     assert state["sglmoe"]["memory"]["expert_frames"] == 50
     assert state["sglmoe"]["plan"]["reason"] == "no plan was made"
     assert state["sglmoe"]["running_limit"] == 16
+    assert state["sglmoe"]["totals"]["decoded_tokens"] > 0
     server.client.post("/abort_request", json={"rid": "long"})
     thread.join(timeout=10)
     reason = answers[0].json()["meta_info"]["finish_reason"]

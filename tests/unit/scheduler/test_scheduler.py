@@ -290,6 +290,21 @@ def test_a_token_from_the_plan_behind_a_rejection_is_not_lost() -> None:
     play(scene)
 
 
+def test_only_who_had_computed_something_was_preempted() -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.add("a", 4)
+        await stage.add("b", 4)
+        await stage.answer(0, {"a": 50})
+        await stage.answer(1, {"a": 51}, computed={"a": 5})
+        # "b" waits as it did before; "a" loses five tokens.
+        await stage.answer(2, {}, rejected=("b",))
+        await stage.answer(3, {"b": 60}, rejected=("a",))
+        counts = [(report.num_rejected, report.num_preempted) for report in stage.client.reports]
+        assert counts == [(0, 0), (0, 0), (1, 0), (1, 1)]
+
+    play(scene)
+
+
 def test_a_request_that_fits_nowhere_is_told_so() -> None:
     async def scene(stage: Stage) -> None:
         await stage.add("a", 4)
