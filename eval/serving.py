@@ -2,7 +2,7 @@
 
     python -m eval.serving --model-path MODEL --systems "unmodified,sglmoe@100%,sglmoe@50%" \\
         --concurrency 1,8,32 --output eval/results/serving-NAME
-    python -m eval.serving --model-path MODEL --workload shifting --budgets 50%,75%,100% \\
+    python -m eval.serving --model-path MODEL --workload shifting --budgets 50%,70%,90% \\
         --policies cost-aware,static=20%,static=50%,static=80% --output eval/results/shifting-NAME
 
 A system is `unmodified` or `sglmoe@BUDGET`, with flags of its own behind a colon, `;` between them:
