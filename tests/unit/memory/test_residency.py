@@ -94,6 +94,8 @@ def test_an_expert_seen_in_all_steps_of_many_requests_need_not_be_every_requests
 
 def test_measured_misses_correct_the_predicted_ones() -> None:
     assert predict(snapshot(miss_correction=2.0), MODEL, 3).misses == pytest.approx(5.25)
+    # 7 of 8 experts are used, and no more can miss.
+    assert predict(snapshot(miss_correction=8.0), MODEL, 3).misses == pytest.approx(7)
 
 
 # ------------------------------------------------------------------------------------------ limits
@@ -279,6 +281,11 @@ def test_the_present_number_is_always_among_those_tried() -> None:
             assert tried == sorted(set(tried))
             assert max(tried) <= max(present, most)
             assert len(tried) <= 15
+
+
+def test_nothing_is_said_about_more_than_twice_as_many_as_run() -> None:
+    assert max(numbers_to_try(3, 256)) == 6
+    assert max(numbers_to_try(100, 256)) == 200
 
 
 def test_frames_are_rounded_for_kv_not_for_experts() -> None:

@@ -6,15 +6,26 @@ KV has 12 pages, 48 tokens.
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sglmoe.memory.arena import plan_geometry
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.step_times import StepTimes
 from sglmoe.memory.store import ExpertReadError
-from sglmoe.protocol import LogprobSpec, NewRequest, Row, StepPlan, StepResult
+from sglmoe.protocol import (
+    LogprobSpec,
+    MemorySnapshot,
+    NewRequest,
+    ResidencyPlan,
+    Row,
+    StepPlan,
+    StepResult,
+)
 from sglmoe.worker.request import BatchRow
+from sglmoe.worker.step_watch import Price, StepCost, StepKind, StepWatch
 from sglmoe.worker.worker import RowOutput, Worker
 
 PAGE_TOKENS = 4
@@ -59,7 +70,7 @@ class CountingModel:
 class Bench:
     """A worker, its model and its memory; `step` checks every law each time."""
 
-    def __init__(self, *, max_running: int = 4) -> None:
+    def __init__(self, *, max_running: int = 4, planner: Any = None) -> None:
         geometry = plan_geometry(
             arena_bytes=8 * 1024,
             expert_bytes=1024,
@@ -71,7 +82,13 @@ class Bench:
             geometry, num_layers=2, num_experts=4, floor_frames=2, load_experts=lambda loads: None
         )
         self.model = CountingModel()
-        self.worker = Worker(memory=self.memory, model=self.model, max_running=max_running)
+        self.worker = Worker(
+            memory=self.memory,
+            model=self.model,
+            max_running=max_running,
+            watch=StepWatch(StepTimes(), Price(1, 1)),
+            planner=planner,
+        )
         self.num_steps = 0
 
     def add(self, rid: str, prompt: range, **fields: object) -> None:
@@ -233,3 +250,28 @@ def test_a_new_worker_takes_up_a_request_with_its_output(bench: Bench) -> None:
     bench.add("a", range(10), output_ids=array("i", [10, 11]).tobytes())
     assert sampled(bench.step(("a", 100))) == {"a": 12}
     assert bench.model.computed == [("a", 0, 12)]
+
+
+class Watcher:
+    """In place of a planner: what it was told, and a plan with the number of steps for a limit."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[list[str], int]] = []
+
+    def step_done(self, kind: StepKind, snapshot: MemorySnapshot, cost: StepCost) -> ResidencyPlan:
+        assert cost.seconds > 0
+        self.seen.append(([request.rid for request in kind.decoding], kind.num_prefill_tokens))
+        return ResidencyPlan(running_limit=len(self.seen))
+
+
+def test_the_planner_hears_what_each_step_did_and_its_plan_goes_out() -> None:
+    watcher = Watcher()
+    bench = Bench(planner=watcher)
+    bench.add("a", range(10))
+    bench.add("b", range(100, 104))
+    limits = [
+        bench.step(*rows).snapshot.plan.running_limit
+        for rows in ([("a", 6)], [("a", 6)], [("a", 1), ("b", 4)], [("a", 1), ("b", 1)], [])
+    ]
+    assert watcher.seen == [([], 6), ([], 4), (["a"], 4), (["a", "b"], 0), ([], 0)]
+    assert limits == [1, 2, 3, 4, 5]
