@@ -8,6 +8,7 @@ are loaded with and without, in pairs in random order, from a page cache that ho
 """
 
 import argparse
+import mmap
 import os
 import random
 import statistics
@@ -20,59 +21,49 @@ from pathlib import Path
 import numpy as np
 
 from sglmoe.memory.experts import Load
-from sglmoe.memory.mapped_files import Extent
-from sglmoe.memory.store import Bytes
-from sglmoe.memory.transfer import ExpertReader, HostCopier
+from sglmoe.memory.store import PARTS, ExpertStore
+from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import parse_bytes, show_bytes
 
 FILE_BYTES = 2**30
 RUN_BYTES = 120 * 10**6  # of one measurement, at least a wave
 
 
-class File(ExpertReader):
-    """A file of equal experts, three extents each, one behind the other."""
-
-    def __init__(self, path: Path, expert_bytes: int):
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self._part_bytes = expert_bytes // 3
-        self.num_experts = FILE_BYTES // expert_bytes
-
-    def parts(self, expert: int) -> list[Extent]:
-        start = 3 * expert * self._part_bytes
-        offsets = (start + index * self._part_bytes for index in range(3))
-        return [Extent(self._descriptor, offset, self._part_bytes, "") for offset in offsets]
-
-    def will_read(self, layer: int, expert: int) -> None:
-        for part in self.parts(expert):
-            part.will_read()
-
-    def read(self, layer: int, expert: int, target: Bytes) -> int:
-        for index, part in enumerate(self.parts(expert)):
-            start = index * self._part_bytes
-            part.read_into(memoryview(target[start : start + part.nbytes].data))
-        return 3 * self._part_bytes
-
-    def drop_from_cache(self) -> None:
-        os.posix_fadvise(self._descriptor, 0, FILE_BYTES, os.POSIX_FADV_DONTNEED)
-
-
-class PlainFile(File):
-    """The same, asked for nothing ahead."""
+class PlainStore(ExpertStore):
+    """Asks for nothing ahead."""
 
     def will_read(self, layer: int, expert: int) -> None:
         pass
 
 
-def speed(file: File, expert_bytes: int, wave: int, *, hot: bool) -> float:
+def fill(store: ExpertStore, path: Path, expert_bytes: int) -> None:
+    """Cut the file into experts of one layer, of three equal parts each."""
+    part_bytes = expert_bytes // len(PARTS)
+    with path.open("rb") as file:
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    for number in range(FILE_BYTES // part_bytes // len(PARTS) * len(PARTS)):
+        expert, part = divmod(number, len(PARTS))
+        start = number * part_bytes
+        store.put(0, expert, PARTS[part], mapped[start : start + part_bytes])
+    store.unmap()
+
+
+def drop_from_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, FILE_BYTES, os.POSIX_FADV_DONTNEED)
+
+
+def speed(store: ExpertStore, path: Path, wave: int, *, hot: bool) -> float:
     """Bytes a second of demand loads, `wave` experts at a time."""
-    num_loaded = min(file.num_experts, max(wave, RUN_BYTES // expert_bytes)) // wave * wave
-    experts = random.sample(range(file.num_experts), num_loaded)
+    expert_bytes, num_experts = store.expert_bytes(), len(store.experts())
+    num_loaded = min(num_experts, max(wave, RUN_BYTES // expert_bytes)) // wave * wave
+    experts = random.sample(range(num_experts), num_loaded)
     arena = np.ones(wave * expert_bytes, np.uint8)  # pages that are there already
     copier = HostCopier(
-        arena, frame_bytes=expert_bytes, store=file, num_threads=os.cpu_count() or 1
+        arena, frame_bytes=expert_bytes, store=store, num_threads=os.cpu_count() or 1
     )
     if not hot:
-        file.drop_from_cache()
+        drop_from_cache(path)
     started = time.perf_counter()
     for first in range(0, num_loaded, wave):
         its_experts = experts[first : first + wave]
@@ -83,11 +74,13 @@ def speed(file: File, expert_bytes: int, wave: int, *, hot: bool) -> float:
 
 
 def compare(path: Path, expert_bytes: int, wave: int, *, hot: bool, num_pairs: int) -> str:
-    files = {"with": File(path, expert_bytes), "without": PlainFile(path, expert_bytes)}
-    speeds: dict[str, list[float]] = {name: [] for name in files}
+    stores = {"with": ExpertStore(), "without": PlainStore()}
+    for store in stores.values():
+        fill(store, path, expert_bytes)
+    speeds: dict[str, list[float]] = {name: [] for name in stores}
     for _ in range(num_pairs):
-        for name in random.sample(list(files), 2):
-            speeds[name].append(speed(files[name], expert_bytes, wave, hot=hot))
+        for name in random.sample(list(stores), 2):
+            speeds[name].append(speed(stores[name], path, wave, hot=hot))
     ratios = [a / b for a, b in zip(speeds["with"], speeds["without"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     before, after = (statistics.median(speeds[name]) / 1e6 for name in ("without", "with"))

@@ -4,6 +4,7 @@ checkpoint file.
 Knows names and sizes. Keeps no copy: what `put` is given must stay alive and unchanged.
 """
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +19,8 @@ Part = Bytes | Extent
 PARTS = ("w1", "w3", "w2")
 # Arbitrary: 2 to 8 ms of a disk that reads 0.5 to 2 GB/s. Where reads give way to others, they do so in between.
 CHUNK_BYTES = 4 * 2**20
+# Arbitrary: a thread that reads faster than that reads the page cache, and need not ask ahead.
+CACHE_BYTES_PER_SECOND = 10**9
 
 
 class ExpertReadError(OSError):
@@ -27,9 +30,11 @@ class ExpertReadError(OSError):
 class ExpertStore:
     """(layer, expert) -> its tensors, in the order in which they lie in a frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._parts: dict[tuple[int, int, str], Part] = {}
         self.total_bytes = 0
+        self._clock = clock
+        self._disk_is_asked = True  # by the last read; a guess, so threads need not agree on it
 
     def put(self, layer: int, expert: int, part: str, array: Bytes) -> None:
         """Keep a reference to one tensor's bytes: `array` is one-dimensional, contiguous uint8."""
@@ -66,7 +71,7 @@ class ExpertStore:
         `before_chunk` is called before each CHUNK_BYTES; what it raises ends the read. Raises
         ExpertReadError, and then `target` has changed in part.
         """
-        num_bytes = 0
+        num_bytes, started = 0, self._clock()
         for offset, part in self.parts(layer, expert):
             place = target[offset : offset + part.nbytes]
             step = part.nbytes if before_chunk is None else CHUNK_BYTES
@@ -78,10 +83,18 @@ class ExpertStore:
                 except OSError as error:
                     raise _read_error(layer, expert, part, error) from error
             num_bytes += part.nbytes
+        if before_chunk is None:  # else it may have waited
+            seconds = self._clock() - started
+            self._disk_is_asked = num_bytes < CACHE_BYTES_PER_SECOND * seconds
         return num_bytes
 
     def will_read(self, layer: int, expert: int) -> None:
-        """Begin to read the expert, if it is in files; `read` is to follow soon."""
+        """Begin to read the expert, if it is in files; `read` is to follow soon.
+
+        Nothing while the page cache has what is read: asking takes a fifth as long as reading then.
+        """
+        if not self._disk_is_asked:
+            return
         for _, part in self.parts(layer, expert):
             if isinstance(part, Extent):
                 part.will_read()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sglmoe.memory import store as store_module
+from sglmoe.memory.mapped_files import Extent
 from sglmoe.memory.store import Bytes, ExpertReadError, ExpertStore
 
 
@@ -121,6 +122,38 @@ def test_a_read_that_gives_way_does_so_before_each_chunk(
     assert target[:9].tolist() == [*range(100, 108), 0]
     with pytest.raises(KeyError):
         store.read(2, 0, target, before_chunk=lambda: {}["stop"])
+
+
+def test_the_disk_is_asked_ahead_while_reads_are_as_slow_as_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(Extent, "will_read", lambda self: asked.append(self.offset))
+    now = [0.0]
+    store = ExpertStore(clock=lambda: now[0])
+    for key, part in mapped_store(tmp_path / "model.safetensors")._parts.items():
+        store._parts[key] = part
+
+    def read(seconds: float) -> None:
+        """24 bytes; what passes meanwhile is the time that the file's read takes."""
+        read_into = Extent.read_into
+
+        def slow(self: Extent, target: memoryview, start: int = 0) -> None:
+            now[0] += seconds / 3
+            read_into(self, target, start)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Extent, "read_into", slow)
+            store.read(2, 0, np.zeros(24, np.uint8))
+
+    store.will_read(2, 0)
+    assert asked == [0, 8, 16]
+    read(seconds=1e-9)  # 24 GB/s: the page cache
+    store.will_read(2, 0)
+    assert asked == [0, 8, 16]
+    read(seconds=1e-6)  # 24 MB/s
+    store.will_read(2, 0)
+    assert asked == [0, 8, 16] * 2
 
 
 def test_experts_in_memory_need_no_reading_ahead(tmp_path: Path) -> None:
