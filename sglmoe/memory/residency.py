@@ -150,7 +150,7 @@ def most_running(now: ResidencySnapshot) -> int:
     return max(1, min(now.max_running, int(pages / now.pages_per_request)))
 
 
-def expert_frames(now: ResidencySnapshot, num_running: int) -> int:
+def expert_frames(now: ResidencySnapshot, num_running: float) -> int:
     """Frames that the KV of so many requests leaves to experts."""
     kv_pages = ceil(now.pages_per_request * num_running)
     kv_frames = ceil_div(kv_pages, now.pages_per_frame)

@@ -193,5 +193,5 @@ def limited(policy: PolicySettings, plan: ResidencyPlan) -> PolicySettings:
 
 
 def log_limit(plan: ResidencyPlan) -> None:
-    limit = "no limit" if plan.running_limit is None else f"{plan.running_limit} requests may run"
+    limit = "no limit" if plan.running_limit is None else f"at most {plan.running_limit} running"
     logger.info("Memory plan: %s. %s", limit, plan.reason)

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 import msgspec
 
 from sglmoe.memory.arena import Geometry
-from sglmoe.memory.residency import MissCurve, ResidencySnapshot, plan_residency
+from sglmoe.memory.residency import (
+    MissCurve,
+    ResidencySnapshot,
+    expert_frames,
+    plan_residency,
+)
 from sglmoe.memory.step_times import StepTimes
 from sglmoe.memory.use_counter import UseCounter
 from sglmoe.protocol import MemorySnapshot, ResidencyPlan
-from sglmoe.units import ceil_div
 from sglmoe.worker.request import WorkerRequest
 from sglmoe.worker.step_watch import StepCost, StepKind
 
@@ -28,7 +32,6 @@ class Totals(msgspec.Struct, frozen=True):
 
     num_steps: int = 0
     num_rows: int = 0
-    locked_pages: int = 0
     misses: int = 0
     seconds: float = 0.0
 
@@ -74,44 +77,37 @@ class ResidencyPlanner:
         """Learn from a step, with memory as it is after it; the plan that holds."""
         self._uses.end_step(kind.num_decoding)
         if kind.num_decoding:
-            self._count(kind, snapshot, cost)
+            self._count(kind, cost)
         if self._totals.num_steps == PLAN_STEPS:
             self._make_plan(kind.decoding, snapshot)
         return self.plan
 
-    def _count(self, kind: StepKind, snapshot: MemorySnapshot, cost: StepCost) -> None:
+    def _count(self, kind: StepKind, cost: StepCost) -> None:
         totals = self._totals
         self._totals = Totals(
             num_steps=totals.num_steps + 1,
             num_rows=totals.num_rows + kind.num_decoding,
-            locked_pages=totals.locked_pages + snapshot.locked_pages,
             misses=totals.misses + cost.misses,
             seconds=totals.seconds + cost.seconds,
         )
 
     def _make_plan(self, decoding: Sequence[WorkerRequest], snapshot: MemorySnapshot) -> None:
         totals, self._totals = self._totals, Totals()
-        curve = MissCurve(self._uses.uses())
         mean_rows = totals.num_rows / PLAN_STEPS
-        kv_pages = totals.locked_pages // PLAN_STEPS
-        frames = snapshot.num_frames - ceil_div(kv_pages, self._geometry.pages_per_frame)
-        self._correction.note(
-            totals.misses, PLAN_STEPS * curve.misses(mean_rows, max(frames, self._floor_frames))
+        now = ResidencySnapshot(
+            num_frames=snapshot.num_frames,
+            floor_frames=self._floor_frames,
+            pages_per_frame=self._geometry.pages_per_frame,
+            pages_per_request=self._pages_per_request(decoding, snapshot),
+            num_running=len(decoding),
+            max_running=self._max_running,
+            curve=MissCurve(self._uses.uses()),
+            model=self._times.model,
+            limit=self.plan.running_limit,
         )
-        plan = plan_residency(
-            ResidencySnapshot(
-                num_frames=snapshot.num_frames,
-                floor_frames=self._floor_frames,
-                pages_per_frame=self._geometry.pages_per_frame,
-                pages_per_request=self._pages_per_request(decoding, snapshot),
-                num_running=len(decoding),
-                max_running=self._max_running,
-                curve=curve,
-                model=self._times.model,
-                miss_correction=self._correction.factor,
-                limit=self.plan.running_limit,
-            )
-        )
+        predicted = now.curve.misses(mean_rows, expert_frames(now, mean_rows))
+        self._correction.note(totals.misses, PLAN_STEPS * predicted)
+        plan = plan_residency(msgspec.structs.replace(now, miss_correction=self._correction.factor))
         self.plan = msgspec.structs.replace(
             plan,
             measured_running=mean_rows,

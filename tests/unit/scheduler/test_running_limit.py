@@ -49,7 +49,7 @@ def test_new_requests_wait_while_as_many_run_as_planned(caplog: pytest.LogCaptur
         play(scene, kind=Limited)
     # Said once when it comes, and once when it goes.
     assert [record.message for record in caplog.records] == [
-        "Memory plan: 1 requests may run. because.",
+        "Memory plan: at most 1 running. because.",
         "Memory plan: no limit. because.",
     ]
 

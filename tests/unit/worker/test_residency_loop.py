@@ -165,7 +165,7 @@ def test_what_is_predicted_at_rest_is_what_happens_next() -> None:
     pairs = [(p, q) for p, q in pairwise(plans) if q.measured_running == p.num_running]
     assert len(pairs) > 3
     for plan, after in pairs:
-        assert abs(plan.step_seconds / after.measured_step_seconds - 1) < 0.25
+        assert abs(plan.step_seconds / after.measured_step_seconds - 1) < 0.15
 
 
 def test_where_loads_cost_little_all_run() -> None:
