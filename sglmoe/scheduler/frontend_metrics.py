@@ -287,6 +287,10 @@ COUNTERS = {
     "sglmoe_split_layers": ("Layer passes of more than one wave.", "num_split_layers"),
     "sglmoe_experts_evicted": ("Experts evicted.", "experts_evicted"),
     "sglmoe_pages_evicted": ("Cached KV pages evicted.", "pages_evicted"),
+    "sglmoe_ghost_hit_tokens": (
+        "Tokens that would have been found cached had they not been evicted.",
+        "ghost_hit_tokens",
+    ),
     "sglmoe_host_hits": ("Missed experts that were in host memory.", "host_hits"),
     "sglmoe_disk_reads": ("Missed experts that were read from the checkpoint.", "disk_reads"),
     "sglmoe_disk_bytes": ("Bytes of these.", "disk_bytes"),
