@@ -165,6 +165,7 @@ class FakeWorker:
             pages_evicted=0,
             cache_hit_tokens=0,
             prefill_tokens=0,
+            ghost_hit_tokens=0,
         )
 
 
