@@ -19,7 +19,7 @@ from eval.servers import OURS, running
 from eval.trace import record
 
 NUM_NEW_TOKENS = 64
-NUM_CONVERSATIONS, NUM_TURNS = 8, 4
+NUM_CONVERSATIONS, NUM_TURNS = 6, 4
 
 
 def requests_for(prompts: list[str], seed: int) -> list[dict[str, Any]]:
@@ -58,12 +58,14 @@ def main() -> None:
     )
     parser.add_argument("--model-path", required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder for the traces")
+    parser.add_argument("--only", help="name of the one trace to record")
     options = parser.parse_args()
     by_domain = prompts_by_domain(48)
     mixed = [prompt for group in zip(*by_domain.values(), strict=True) for prompt in group]
     runs = {f"{domain}-1": (prompts[:6], 1) for domain, prompts in by_domain.items()}
     runs |= {"mixed-8": (mixed[24:48], 8), "mixed-32": (mixed[48:88], 32)}
     runs |= {"turns-4": (conversations(by_domain), 4)}
+    runs = {name: run for name, run in runs.items() if options.only in (None, name)}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"] = folder
         flags = [f"--model-path={options.model_path}", "--random-seed=0"]

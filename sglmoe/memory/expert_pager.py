@@ -61,11 +61,7 @@ class ExpertPager:
 
     def _begin_wave(self, layer: int, waiting: ExpertIds) -> tuple[ExpertIds, ExpertIds]:
         """Pin residents and load others, as many as fit: (this wave, those that must wait)."""
-        is_resident = self._table.frame_table[layer][waiting] != ABSENT
-        if self._table.num_resident[layer] == self._num_experts or is_resident.all():
-            residents, missing = waiting, NO_EXPERTS
-        else:
-            residents, missing = waiting[is_resident], waiting[~is_resident]
+        residents, missing = self._split(layer, waiting)
         self._table.pin(layer, residents)
         self.hits += len(residents)
         if not len(missing):
@@ -75,6 +71,15 @@ class ExpertPager:
         assert len(wave), "not one expert of a layer fits: floor_frames was broken"
         self._table.pin(layer, wave)
         return wave, missing[num_loaded:]
+
+    def _split(self, layer: int, experts: ExpertIds) -> tuple[ExpertIds, ExpertIds]:
+        """The residents among them, and those that are missing."""
+        if self._table.num_resident[layer] == self._num_experts:
+            return experts, NO_EXPERTS
+        is_resident = self._table.frame_table[layer][experts] != ABSENT
+        if is_resident.all():
+            return experts, NO_EXPERTS
+        return experts[is_resident], experts[~is_resident]
 
     def _load(self, layer: int, missing: ExpertIds) -> int:
         """Bring in and place as many of the missing as fit, the first of them; how many."""
