@@ -90,7 +90,7 @@ def replay_host(
         tier,
         NoDisk(),
         DemandGate(),
-        heat=lambda: memory.expert_values,
+        heat=lambda: memory.expert_demand,
         residents=lambda: memory.frame_table != ABSENT,
     )
     while promoter.promote_some():

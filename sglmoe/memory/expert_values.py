@@ -28,6 +28,12 @@ class ExpertValues(Protocol):
     def now(self) -> Values:
         """The values as of now. Not to be kept or changed."""
 
+    def demand(self) -> Values:
+        """How much each is wanted, whatever runs now: only its order counts. Not to be changed.
+
+        Another thread may ask: it sees what is true now and then, and changes nothing.
+        """
+
     def clear(self) -> None:
         """Forget all uses."""
 
@@ -48,6 +54,9 @@ class LastUse:
     def now(self) -> Values:
         return self._values
 
+    def demand(self) -> Values:
+        return self._values
+
     def clear(self) -> None:
         self._values[:] = 0
 
@@ -65,6 +74,9 @@ class UseCount:
         self._values[layer, experts] += 1
 
     def now(self) -> Values:
+        return self._values
+
+    def demand(self) -> Values:
         return self._values
 
     def clear(self) -> None:
@@ -106,6 +118,9 @@ class NextUse:
         steps = self._steps_from_its_layer() + ahead[:, np.newaxis]
         values: Values = self._prices.expert_byte / steps
         return values
+
+    def demand(self) -> Values:
+        return self.probability()
 
     def probability(self) -> Values:
         """Of being used in a step, for every expert, as of the beginning of this step."""

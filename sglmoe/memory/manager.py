@@ -150,9 +150,9 @@ class MemoryManager:
         return self._table.frame_table
 
     @property
-    def expert_values(self) -> npt.NDArray[np.float64]:
-        """How much each expert is wanted in a frame; only its order counts. Not to be kept or changed."""
-        return self._experts.values.now()
+    def expert_demand(self) -> npt.NDArray[np.float64]:
+        """How much each expert is wanted in a frame; see `ExpertValues.demand`. For any thread."""
+        return self._experts.values.demand()
 
     # ------------------------------------------------------------------------------------------- KV
 

@@ -252,7 +252,7 @@ def manage(
             tier,
             experts.store,
             gate,
-            heat=lambda: memory.expert_values,
+            heat=lambda: memory.expert_demand,
             residents=lambda: memory.frame_table != ABSENT,
         ).start()
     return memory

@@ -67,3 +67,14 @@ def test_before_anything_was_used_all_are_alike_but_for_where_they_are(values: N
     now = values.now()
     assert (now[0] == now[0, 0]).all()
     assert now[0, 0] > now[1, 0] > 0
+
+
+def test_asking_for_demand_in_the_middle_of_a_step_changes_nothing(values: NextUse) -> None:
+    # The thread that fills host memory asks whenever it likes; a trace is replayed without it.
+    for _ in range(3):
+        step(values, [0, 1], [2])
+    values.begin_step()
+    before = values._steps
+    demand = values.demand()
+    assert values._steps is before
+    assert demand[0, 0] > demand[0, 3]
