@@ -4,6 +4,7 @@ A predictor only ever changes when an expert arrives, never what is computed: it
 Predictors belong to one thread.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 import msgspec
@@ -54,11 +55,13 @@ class Predictor(Protocol):
         """The request has ended; its number may be given to another one."""
 
 
+Embed: TypeAlias = Callable[[npt.NDArray[np.int32]], npt.NDArray[np.float32]]
+
+
 class ModelParts(msgspec.Struct, frozen=True, eq=False):
     """What of the model predictors may use."""
 
     num_layers: int  # that have experts
     num_experts: int
     top_k: int
-    embed: Any = None  # Callable[[int32 [T]], float32 [T, hidden]]: the input embeddings; None if unknown
-    router: Any = None  # pregate.Router; None if the family's router is unknown
+    embed: Embed | None = None  # token ids [T] -> the model's input embeddings [T, hidden]
