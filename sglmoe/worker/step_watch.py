@@ -52,22 +52,24 @@ class StepWatch:
     def __init__(self, times: StepTimes, price: Price):
         self._times = times
         self._price = price
-        self._totals = StepCost(0.0, 0.0, 0)
+        self._before = StepCost(0.0, 0.0, 0)  # the sums since the start
 
     def step_done(self, kind: StepKind, snapshot: MemorySnapshot, seconds: float) -> StepCost:
         """To be called after every step, with memory as it is then."""
-        before, self._totals = (
-            self._totals,
-            StepCost(
-                seconds=0.0,
-                stall_seconds=snapshot.stall_seconds,
-                misses=snapshot.expert_misses,
-                late_seconds=snapshot.late_seconds,
-                num_late=snapshot.prefetches_late,
-            ),
+        cost = StepCost(
+            seconds=seconds,
+            stall_seconds=snapshot.stall_seconds - self._before.stall_seconds,
+            misses=snapshot.expert_misses - self._before.misses,
+            late_seconds=snapshot.late_seconds - self._before.late_seconds,
+            num_late=snapshot.prefetches_late - self._before.num_late,
         )
-        growth = StepCost(*(now - then for now, then in zip(self._totals, before, strict=True)))
-        cost = growth._replace(seconds=seconds)
+        self._before = StepCost(
+            seconds=0.0,
+            stall_seconds=snapshot.stall_seconds,
+            misses=snapshot.expert_misses,
+            late_seconds=snapshot.late_seconds,
+            num_late=snapshot.prefetches_late,
+        )
         self._times.note_loads(cost.misses - cost.num_late, cost.stall_seconds - cost.late_seconds)
         compute_seconds = cost.seconds - cost.stall_seconds
         if kind.num_decoding:
