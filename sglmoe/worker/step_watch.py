@@ -35,6 +35,8 @@ class StepCost(NamedTuple):
     seconds: float
     stall_seconds: float
     misses: int
+    late_seconds: float = 0.0  # of the wait, for experts that were on their way already
+    num_late: int = 0  # of the misses
 
 
 class Price(NamedTuple):
@@ -50,18 +52,23 @@ class StepWatch:
     def __init__(self, times: StepTimes, price: Price):
         self._times = times
         self._price = price
-        self._stall_seconds = 0.0  # of the snapshot before, as the next
-        self._misses = 0
+        self._totals = StepCost(0.0, 0.0, 0)
 
     def step_done(self, kind: StepKind, snapshot: MemorySnapshot, seconds: float) -> StepCost:
         """To be called after every step, with memory as it is then."""
-        cost = StepCost(
-            seconds,
-            snapshot.stall_seconds - self._stall_seconds,
-            snapshot.expert_misses - self._misses,
+        before, self._totals = (
+            self._totals,
+            StepCost(
+                seconds=0.0,
+                stall_seconds=snapshot.stall_seconds,
+                misses=snapshot.expert_misses,
+                late_seconds=snapshot.late_seconds,
+                num_late=snapshot.prefetches_late,
+            ),
         )
-        self._stall_seconds, self._misses = snapshot.stall_seconds, snapshot.expert_misses
-        self._times.note_loads(cost.misses, cost.stall_seconds)
+        growth = StepCost(*(now - then for now, then in zip(self._totals, before, strict=True)))
+        cost = growth._replace(seconds=seconds)
+        self._times.note_loads(cost.misses - cost.num_late, cost.stall_seconds - cost.late_seconds)
         compute_seconds = cost.seconds - cost.stall_seconds
         if kind.num_decoding:
             self._times.note_decode(kind.num_decoding, compute_seconds)
