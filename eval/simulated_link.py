@@ -67,6 +67,15 @@ class SimulatedLink:
         """That the caller waited, for whatever it was."""
         return self.now - self.compute_seconds
 
+    @property
+    def num_queued(self) -> int:
+        """Background loads that have not ended."""
+        return len(self._queue)
+
+    def on_their_way(self) -> list[Load]:
+        """Background loads whose end has not been told yet."""
+        return [*self._ended, *(its.load for its in self._queue)]
+
     def compute(self, seconds: float) -> None:
         """The caller is busy, so the background has the link."""
         left = seconds

@@ -1,7 +1,9 @@
 """How many layers ahead to fetch for (Shen's ExpertFlow, 2.2: its adaptive step size S).
 
 What the paper leaves open is decided here: how S is rounded and bounded, both thresholds, and how
-feedback and formula go together.
+feedback and formula go together. On the reference traces a horizon of one layer, of all, or this
+one make little difference (`eval.prefetch_replay --horizon 1,3,5,adaptive`), as long as no more
+is begun than the link has work for (`prefetch.loads_to_begin`).
 """
 
 import math
@@ -20,7 +22,6 @@ HISTORY_STEPS = 1024  # Arbitrary: so many are kept for a log.
 class HorizonSettings(msgspec.Struct, frozen=True):
     """The thresholds."""
 
-    coverage: float = 0.9  # Arbitrary: share of the predicted use that counts as demand
     late_limit: int = 8  # Arbitrary: so many late arrivals move the horizon one layer out,
     unused_limit: int = 8  # and so many unused ones one layer in
 
@@ -33,8 +34,18 @@ class HorizonRecord(msgspec.Struct, frozen=True):
     layers: int  # the horizon
 
 
+def expected_loads(probabilities: Scores, is_resident: npt.NDArray[np.bool_]) -> float:
+    """N_e, as used here: how many absent experts a layer is expected to need, in the mean over layers.
+
+    Of calibrated probabilities `[layers, num_experts]`. Counting residents too, their sum is off by 0.2 to
+    1.1 experts a layer on the reference traces, where the paper's covering count is off by 7 to 17
+    (`eval.expert_demand`): probabilities of a batch add up to what it uses, not to one.
+    """
+    return float((probabilities * ~is_resident).sum()) / len(probabilities)
+
+
 def covering_experts(probabilities: Scores, coverage: float) -> float:
-    """N_e (Shen 2.2): the fewest experts that have a share of `coverage` of a layer's probabilities.
+    """N_e, as in the paper (Shen 2.2): the fewest experts that have a share of `coverage` of a layer's probabilities.
 
     Of `[layers, num_experts]`; the mean over layers, 0 for layers that expect nothing.
     """
@@ -102,7 +113,10 @@ class Horizon:
 def token_distance(embeddings: npt.NDArray[Any]) -> float:
     """Dist(t) = sum over i < j of |v_i - v_j|^2 (Shen 2.2), of embeddings `[T, hidden]`.
 
-    In one pass: T times the sum of all |v_i|^2 less |sum of all v_i|^2.
+    In one pass: T times the sum of all |v_i|^2 less |sum of all v_i|^2. How it enters the demand the
+    paper does not say. On the reference traces its logarithm tells the demand as well as that of
+    the number of tokens, and worse than that of distinct tokens or a forecast
+    (`eval.expert_demand`): so nothing here depends on it.
     """
     vectors = embeddings.astype(np.float64)
     total = vectors.sum(axis=0)

@@ -11,6 +11,7 @@ from sglmoe.prediction.horizon import (
     HorizonRecord,
     HorizonSettings,
     covering_experts,
+    expected_loads,
     layers_ahead,
     token_distance,
 )
@@ -33,6 +34,12 @@ def test_demand_counts_shares_where_probabilities_do_not_add_up_to_one() -> None
 def test_layers_that_expect_nothing_have_no_demand() -> None:
     assert covering_experts(np.array([[1.0, 0.0], [0.0, 0.0]], np.float32), 0.9) == 0.5
     assert covering_experts(np.empty((0, 4), np.float32), 0.9) == 0
+
+
+def test_loads_are_expected_for_absent_experts_alone() -> None:
+    rows = np.array([[0.5, 0.25, 1.0, 0.0], [0.25, 0.0, 0.0, 1.0]], np.float32)
+    is_resident = np.array([[False, False, True, True], [False, True, True, True]])
+    assert expected_loads(rows, is_resident) == 0.5  # 0.75 and 0.25
 
 
 def test_the_formula() -> None:
