@@ -22,8 +22,9 @@ from eval.replay import describe, frames_of
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.experts import ABSENT, Load
 from sglmoe.memory.host_tier import HostTier
+from sglmoe.memory.link_gate import LinkGate
 from sglmoe.memory.manager import MemoryManager
-from sglmoe.memory.promoter import DemandGate, Promoter
+from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.store import Bytes, ExpertStore
 from sglmoe.prediction.trace import Trace, load_trace
 
@@ -89,7 +90,7 @@ def replay_host(
     promoter = Promoter(
         tier,
         NoDisk(),
-        DemandGate(),
+        LinkGate(),
         heat=lambda: memory.expert_demand,
         residents=lambda: memory.frame_table != ABSENT,
     )

@@ -12,6 +12,8 @@ from sglmoe.units import parse_bytes, show_bytes
 
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 
+AUTO = "auto"  # the predictor that has done best
+
 # Arbitrary. The rest is for activations, graphs and workspaces on a GPU ...
 GPU_BUDGET_RATIO = 0.85
 # ... and on a CPU for the four processes and the page cache that holds the checkpoint, the tier below the arena.
@@ -27,6 +29,14 @@ class MemoryPolicy(Enum):
     LRU = "lru"  # what was used longest ago
     LFU = "lfu"  # what was used least often since the start
     STATIC = "static"  # LRU within a fixed share for experts, the same for each layer, and the rest for KV
+
+
+class PrefetchMode(Enum):
+    """`--expert-prefetch`: whether experts are brought in before their layer asks for them."""
+
+    OFF = "off"
+    OBSERVE = "observe"  # predict and keep score, move nothing
+    ON = "on"
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -45,6 +55,8 @@ class Options(msgspec.Struct, frozen=True):
     host_memory: str | None = None
     memory_policy: str | None = None
     memory_planner: str | None = None
+    expert_prefetch: str | None = None
+    expert_predictor: str | None = None
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -56,6 +68,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     memory_policy: MemoryPolicy = MemoryPolicy.COST_AWARE
     expert_ratio: float = 0.0  # the share of the arena that MemoryPolicy.STATIC gives to experts
     memory_planner: bool = True  # limit the running requests to what leaves experts enough frames
+    expert_prefetch: PrefetchMode = PrefetchMode.OFF
+    expert_predictor: str = AUTO  # a name, a trained predictor's file, or AUTO
 
 
 def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) -> EngineConfig:
@@ -80,7 +94,17 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
         memory_policy=memory_policy,
         expert_ratio=expert_ratio,
         memory_planner=parse_memory_planner(options.memory_planner),
+        expert_prefetch=parse_expert_prefetch(options.expert_prefetch),
+        expert_predictor=options.expert_predictor or AUTO,
     )
+
+
+def parse_expert_prefetch(text: str | None) -> PrefetchMode:
+    """Read ``"on"``. Raises ValueError."""
+    modes = {mode.value: mode for mode in PrefetchMode}
+    if text is not None and text not in modes:
+        raise ValueError(f"--expert-prefetch: {text!r} is none of {', '.join(modes)}")
+    return PrefetchMode.OFF if text is None else modes[text]
 
 
 def parse_memory_planner(text: str | None) -> bool:

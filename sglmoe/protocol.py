@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Struct(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -161,6 +161,11 @@ class MemorySnapshot(Struct, frozen=True):
     cache_hit_tokens: int
     prefill_tokens: int
     ghost_hit_tokens: int  # that would have been found cached had they not been evicted
+    late_seconds: float = 0.0  # of stall_seconds, for experts that a prefetch was bringing already
+    prefetches_begun: int = 0
+    prefetches_used: int = 0  # were resident when their layer asked
+    prefetches_late: int = 0  # were on their way; these are misses
+    prefetches_wasted: int = 0  # given up, or evicted before anything used them
     host_blocks: int = 0  # of one expert each, in host memory
     host_blocks_filled: int = 0
     host_hits: int = 0  # missed experts that were in host memory

@@ -6,14 +6,15 @@ blocks. The logic is tested on a CPU; no GPU has run it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from sglmoe.memory.experts import Load
 from sglmoe.memory.host_tier import HostTier
-from sglmoe.memory.store import Bytes, ExpertStore
+from sglmoe.memory.store import CHUNK_BYTES, Bytes, ExpertStore
 from sglmoe.units import show_bytes
 
 NUM_STAGING = 2  # one is read into while the other is copied
@@ -29,6 +30,14 @@ class Event(Protocol):
     def synchronize(self) -> None: ...
 
 
+class Stream(Protocol):
+    """As `torch.cuda.Stream`."""
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 def page_lock(blocks: Bytes) -> None:
     """Lock memory where it is: no rounding to powers of two. Raises ValueError if CUDA refuses."""
     error = torch.cuda.cudart().cudaHostRegister(blocks.ctypes.data, blocks.nbytes, 0)
@@ -36,6 +45,65 @@ def page_lock(blocks: Bytes) -> None:
         raise ValueError(
             f"CUDA can't page-lock {show_bytes(blocks.nbytes)} of host memory ({error}); lower --host-memory"
         )
+
+
+class StreamCopier:
+    """Copies for prefetches, one at a time, on a stream of their own. `arena` and `tier` as below.
+
+    `compute` is the stream that reads the frames; `on_stream` makes its argument the thread's current one.
+    """
+
+    def __init__(
+        self,
+        arena: torch.Tensor,
+        *,
+        frame_bytes: int,
+        store: ExpertStore,
+        tier: HostTier,
+        stream: Stream | None = None,
+        compute: Stream | None = None,
+        on_stream: Callable[[Any], AbstractContextManager[Any]] = torch.cuda.stream,
+        lock_pages: Callable[[Bytes], None] = page_lock,
+    ):
+        self._frames = arena.view(-1, frame_bytes)
+        self._store = store
+        self._tier = tier
+        self._blocks = torch.from_numpy(tier.blocks)
+        self._expert_bytes = store.expert_bytes()
+        self._stream: Any = stream or torch.cuda.Stream()
+        self._compute: Any = compute or torch.cuda.current_stream()
+        self._on_stream = on_stream
+        staging = np.empty(self._expert_bytes, np.uint8)
+        lock_pages(staging)
+        self._staging = torch.from_numpy(staging)
+
+    def copy(self, load: Load, before_chunk: Callable[[], None]) -> None:
+        """Return when the expert is in its frame; a demand load waits for one chunk at most."""
+        target = self._frames[load.frame, : self._expert_bytes]
+        block = self._tier.pin(load.layer, load.expert)
+        if block is None:
+            num_bytes = self._store.read(
+                load.layer, load.expert, self._staging.numpy(), before_chunk=before_chunk
+            )
+            self._tier.count_disk_read(load.layer, load.expert, num_bytes)
+            self._copy(self._staging, target, before_chunk)
+            return
+        try:
+            self._copy(self._blocks[block], target, before_chunk)
+        finally:
+            self._tier.unpin(block)
+
+    def _copy(
+        self, source: torch.Tensor, target: torch.Tensor, before_chunk: Callable[[], None]
+    ) -> None:
+        # What was queued up to now may read the frame's last tenant; what reads this one is queued later.
+        self._stream.wait_stream(self._compute)
+        for start in range(0, self._expert_bytes, CHUNK_BYTES):
+            before_chunk()
+            with self._on_stream(self._stream):
+                part = source[start : start + CHUNK_BYTES]
+                target[start : start + CHUNK_BYTES].copy_(part, non_blocking=True)
+            self._stream.synchronize()
 
 
 class DeviceCopier:

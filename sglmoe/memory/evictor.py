@@ -4,7 +4,7 @@ Running requests' KV and pinned experts never do.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Frames
@@ -34,6 +34,7 @@ class Evictor:
         experts: ExpertOrder,
         layer_frames: int,
         pages_per_frame: int,
+        drop_prefetch: Callable[[], bool],
     ):
         self._is_static = policy is MemoryPolicy.STATIC
         self._frames = frames
@@ -44,6 +45,7 @@ class Evictor:
         self._experts = experts
         self._layer_frames = layer_frames
         self._pages_per_frame = pages_per_frame
+        self._drop_prefetch = drop_prefetch
         self.experts_evicted = 0  # totals since the start: these two
         self.pages_evicted = 0
 
@@ -58,23 +60,35 @@ class Evictor:
             leaf = self._leaves.first()
             if leaf is not None and self._goes_before(leaf, expert):
                 self._evict_near(leaf, num_missing, after, below=_value(expert))
-            else:
-                assert expert is not None, f"{num_missing} pages are neither free nor evictable"
+            elif expert is not None:
                 self._evict_expert(expert)
+            else:
+                dropped = self._drop_prefetch()
+                assert dropped, f"{num_missing} pages are neither free nor evictable"
         return True
 
-    def make_frame(self, layer: int, num_loading: int) -> bool:
-        """Evict until a frame is free for an expert of this layer, of which `num_loading` are on
-        their way; False if only pinned experts and pages of running requests are left."""
+    def make_frame(self, layer: int) -> bool:
+        """Evict until a frame is free for an expert of this layer; False if only pinned experts and
+        pages of running requests are left."""
+        while not self.make_spare_frame(layer, math.inf):
+            if not self._drop_prefetch():
+                return False
+        return True
+
+    def make_spare_frame(self, layer: int, value: float) -> bool:
+        """The same for an expert of that value: False if nothing is left that is worth less."""
         if self._is_static:
-            return self._make_frame_within(layer, num_loading)
+            return self._make_frame_within(layer, value)
         while not self._frames.num_free:
             expert = self._next_expert()
             # With a running request in every KV frame, evicting prefixes would free none.
             leaf = self._leaves.first() if self._pool.idle_frames else None
             if leaf is not None and self._goes_before(leaf, expert):
-                self._empty_frame(below=_value(expert))
-            elif expert is not None:
+                if self._leaves.value(leaf) >= value:
+                    return False
+                self._empty_frame(below=min(_value(expert), value))
+            elif _value(expert) < value:
+                assert expert is not None
                 self._evict_expert(expert)
             else:
                 return False
@@ -86,14 +100,16 @@ class Evictor:
         self._pool.free(pages)
         self.pages_evicted += len(pages)
 
-    def _make_frame_within(self, layer: int, num_loading: int) -> bool:
+    def _make_frame_within(self, layer: int, value: float) -> bool:
         """Keep the layer within its share."""
-        if self._table.num_resident[layer] + num_loading < self._layer_frames:
+        table = self._table
+        if table.num_resident[layer] + table.num_loading[layer] < self._layer_frames:
             return True
         expert = self._experts.first_of(layer)
-        if expert is not None:
-            self._evict_expert(expert)
-        return expert is not None
+        if expert is None or expert.value >= value:
+            return False
+        self._evict_expert(expert)
+        return True
 
     def _next_expert(self) -> Candidate | None:
         """Those that have a share never give way to KV."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sglmoe.memory.eviction import Clock
-from sglmoe.memory.expert_values import ExpertValues
+from sglmoe.memory.expert_values import ExpertValues, Probabilities
 from sglmoe.memory.experts import ExpertIds, ExpertTable
 
 # Victims are picked so many at once: finding one takes as long as finding all of these.
@@ -43,6 +43,11 @@ class ExpertOrder:
         self._candidates.clear()
         self._clock.tick()
         self.values.use(layer, experts)
+
+    def expect(self, layer: int, probabilities: Probabilities) -> None:
+        """See `ExpertValues.expect`."""
+        self._candidates.clear()
+        self.values.expect(layer, probabilities)
 
     def layer_done(self) -> None:
         """Its experts have no pins any more."""

@@ -2,22 +2,21 @@
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from sglmoe.memory.arena import Frames
 from sglmoe.memory.expert_order import ExpertOrder
 from sglmoe.memory.experts import ABSENT, NO_EXPERTS, ExpertIds, ExpertTable, Load
-
-LoadExperts = Callable[[Sequence[Load]], None]
+from sglmoe.memory.link_gate import Finish, LoadExperts
+from sglmoe.memory.prefetches import Prefetches
 
 
 class ExpertPager:
     """Pins what a wave needs and loads what of it is absent.
 
-    `make_frame(layer, num_loading)` frees a frame for an expert of that layer, of which `num_loading`
-    have got one already and aren't in the table yet; or says that it can't.
-    `load_experts` returns when the experts' bytes are in their frames.
+    `make_frame(layer)` frees a frame for an expert of that layer, or says that it can't.
     """
 
     def __init__(
@@ -26,51 +25,85 @@ class ExpertPager:
         order: ExpertOrder,
         *,
         frames: Frames,
-        make_frame: Callable[[int, int], bool],
+        prefetches: Prefetches,
+        make_frame: Callable[[int], bool],
         load_experts: LoadExperts,
     ):
         self._table = table
         self._order = order
         self._frames = frames
+        self._prefetches = prefetches
         self._make_frame = make_frame
         self._load_experts = load_experts
         self._num_experts = table.frame_table.shape[1]
+        self._loads: list[Load] = []  # demand loads under way
+        self._finish: Finish | None = None  # what ends them
         self.hits = 0  # totals since the start: these and the following
         self.misses = 0
         self.num_waves = 0
         self.num_split_layers = 0
         self.stall_seconds = 0.0
+        self.late_seconds = 0.0  # of these, for prefetches that came late
 
     def waves(self, layer: int, experts: ExpertIds) -> Generator[ExpertIds, None, None]:
         """See `MemoryManager.waves`."""
-        self._table.unpin()
+        self.settle()
+        self._prefetches.begin_layer(layer)
         self._order.use(layer, experts)
         waiting = experts
-        num_waves = 0
+        num_rounds = 0
         while len(waiting):
-            wave, waiting = self._begin_wave(layer, waiting)
-            num_waves += 1
+            ready, coming, waiting = self._begin_round(layer, waiting)
+            num_rounds += 1
             self.num_waves += 1
-            self.num_split_layers += num_waves == 2
-            try:
-                yield wave
-            finally:
-                if self._table.pinned is wave:  # else another layer has begun meanwhile
-                    self._table.unpin()
-                    self._order.layer_done()
+            self.num_split_layers += num_rounds == 2
+            if len(ready):
+                yield from self._lend(ready)
+            if len(coming):
+                self._end_loads()
+                self._table.pin(layer, coming)
+                yield from self._lend(coming)
+            self.settle()
 
-    def _begin_wave(self, layer: int, waiting: ExpertIds) -> tuple[ExpertIds, ExpertIds]:
-        """Pin residents and load others, as many as fit: (this wave, those that must wait)."""
-        residents, missing = self._split(layer, waiting)
-        self._table.pin(layer, residents)
-        self.hits += len(residents)
+    def settle(self) -> None:
+        """Take pins away, and end the loads of a layer that was left in the middle."""
+        if self._loads:
+            with suppress(OSError):  # nobody waits for them any more
+                self._end_loads()
+        self._table.unpin()
+        self._order.layer_done()
+
+    def _lend(self, wave: ExpertIds) -> Generator[ExpertIds, None, None]:
+        """Yield a pinned wave. If the caller leaves here, settle, unless another layer has begun."""
+        pinned = self._table.pinned
+        is_done = False
+        try:
+            yield wave
+            is_done = True
+        finally:
+            if not is_done and self._table.pinned is pinned:
+                self.settle()
+
+    def _begin_round(
+        self, layer: int, waiting: ExpertIds
+    ) -> tuple[ExpertIds, ExpertIds, ExpertIds]:
+        """Pin what is there and begin to load others, as many as fit: those that are there, those
+        that are coming, and those that must wait for another round."""
+        ready, missing = self._split(layer, waiting)
+        self._table.pin(layer, ready)
+        self._prefetches.use(layer, ready)
+        self.hits += len(ready)
+        if len(missing) and (late := self._prefetches.on_their_way(layer, missing)):
+            ready, missing = self._claim(layer, ready, missing, late)
         if not len(missing):
-            return residents, missing
-        num_loaded = self._load(layer, missing)
-        wave = np.concatenate([residents, missing[:num_loaded]])
-        assert len(wave), "not one expert of a layer fits: floor_frames was broken"
-        self._table.pin(layer, wave)
-        return wave, missing[num_loaded:]
+            return ready, missing, missing
+        num_begun = self._begin_loads(layer, missing)
+        coming, waiting = missing[:num_begun], missing[num_begun:]
+        assert len(ready) or num_begun, "not one expert of a layer fits: floor_frames was broken"
+        if not self._loads:  # they are there already
+            ready, coming = np.concatenate([ready, coming]), NO_EXPERTS
+            self._table.pin(layer, ready)
+        return ready, coming, waiting
 
     def _split(self, layer: int, experts: ExpertIds) -> tuple[ExpertIds, ExpertIds]:
         """The residents among them, and those that are missing."""
@@ -81,27 +114,57 @@ class ExpertPager:
             return experts, NO_EXPERTS
         return experts[is_resident], experts[~is_resident]
 
-    def _load(self, layer: int, missing: ExpertIds) -> int:
-        """Bring in and place as many of the missing as fit, the first of them; how many."""
-        loads: list[Load] = []
-        for expert in missing.tolist():
-            if not self._make_frame(layer, len(loads)):
-                break
-            loads.append(Load(self._frames.take_for_expert(layer, expert), layer, expert))
-        if loads:
-            self._run_loads(loads)
-        for load in loads:
-            self._table.place(load)
-        return len(loads)
+    def _claim(
+        self, layer: int, ready: ExpertIds, missing: ExpertIds, late: Sequence[Load]
+    ) -> tuple[ExpertIds, ExpertIds]:
+        """Wait for prefetches that are late: what is there then, and what is missing still."""
+        started = time.perf_counter()
+        came = [load.expert for load in late if self._prefetches.claim(load)]
+        seconds = time.perf_counter() - started
+        self.stall_seconds += seconds
+        self.late_seconds += seconds
+        self.misses += len(came)
+        ready = np.concatenate([ready, np.array(came, np.intp)])
+        self._table.pin(layer, ready)
+        return ready, missing[~np.isin(missing, came)]
 
-    def _run_loads(self, loads: list[Load]) -> None:
+    def _begin_loads(self, layer: int, missing: ExpertIds) -> int:
+        """Begin to bring in as many of the missing as fit, the first of them; how many."""
+        for expert in missing.tolist():
+            if not self._make_frame(layer):
+                break
+            load = Load(self._frames.take_for_expert(layer, expert), layer, expert)
+            self._table.begin(load)
+            self._loads.append(load)
+        num_begun = len(self._loads)
+        if num_begun:
+            self._run(lambda: self._load_experts(self._loads))
+        if self._finish is None:
+            self._place()
+        return num_begun
+
+    def _end_loads(self) -> None:
+        """Wait until those that were begun are there."""
+        assert self._finish is not None
+        self._run(self._finish)
+        self._place()
+
+    def _run(self, work: Callable[[], Finish | None]) -> None:
+        """Begin or end the loads. If that fails, they have never been."""
         started = time.perf_counter()
         try:
-            self._load_experts(loads)
+            self._finish = work()
         except BaseException:
+            self._finish = None
+            for load in self._loads:
+                self._table.end(load, is_there=False)
+            self._loads = []
             self._table.unpin()
-            for load in loads:
-                self._frames.give(load.frame)
             raise
         self.stall_seconds += time.perf_counter() - started
-        self.misses += len(loads)
+
+    def _place(self) -> None:
+        for load in self._loads:
+            self._table.end(load, is_there=True, is_used=True)
+        self.misses += len(self._loads)
+        self._loads = []

@@ -3,6 +3,7 @@
 The table knows residents and pins. It neither picks victims nor moves bytes.
 """
 
+from collections import Counter
 from typing import TypeAlias
 
 import msgspec
@@ -26,7 +27,7 @@ class Load(msgspec.Struct, frozen=True, gc=False):
 
 
 class ExpertTable:
-    """The residents, and which of them are pinned: experts of one layer at a time.
+    """The residents, which of them are pinned: experts of one layer at a time, and those on their way.
 
     `frame_table` is int32 `[num_layers, num_experts]`, ABSENT where an expert is; its address never
     changes.
@@ -37,6 +38,11 @@ class ExpertTable:
             (num_layers, num_experts), ABSENT, np.int32
         )
         self.num_resident = [0] * num_layers
+        self.loading: dict[tuple[int, int], Load] = {}  # prefetches on their way, the oldest first
+        self.num_loading = [0] * num_layers  # of them, in each layer
+        # Residents that a prefetch has brought and nothing has used since; and how many of these were evicted.
+        self.is_unused: npt.NDArray[np.bool_] = np.zeros((num_layers, num_experts), np.bool_)
+        self.num_unused_evicted = 0
         self._frames = frames
         self.pinned = NO_EXPERTS  # of `_pinned_layer`
         self._pinned_layer = 0
@@ -62,6 +68,32 @@ class ExpertTable:
             evictable[self._pinned_layer, self.pinned] = False
         return evictable
 
+    def begin(self, load: Load) -> None:
+        """Note that an absent expert is on its way into the frame, which it owns."""
+        key = load.layer, load.expert
+        assert self.frame_table[key] == ABSENT, f"{load} is resident already"
+        assert key not in self.loading, f"{load} is under way"
+        self.loading[key] = load
+        self.num_loading[load.layer] += 1
+
+    def end(self, load: Load, *, is_there: bool, is_used: bool = False) -> None:
+        """The expert has arrived and is a resident, used now or not yet; or its frame is free again."""
+        del self.loading[load.layer, load.expert]
+        self.num_loading[load.layer] -= 1
+        if is_there:
+            self.place(load)
+            self.is_unused[load.layer, load.expert] = not is_used
+        else:
+            self._frames.give(load.frame)
+
+    def use(self, layer: int, residents: ExpertIds) -> int:
+        """Note that these are used; how many of them a prefetch has brought and nothing had used."""
+        unused = self.is_unused[layer]
+        num_unused = int(np.count_nonzero(unused[residents]))
+        if num_unused:
+            unused[residents] = False
+        return num_unused
+
     def place(self, load: Load) -> None:
         """Note that the bytes of an absent expert are in the frame, which it owns."""
         assert self.frame_table[load.layer, load.expert] == ABSENT, f"{load} is resident already"
@@ -74,6 +106,9 @@ class ExpertTable:
         self._frames.give(int(self.frame_table[layer, expert]))
         self.frame_table[layer, expert] = ABSENT
         self.num_resident[layer] -= 1
+        if self.is_unused[layer, expert]:
+            self.is_unused[layer, expert] = False
+            self.num_unused_evicted += 1
 
     def violations(self) -> list[str]:
         """Table and frame owners are one to one; pinned means resident; counters are right."""
@@ -86,11 +121,20 @@ class ExpertTable:
             (layer, expert): int(self.frame_table[layer, expert])
             for layer, expert in np.argwhere(self.frame_table != ABSENT).tolist()
         }
+        on_their_way = {key: load.frame for key, load in self.loading.items()}
         found = []
-        if residents != owners or len(owners) != self._frames.num_expert:
-            found.append("resident experts and owners of frames are not one to one")
+        if residents.keys() & on_their_way.keys():
+            found.append("a resident expert is on its way")
+        if residents | on_their_way != owners or len(owners) != self._frames.num_expert:
+            found.append("experts that have a frame and owners of frames are not one to one")
         if any(self.frame_table[self._pinned_layer, expert] == ABSENT for expert in self.pinned):
             found.append("an absent expert is pinned")
         if (self.frame_table != ABSENT).sum(axis=1).tolist() != self.num_resident:
             found.append(f"residents by layer are counted wrong: {self.num_resident}")
+        if Counter(layer for layer, _ in self.loading) != Counter(
+            {layer: count for layer, count in enumerate(self.num_loading) if count}
+        ):
+            found.append(f"those on their way are counted wrong: {self.num_loading}")
+        if (self.is_unused & (self.frame_table == ABSENT)).any():
+            found.append("an absent expert is a prefetched resident")
         return found

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.promotion import Promotion, TierSnapshot
-from sglmoe.memory.store import Bytes, ExpertStore
+from sglmoe.memory.store import CHUNK_BYTES, Bytes, ExpertStore
 from sglmoe.units import show_bytes
 
 # Miss counts are halved after so many misses for each expert of the model: TinyLFU (Einziger et al.
@@ -196,16 +196,31 @@ class TieredStore:
         if not self._tier.holds(layer, expert):
             self._store.will_read(layer, expert)
 
-    def read(self, layer: int, expert: int, target: Bytes) -> int:
-        """Copy the expert to the start of `target`, which a block fits in; its bytes. Raises ExpertReadError."""
+    def read(
+        self,
+        layer: int,
+        expert: int,
+        target: Bytes,
+        *,
+        before_chunk: Callable[[], None] | None = None,
+    ) -> int:
+        """Copy the expert to the start of `target`, which a block fits in; its bytes.
+
+        `before_chunk` as in `ExpertStore.read`. Raises ExpertReadError.
+        """
         block = self._tier.pin(layer, expert)
         if block is None:
-            num_bytes = self._store.read(layer, expert, target)
+            num_bytes = self._store.read(layer, expert, target, before_chunk=before_chunk)
             self._tier.count_disk_read(layer, expert, num_bytes)
             return num_bytes
+        source = self._tier.blocks[block]
+        step = source.nbytes if before_chunk is None else CHUNK_BYTES
         try:
-            source = self._tier.blocks[block]
-            target[: source.nbytes] = source
+            for start in range(0, source.nbytes, step):
+                if before_chunk is not None:
+                    before_chunk()
+                part = source[start : start + step]
+                target[start : start + part.nbytes] = part
         finally:
             self._tier.unpin(block)
         return int(source.nbytes)

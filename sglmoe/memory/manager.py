@@ -15,7 +15,7 @@ Why nothing here can deadlock, or wait for something that does not come:
   caller then gives up another request or this one.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,13 @@ from sglmoe.memory.arena import Frames, Geometry
 from sglmoe.memory.eviction import Clock, LeafOrder
 from sglmoe.memory.evictor import Evictor
 from sglmoe.memory.expert_order import ExpertOrder
-from sglmoe.memory.expert_pager import ExpertPager, LoadExperts
-from sglmoe.memory.expert_values import values_for
+from sglmoe.memory.expert_pager import ExpertPager
+from sglmoe.memory.expert_values import Probabilities, values_for
 from sglmoe.memory.experts import ExpertIds, ExpertTable
 from sglmoe.memory.kv_pages import PagePool, Pages, no_pages
+from sglmoe.memory.link_gate import LoadExperts
+from sglmoe.memory.prefetch import BackgroundLoader, Wanted
+from sglmoe.memory.prefetches import Prefetches
 from sglmoe.memory.prices import Prices
 from sglmoe.memory.radix_cache import TOKEN_BYTES, RadixCache, RadixNode, path_pages
 from sglmoe.memory.reuse_rates import ReuseRates
@@ -63,8 +66,9 @@ class MemoryManager:
     """Frames, pages, prefixes and experts under one budget.
 
     `floor_frames` frames stay available to experts: at least 1 for a model that has any; ValueError
-    if the arena has no frame more than that. `load_experts` returns when the experts' bytes are in
-    their frames; `host_counters` gives the fields of `MemorySnapshot` on the tiers they come from.
+    if the arena has no frame more than that. `load_experts` brings experts in that a layer waits for,
+    `background` what is prefetched; without it nothing is. `host_counters` gives the fields of
+    `MemorySnapshot` on the tiers they come from.
     Tokens are passed as little-endian int32 bytes. With MemoryPolicy.STATIC experts have
     `expert_ratio` of the frames, each layer as many, and KV the rest.
     """
@@ -80,6 +84,7 @@ class MemoryManager:
         policy: MemoryPolicy = MemoryPolicy.LRU,
         expert_ratio: float = 0.0,
         host_counters: Callable[[], Mapping[str, Any]] = dict,
+        background: BackgroundLoader | None = None,
     ):
         assert floor_frames >= (1 if num_experts else 0)
         layer_frames = 0
@@ -89,10 +94,18 @@ class MemoryManager:
             floor_frames = num_layers * layer_frames
         _check_floor(geometry, floor_frames)
         self._build(geometry, policy, (num_layers, num_experts), floor_frames, layer_frames)
+        self._prefetches = Prefetches(
+            background,
+            table=self._table,
+            order=self._experts,
+            frames=self._frames,
+            make_frame=self._evictor.make_spare_frame,
+        )
         self._pager = ExpertPager(
             self._table,
             self._experts,
             frames=self._frames,
+            prefetches=self._prefetches,
             make_frame=self._evictor.make_frame,
             load_experts=load_experts,
         )
@@ -142,6 +155,7 @@ class MemoryManager:
             experts=self._experts,
             layer_frames=layer_frames,
             pages_per_frame=geometry.pages_per_frame,
+            drop_prefetch=lambda: self._prefetches.drop_last(),
         )
 
     @property
@@ -268,7 +282,8 @@ class MemoryManager:
         self.flush_cache()
         self._cache.forget()
         self._reuse.clear()
-        self._table.unpin()
+        self._pager.settle()
+        self._prefetches.drop_all()
         for layer, expert in np.argwhere(self._table.evictable()).tolist():
             self._table.evict(layer, expert)
         self._experts.clear()
@@ -277,6 +292,8 @@ class MemoryManager:
 
     def begin_step(self) -> None:
         """The layers to come are those of another forward pass."""
+        self._pager.settle()
+        self._prefetches.begin_step()
         self._reuse.begin_step()
         self._experts.begin_step()
 
@@ -285,18 +302,28 @@ class MemoryManager:
     ) -> Generator[ExpertIds, None, None]:
         """Groups of these distinct experts, resident and pinned until the next one is asked for.
 
-        Residents come first, together with as many others as there are frames for; with enough
-        frames that is the only wave. Leaving early, by `close` or by an exception, unpins too, at
-        the latest when the next layer asks.
+        Residents come first, then as many others as there are frames for; together, if these need
+        not be waited for. With enough frames that is all. Leaving early, by `close` or by an
+        exception, unpins too, at the latest when the next layer or step begins.
         """
         return self._pager.waves(layer, np.asarray(experts, np.intp))
+
+    def expect(self, layer: int, probabilities: Probabilities) -> None:
+        """How likely each expert is to be used in the layers after `layer`, or after the last one in
+        the next step: `[num_layers, num_experts]`. What they are worth takes that into account."""
+        self._experts.expect(layer, probabilities)
+
+    def prefetch(self, wanted: Iterable[Wanted]) -> int:
+        """Begin to bring in those, in this order, that are absent and worth more than what gives way
+        for them; how many. They arrive while layers compute, or are given up when their layer is over."""
+        return self._prefetches.begin(wanted)
 
     # ---------------------------------------------------------------------------------- state, laws
 
     def snapshot(self, step_id: int) -> MemorySnapshot:
         """What the scheduler gets to see after a step."""
         geometry, counters, pager = self._geometry, self._counters, self._pager
-        evictor = self._evictor
+        evictor, prefetches = self._evictor, self._prefetches.counters
         return MemorySnapshot(
             step_id=step_id,
             num_frames=geometry.num_frames,
@@ -311,8 +338,10 @@ class MemoryManager:
             page_tokens=geometry.page_tokens,
             expert_hits=pager.hits,
             expert_misses=pager.misses,
-            expert_bytes_moved=pager.misses * geometry.expert_bytes,
+            expert_bytes_moved=(pager.misses - prefetches.late + prefetches.landed)
+            * geometry.expert_bytes,
             stall_seconds=pager.stall_seconds,
+            late_seconds=pager.late_seconds,
             num_waves=pager.num_waves,
             num_split_layers=pager.num_split_layers,
             experts_evicted=evictor.experts_evicted,
@@ -320,6 +349,10 @@ class MemoryManager:
             cache_hit_tokens=counters.cache_hit_tokens,
             prefill_tokens=counters.prefill_tokens,
             ghost_hit_tokens=counters.ghost_hit_tokens,
+            prefetches_begun=prefetches.begun,
+            prefetches_used=prefetches.used,
+            prefetches_late=prefetches.late,
+            prefetches_wasted=prefetches.dropped + self._table.num_unused_evicted,
             **self._host_counters(),
         )
 

@@ -1,16 +1,15 @@
-"""Fills host memory with experts from the checkpoint, in the background, while no pass waits for an expert."""
+"""Fills host memory with experts from the checkpoint, in the background, while the link is not wanted for others."""
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from sglmoe.memory.experts import Load
 from sglmoe.memory.host_tier import HostTier
+from sglmoe.memory.link_gate import LinkGate
 from sglmoe.memory.promotion import Mask, Promotion, plan_promotions
 from sglmoe.memory.store import ExpertReadError, ExpertStore
 from sglmoe.units import show_bytes
@@ -21,36 +20,6 @@ logger = logging.getLogger(__name__)
 PLAN_PROMOTIONS = 16
 REPLAN_SECONDS = 0.1
 LOG_SECONDS = 10.0
-
-
-class DemandGate:
-    """Demand loads go first: background reads wait, chunk by chunk, until none is under way."""
-
-    def __init__(self) -> None:
-        self._open = threading.Event()
-        self._open.set()
-
-    @contextmanager
-    def demand(self) -> Generator[None, None, None]:
-        """While a pass waits for experts; one thread at a time."""
-        self._open.clear()
-        try:
-            yield
-        finally:
-            self._open.set()
-
-    def guard(self, load: Callable[[Sequence[Load]], None]) -> Callable[[Sequence[Load]], None]:
-        """`load` as a demand."""
-
-        def load_first(loads: Sequence[Load]) -> None:
-            with self.demand():
-                load(loads)
-
-        return load_first
-
-    def wait(self) -> None:
-        """Return when no demand load is under way."""
-        self._open.wait()
 
 
 class Promoter:
@@ -64,7 +33,7 @@ class Promoter:
         self,
         tier: HostTier,
         store: ExpertStore,
-        gate: DemandGate,
+        gate: LinkGate,
         *,
         heat: Callable[[], npt.NDArray[np.float64]],
         residents: Callable[[], Mask],

@@ -4,11 +4,12 @@ Knows no order of eviction and no table: it is told frame, layer and expert, and
 bytes are there.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 from sglmoe.memory.experts import Load
+from sglmoe.memory.link_gate import Finish
 from sglmoe.memory.store import Bytes
 
 
@@ -17,11 +18,20 @@ class ExpertReader(Protocol):
 
     def will_read(self, layer: int, expert: int) -> None: ...
 
-    def read(self, layer: int, expert: int, target: Bytes) -> int: ...
+    def read(
+        self,
+        layer: int,
+        expert: int,
+        target: Bytes,
+        *,
+        before_chunk: Callable[[], None] | None = None,
+    ) -> int: ...
 
 
 # Arbitrary: so many experts of its share has a thread asked the disk for beyond the one it copies.
 READ_AHEAD = 4
+# Arbitrary: copying less (20 us) takes no longer than waking a thread that does it.
+SMALL_BYTES = 256 * 2**10
 
 
 class HostCopier:
@@ -30,20 +40,38 @@ class HostCopier:
     `arena` is uint8 ``[num_frames * frame_bytes]``.
     """
 
-    def __init__(self, arena: Bytes, *, frame_bytes: int, store: ExpertReader, num_threads: int):
+    def __init__(
+        self,
+        arena: Bytes,
+        *,
+        frame_bytes: int,
+        store: ExpertReader,
+        num_threads: int,
+        small_bytes: int = SMALL_BYTES,
+    ):
         self._frames = arena.reshape(-1, frame_bytes)  # a view
         self._store = store
         self._num_threads = num_threads
+        self._small_bytes = small_bytes
         self._threads = ThreadPoolExecutor(num_threads, "expert-copy")
         self.bytes_moved = 0
 
-    def load(self, loads: Sequence[Load]) -> None:
-        """Return when all are in their frames. If it raises, none of these may be used."""
-        if len(loads) == 1:
+    def load(self, loads: Sequence[Load]) -> Finish | None:
+        """See `LoadExperts`."""
+        if len(loads) * self._frames.shape[1] <= self._small_bytes:
             self.bytes_moved += self._copy(loads)
-            return
+            return None
         shares = (loads[start :: self._num_threads] for start in range(self._num_threads))
         copies = [self._threads.submit(self._copy, share) for share in shares if share]
+        return lambda: self._finish(copies)
+
+    def copy_in_background(self, load: Load, before_chunk: Callable[[], None]) -> None:
+        """Return when the expert is in its frame. What `before_chunk` raises ends it in the middle."""
+        self._store.will_read(load.layer, load.expert)
+        target = self._frames[load.frame]
+        self._store.read(load.layer, load.expert, target, before_chunk=before_chunk)
+
+    def _finish(self, copies: Sequence[Future[int]]) -> None:
         wait(copies)  # even if one fails: nothing may write into a frame once this has raised
         self.bytes_moved += sum(copy.result() for copy in copies)
 

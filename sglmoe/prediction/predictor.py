@@ -49,7 +49,10 @@ class Predictor(Protocol):
         """The layer has chosen its experts. Arrays may be kept, not changed."""
 
     def scores(self) -> Scores:
-        """Of the layers after the last one observed; rows of the others mean nothing. Not to be changed."""
+        """Of the layers after the last one observed; other rows mean nothing. Not to be changed.
+
+        After the last layer: of all layers of the next step, if the same requests decode on.
+        """
 
     def forget(self, owner: int) -> None:
         """The request has ended; its number may be given to another one."""

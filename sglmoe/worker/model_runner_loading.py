@@ -8,19 +8,21 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import torch
 
-from sglmoe.config import EngineConfig
+from sglmoe.config import EngineConfig, PrefetchMode
 from sglmoe.memory.arena import Geometry, plan_geometry
-from sglmoe.memory.device_transfer import DeviceCopier, page_lock
-from sglmoe.memory.experts import ABSENT, Load
+from sglmoe.memory.background_copier import BackgroundCopier, Copy
+from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier, page_lock
+from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.host_tier import HostTier, TieredStore, make_blocks
+from sglmoe.memory.link_gate import LinkGate, LoadExperts
 from sglmoe.memory.manager import MemoryManager
-from sglmoe.memory.promoter import DemandGate, Promoter
+from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import show_bytes
@@ -236,13 +238,19 @@ def manage(
     lock_pages = None if arena.device.type == "cpu" else page_lock
     blocks = make_blocks(config.host_memory_bytes, experts.store, lock_pages=lock_pages)
     tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts)
-    gate = DemandGate()
+    demand = LinkGate()
+    prefetch = LinkGate(above=demand)
+    load_experts, copy_in_background = expert_copiers(arena, geometry, experts.store, tier)
+    background = None
+    if config.expert_prefetch is PrefetchMode.ON and num_experts:
+        background = BackgroundCopier(copy_in_background, demand=demand, prefetch=prefetch)
     memory = MemoryManager(
         geometry,
         num_layers=num_layers,
         num_experts=num_experts,
         floor_frames=floor_frames,
-        load_experts=gate.guard(expert_loader(arena, geometry, experts.store, tier)),
+        load_experts=demand.guard(load_experts),
+        background=background,
         policy=config.memory_policy,
         expert_ratio=config.expert_ratio,
         host_counters=tier.counters,
@@ -251,25 +259,27 @@ def manage(
         Promoter(
             tier,
             experts.store,
-            gate,
+            prefetch,
             heat=lambda: memory.expert_demand,
             residents=lambda: memory.frame_table != ABSENT,
         ).start()
     return memory
 
 
-def expert_loader(
+def expert_copiers(
     arena: torch.Tensor, geometry: Geometry, store: ExpertStore, tier: HostTier
-) -> Callable[[Sequence[Load]], None]:
-    """What copies experts into frames on this device."""
+) -> tuple[LoadExperts, Copy]:
+    """What copies experts into frames on this device, for layers that wait and for those ahead."""
     if arena.device.type == "cpu":
-        return HostCopier(
+        copier = HostCopier(
             arena.numpy(),
             frame_bytes=geometry.frame_bytes,
             store=TieredStore(tier, store),
             num_threads=os.cpu_count() or 1,
-        ).load
-    return DeviceCopier(arena, frame_bytes=geometry.frame_bytes, store=store, tier=tier).load
+        )
+        return copier.load, copier.copy_in_background
+    frames = {"arena": arena, "frame_bytes": geometry.frame_bytes, "store": store, "tier": tier}
+    return DeviceCopier(**frames).load, StreamCopier(**frames).copy
 
 
 def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:

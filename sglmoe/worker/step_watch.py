@@ -35,6 +35,8 @@ class StepCost(NamedTuple):
     seconds: float
     stall_seconds: float
     misses: int
+    late_seconds: float = 0.0  # of the wait, for experts that were on their way already
+    num_late: int = 0  # of the misses
 
 
 class Price(NamedTuple):
@@ -50,18 +52,25 @@ class StepWatch:
     def __init__(self, times: StepTimes, price: Price):
         self._times = times
         self._price = price
-        self._stall_seconds = 0.0  # of the snapshot before, as the next
-        self._misses = 0
+        self._before = StepCost(0.0, 0.0, 0)  # the sums since the start
 
     def step_done(self, kind: StepKind, snapshot: MemorySnapshot, seconds: float) -> StepCost:
         """To be called after every step, with memory as it is then."""
         cost = StepCost(
-            seconds,
-            snapshot.stall_seconds - self._stall_seconds,
-            snapshot.expert_misses - self._misses,
+            seconds=seconds,
+            stall_seconds=snapshot.stall_seconds - self._before.stall_seconds,
+            misses=snapshot.expert_misses - self._before.misses,
+            late_seconds=snapshot.late_seconds - self._before.late_seconds,
+            num_late=snapshot.prefetches_late - self._before.num_late,
         )
-        self._stall_seconds, self._misses = snapshot.stall_seconds, snapshot.expert_misses
-        self._times.note_loads(cost.misses, cost.stall_seconds)
+        self._before = StepCost(
+            seconds=0.0,
+            stall_seconds=snapshot.stall_seconds,
+            misses=snapshot.expert_misses,
+            late_seconds=snapshot.late_seconds,
+            num_late=snapshot.prefetches_late,
+        )
+        self._times.note_loads(cost.misses - cost.num_late, cost.stall_seconds - cost.late_seconds)
         compute_seconds = cost.seconds - cost.stall_seconds
         if kind.num_decoding:
             self._times.note_decode(kind.num_decoding, compute_seconds)

@@ -58,7 +58,9 @@ def test_a_pinned_expert_can_not_be_evicted(table: ExpertTable, frames: Frames) 
 
 def test_violations_notice_a_frame_with_another_owner(table: ExpertTable, frames: Frames) -> None:
     table.place(Load(frames.take_for_expert(0, 1), 0, 0))
-    assert table.violations() == ["resident experts and owners of frames are not one to one"]
+    assert table.violations() == [
+        "experts that have a frame and owners of frames are not one to one"
+    ]
 
 
 def test_violations_notice_a_pin_on_what_is_not_there(table: ExpertTable) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sglmoe.memory.host_tier import HostTier, TieredStore
-from sglmoe.memory.promoter import DemandGate, Promoter
+from sglmoe.memory.link_gate import LinkGate
+from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.promotion import Promotion
 from sglmoe.memory.store import Bytes, ExpertReadError, ExpertStore
 
@@ -60,7 +61,7 @@ class TierMachine(RuleBasedStateMachine):
         self.promoter = Promoter(
             self.tier,
             self.disk,
-            DemandGate(),
+            LinkGate(),
             heat=lambda: self.heat,
             residents=lambda: self.residents,
         )

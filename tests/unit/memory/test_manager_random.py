@@ -2,14 +2,15 @@
 
 The arena is an array of ints. A token's KV depends on all tokens before it, so it is a checksum of
 these here; an expert's frame is full of its number. So a page or frame that has two users, or that
-is handed on too early, shows as wrong contents, whatever the counters say.
+is handed on too early, shows as wrong contents, whatever the counters say. Experts come through
+host memory, which fills meanwhile, from a disk that may fail; those prefetched arrive when the
+machine says so, and until then their frames are full of anything.
 """
 
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -25,11 +26,18 @@ from hypothesis.stateful import (
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import ExpertIds, Load
+from sglmoe.memory.host_tier import HostTier, TieredStore
+from sglmoe.memory.link_gate import Finish, LinkGate
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.prefetch import Arrival, Wanted
+from sglmoe.memory.promoter import Promoter
+from sglmoe.memory.store import Bytes, ExpertReadError, ExpertStore
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 PAGE_TOKENS = 4
 PAGE_ROWS = 2 * 3 * PAGE_TOKENS
+
+ALL_EXPERTS = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
 
 # Beginnings of four texts that diverge within a page, at its end, and at once.
 TEXTS = ([1] * 28, [1] * 10 + [2] * 18, [1] * 16 + [2] * 12, [2] * 28)
@@ -37,6 +45,82 @@ PROMPTS = st.builds(
     lambda text, num_tokens: text[:num_tokens], st.sampled_from(TEXTS), st.integers(1, 28)
 )
 NAMESPACES = st.sampled_from(["", "", "other"])
+
+
+def expert_number(layer: int, expert: int) -> int:
+    return -1 - layer * NUM_EXPERTS - expert
+
+
+class Disk(ExpertStore):
+    """All experts, each full of its number. When it fails, half of one has been read."""
+
+    def __init__(self, expert_bytes: int) -> None:
+        super().__init__()
+        self.fails = False
+        for layer, expert in ALL_EXPERTS:
+            cells = np.full(expert_bytes // 4, expert_number(layer, expert), np.int32)
+            whole, half = cells.view(np.uint8), expert_bytes // 2
+            for part, array in (
+                ("w1", whole[:half]),
+                ("w3", whole[half:-4]),
+                ("w2", whole[-4:]),
+            ):
+                self.put(layer, expert, part, array)
+
+    def read(
+        self,
+        layer: int,
+        expert: int,
+        target: Bytes,
+        *,
+        before_chunk: Callable[[], None] | None = None,
+    ) -> int:
+        if self.fails:
+            target[: len(target) // 2] = 77
+            raise ExpertReadError("the disk is gone")
+        return super().read(layer, expert, target, before_chunk=before_chunk)
+
+
+class Background:
+    """Prefetches that arrive one by one; a frame on its way is full of anything."""
+
+    def __init__(self, arena: np.ndarray, read: Callable[[Load], None]):
+        self.under_way: list[Load] = []
+        self.ended: list[Arrival] = []
+        self._arena = arena
+        self._read = read
+
+    def begin(self, load: Load) -> None:
+        self._arena[load.frame] = 99
+        self.under_way.append(load)
+
+    def arrive(self) -> None:
+        load = self.under_way.pop(0)
+        self.ended.append(Arrival(load, self._try_read(load)))
+
+    def finished(self) -> list[Arrival]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def wait(self, load: Load) -> bool:
+        for arrival in self.ended:
+            if arrival.load == load:
+                self.ended.remove(arrival)
+                return arrival.is_there
+        self.under_way.remove(load)
+        return self._try_read(load)
+
+    def cancel(self, load: Load) -> None:
+        self.ended = [arrival for arrival in self.ended if arrival.load != load]
+        self.under_way = [its for its in self.under_way if its != load]
+        self._arena[load.frame] = 98
+
+    def _try_read(self, load: Load) -> bool:
+        try:
+            self._read(load)
+        except ExpertReadError:
+            return False
+        return True
 
 
 class Request:
@@ -69,7 +153,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.requests: dict[str, Request] = {}
         self.num_admitted = 0
         self.wave: Generator[ExpertIds, None, None] | None = None
-        self.fail_loads = False
+        self.slow_loads = False
 
     @initialize(
         num_frames=st.integers(2, 12),
@@ -77,6 +161,7 @@ class MemoryMachine(RuleBasedStateMachine):
         floor_frames=st.integers(1, 3),
         policy=st.sampled_from(MemoryPolicy),
         layer_frames=st.integers(1, 3),
+        num_blocks=st.sampled_from([0, 2, 8]),
     )
     def build(
         self,
@@ -85,6 +170,7 @@ class MemoryMachine(RuleBasedStateMachine):
         floor_frames: int,
         policy: MemoryPolicy,
         layer_frames: int,
+        num_blocks: int,
     ) -> None:
         self.pages_per_frame = pages_per_frame
         if policy is MemoryPolicy.STATIC:
@@ -104,6 +190,11 @@ class MemoryMachine(RuleBasedStateMachine):
             pages_per_frame=pages_per_frame,
             page_rows=PAGE_ROWS,
         )
+        self.disk = Disk(geometry.expert_bytes)
+        blocks = np.zeros((num_blocks, geometry.expert_bytes), np.uint8)
+        self.tier = HostTier(blocks, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS)
+        self.tiered = TieredStore(self.tier, self.disk)
+        self.background = Background(self.arena, self.read)
         self.memory = MemoryManager(
             geometry,
             num_layers=NUM_LAYERS,
@@ -112,14 +203,32 @@ class MemoryMachine(RuleBasedStateMachine):
             load_experts=self.load,
             policy=policy,
             expert_ratio=(NUM_LAYERS * layer_frames + 0.5) / num_frames,
+            host_counters=self.tier.counters,
+            background=self.background,
+        )
+        self.promoter = Promoter(
+            self.tier,
+            self.disk,
+            LinkGate(),
+            heat=lambda: self.memory.expert_demand,
+            residents=lambda: self.memory.frame_table >= 0,
         )
 
-    def load(self, loads: Sequence[Load]) -> None:
+    def load(self, loads: Sequence[Load]) -> Finish | None:
         assert loads
+        if not self.slow_loads:
+            self.read_all(loads)
+            return None
         for load in loads:
-            self.arena[load.frame] = expert_number(load.layer, load.expert)
-        if self.fail_loads:
-            raise OSError("the disk is gone")
+            self.arena[load.frame] = 97
+        return lambda: self.read_all(loads)
+
+    def read_all(self, loads: Sequence[Load]) -> None:
+        for load in loads:
+            self.read(load)
+
+    def read(self, load: Load) -> None:
+        self.tiered.read(load.layer, load.expert, self.arena[load.frame].view(np.uint8))
 
     def cells(self, rid: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Where in the arena the tokens of these positions are."""
@@ -242,17 +351,68 @@ class MemoryMachine(RuleBasedStateMachine):
         self.wave = None
 
     @precondition(lambda self: self.num_admitted % 4 == 2)
-    @rule(layer=st.integers(0, NUM_LAYERS - 1))
-    def fail_to_load(self, layer: int) -> None:
+    @rule(
+        layer=st.integers(0, NUM_LAYERS - 1),
+        experts=st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=1, unique=True),
+    )
+    def run_layer_without_disk(self, layer: int, experts: list[int]) -> None:
+        """It succeeds, if all are in frames or in host memory, or fails and leaves nothing half done."""
         self.wave = None
-        absent = np.flatnonzero(self.memory.frame_table[layer] < 0)
-        if not absent.size:
-            return
-        self.fail_loads = True
-        with pytest.raises(OSError, match="the disk is gone"):
-            next(self.memory.waves(layer, absent.tolist()))
-        self.fail_loads = False
-        assert (self.memory.frame_table[layer, absent] < 0).all()
+        self.disk.fails = True
+        try:
+            for wave in self.memory.waves(layer, experts):
+                self.check_wave(layer, wave)
+        except ExpertReadError:
+            assert not all(self.tier.holds(layer, expert) for expert in experts)
+        self.disk.fails = False
+
+    @rule(slow=st.booleans())
+    def change_speed(self, slow: bool) -> None:
+        """Whether residents run before the others are there."""
+        self.slow_loads = slow
+
+    # -------------------------------------------------------------------------- prefetches, host memory
+
+    @rule(
+        layer=st.integers(-1, NUM_LAYERS - 1),
+        likely=st.lists(st.sampled_from(ALL_EXPERTS), unique=True),
+        wanted=st.lists(st.sampled_from(ALL_EXPERTS), unique=True),
+    )
+    def prefetch(
+        self, layer: int, likely: list[tuple[int, int]], wanted: list[tuple[int, int]]
+    ) -> None:
+        """Predictions may say anything, and not what is wanted."""
+        probabilities = np.zeros((NUM_LAYERS, NUM_EXPERTS))
+        for key in likely:
+            probabilities[key] = 0.9
+        self.memory.expect(layer, probabilities)
+        before = len(self.background.under_way)
+        num_begun = self.memory.prefetch(Wanted(*key, 0.9) for key in wanted)
+        assert len(self.background.under_way) == before + num_begun
+
+    @precondition(lambda self: self.background.under_way)
+    @rule(disk_fails=st.sampled_from([False, False, True]))
+    def arrive(self, disk_fails: bool) -> None:
+        self.disk.fails = disk_fails
+        self.background.arrive()
+        self.disk.fails = False
+
+    @rule(limit=st.integers(1, 4), disk_fails=st.sampled_from([False, False, True]))
+    def promote(self, limit: int, disk_fails: bool) -> None:
+        """Experts move into host memory, and others out of it."""
+        self.disk.fails = disk_fails
+        num_promoted = self.promoter.promote_some(limit)
+        assert not (disk_fails and num_promoted)
+        self.disk.fails = False
+
+    @precondition(lambda self: self.num_admitted % 8 == 5 and not self.requests)
+    @rule()
+    def clear(self) -> None:
+        self.wave = None
+        self.memory.clear()
+        snapshot = self.memory.snapshot(0)
+        assert snapshot.free_frames == snapshot.num_frames
+        assert not self.background.under_way
 
     def check_wave(self, layer: int, wave: ExpertIds) -> None:
         assert len(wave)
@@ -267,6 +427,14 @@ class MemoryMachine(RuleBasedStateMachine):
     @invariant()
     def laws_hold(self) -> None:
         assert self.memory.violations() == []
+        assert self.tier.violations() == []
+
+    @invariant()
+    def prefetches_end_once(self) -> None:
+        now = self.memory.snapshot(0)
+        num_on_their_way = len(self.background.under_way) + len(self.background.ended)
+        num_ended = now.prefetches_used + now.prefetches_late + now.prefetches_wasted
+        assert num_ended + num_on_their_way <= now.prefetches_begun
 
     @invariant()
     def requests_read_what_they_computed(self) -> None:
@@ -279,10 +447,6 @@ class MemoryMachine(RuleBasedStateMachine):
         for layer, expert in np.argwhere(self.memory.frame_table >= 0).tolist():
             frame = self.memory.frame_table[layer, expert]
             assert (self.arena[frame] == expert_number(layer, expert)).all()
-
-
-def expert_number(layer: int, expert: int) -> int:
-    return -1 - layer * NUM_EXPERTS - expert
 
 
 LONG = settings.get_current_profile_name() == "long"  # 200,000 operations

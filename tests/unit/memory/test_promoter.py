@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from sglmoe.memory.experts import Load
 from sglmoe.memory.host_tier import HostTier
-from sglmoe.memory.promoter import LOG_SECONDS, DemandGate, Promoter
+from sglmoe.memory.link_gate import LinkGate
+from sglmoe.memory.promoter import LOG_SECONDS, Promoter
 from sglmoe.memory.store import Bytes, ExpertReadError, ExpertStore
 
 WAIT_SECONDS = 10.0  # far more than anything here takes
@@ -43,7 +43,7 @@ class Disk(ExpertStore):
 class Bench:
     def __init__(self) -> None:
         self.disk = Disk()
-        self.gate = DemandGate()
+        self.gate = LinkGate()
         self.tier = HostTier(np.zeros((4, 6), np.uint8), num_layers=2, num_experts=4)
         self.heat = np.zeros((2, 4))
         self.residents = np.zeros((2, 4), np.bool_)
@@ -139,7 +139,7 @@ def test_the_thread_fills_host_memory_and_answers_misses(running: Bench) -> None
 def test_a_demand_load_holds_the_background_up_between_two_chunks(running: Bench) -> None:
     reading = threading.Event()
     running.disk.before_read = lambda layer, expert: reading.set()
-    with running.gate.demand():
+    with running.gate.closed():
         running.promoter.start()
         assert reading.wait(WAIT_SECONDS)
         # It stands before the first chunk of the first expert, as long as the demand takes.
@@ -148,18 +148,6 @@ def test_a_demand_load_holds_the_background_up_between_two_chunks(running: Bench
         assert running.tier.counters()["host_promoted"] == 0
         assert not running.tier.blocks.any()
     eventually(lambda: running.tier.counters()["host_promoted"] == 4)
-
-
-def test_the_gate_opens_again_after_a_demand_load_that_failed(bench: Bench) -> None:
-    def fail(loads: object) -> None:
-        raise OSError("the disk is gone")
-
-    with pytest.raises(OSError, match="the disk is gone"):
-        bench.gate.guard(fail)([Load(0, 0, 0)])
-    background = threading.Thread(target=bench.promoter.promote_some, daemon=True)
-    background.start()
-    background.join(WAIT_SECONDS)
-    assert len(bench.here()) == 4
 
 
 def test_closing_leaves_the_expert_that_is_being_read(bench: Bench) -> None:

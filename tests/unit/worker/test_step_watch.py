@@ -59,8 +59,8 @@ def test_rows_that_have_sampled_decode_and_others_prefill() -> None:
 def test_waiting_for_experts_is_no_computing() -> None:
     its = Watched()
     decode = StepKind([request("a")], 0)
-    assert its.step(decode, seconds=0.02, misses=2) == pytest.approx((0.02, 0.01, 2))
-    assert its.step(decode, seconds=0.01) == pytest.approx((0.01, 0, 0))
+    assert its.step(decode, seconds=0.02, misses=2) == pytest.approx((0.02, 0.01, 2, 0, 0))
+    assert its.step(decode, seconds=0.01) == pytest.approx((0.01, 0, 0, 0, 0))
     assert its.times.load_seconds == pytest.approx(0.005)
     assert its.times.model is not None
     assert its.times.model.compute_seconds(1) == pytest.approx(0.01)

@@ -1,0 +1,173 @@
+"""Predictors for replays, by name: those of the product, and bounds that know the trace."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+
+from sglmoe.prediction.baselines import Frequency, LastStep, PreviousLayer
+from sglmoe.prediction.calibration import Calibration
+from sglmoe.prediction.expert_map import ExpertMap
+from sglmoe.prediction.forecast import Forecast
+from sglmoe.prediction.predictor import LayerRouting, ModelParts, Predictor, Scores, StepTokens
+from sglmoe.prediction.trace import Trace
+
+SEED = 0
+
+
+def uses_of(trace: Trace) -> npt.NDArray[np.bool_]:
+    """`[steps, layers, experts]`: whether any token of the step used it."""
+    info = trace.info
+    uses = np.zeros((trace.num_steps, info.num_layers, info.num_experts), np.bool_)
+    for step, layers in enumerate(trace.experts_by_layer()):
+        for layer, experts in enumerate(layers):
+            uses[step, layer, experts] = True
+    return uses
+
+
+class Foreseen:
+    """What a step will use, as long as steps come in the order of the trace.
+
+    After the last layer: what the next step will use, or nothing. `share_right` of the experts that
+    it names are right; for each of the others it names one that is not used, if there is any.
+    """
+
+    wants_gate_input = False
+
+    def __init__(self, trace: Trace, *, knows_next_step: bool, share_right: float = 1.0):
+        uses = uses_of(trace)
+        self._named = with_errors(uses, share_right) if share_right < 1 else uses
+        self._knows_next_step = knows_next_step
+        self._step = -1
+        self._is_over = False
+
+    def begin_step(self, tokens: StepTokens) -> None:
+        self._step += 1
+        self._is_over = False
+
+    def observe(self, routing: LayerRouting) -> None:
+        self._is_over = routing.layer + 1 == self._named.shape[1]
+
+    def scores(self) -> Scores:
+        step = self._step + self._is_over
+        if step == len(self._named) or (self._is_over and not self._knows_next_step):
+            return np.zeros(self._named.shape[1:], np.float32)
+        scores: Scores = self._named[step].astype(np.float32)
+        return scores
+
+    def forget(self, owner: int) -> None:
+        """Nothing is kept of requests."""
+
+
+def with_errors(uses: npt.NDArray[np.bool_], share_right: float) -> npt.NDArray[np.bool_]:
+    """Some of the used ones swapped for others of the same layer."""
+    random = np.random.default_rng(SEED)
+    named = uses & (random.random(uses.shape) < share_right)
+    num_swapped = (uses & ~named).sum(axis=2, keepdims=True)
+    # Ranks of those not used, in a random order; used ones come after all of them.
+    ranks = np.where(uses, 2.0, random.random(uses.shape)).argsort(axis=2).argsort(axis=2)
+    swapped_in: npt.NDArray[np.bool_] = (ranks < num_swapped) & ~uses
+    return named | swapped_in
+
+
+class AlwaysWrong:
+    """Is sure of all that the step will not use."""
+
+    wants_gate_input = False
+
+    def __init__(self, trace: Trace):
+        self._uses = uses_of(trace)
+        self._step = -1
+
+    def begin_step(self, tokens: StepTokens) -> None:
+        self._step += 1
+
+    def observe(self, routing: LayerRouting) -> None:
+        """It knows already."""
+
+    def scores(self) -> Scores:
+        scores: Scores = (~self._uses[self._step]).astype(np.float32)
+        return scores
+
+    def forget(self, owner: int) -> None:
+        """Nothing is kept of requests."""
+
+
+class Random:
+    """Other scores for each step, that mean nothing."""
+
+    wants_gate_input = False
+
+    def __init__(self, parts: ModelParts):
+        self._shape = (parts.num_layers, parts.num_experts)
+        self._random = np.random.default_rng(SEED)
+        self._scores: Scores = np.zeros(self._shape, np.float32)
+
+    def begin_step(self, tokens: StepTokens) -> None:
+        self._scores = self._random.random(self._shape, np.float32)
+
+    def observe(self, routing: LayerRouting) -> None:
+        """It would not know what to do with it."""
+
+    def scores(self) -> Scores:
+        return self._scores
+
+    def forget(self, owner: int) -> None:
+        """Nothing is kept of requests."""
+
+
+class Source(msgspec.Struct, frozen=True):
+    """How to make a predictor."""
+
+    make: Callable[[Trace, ModelParts], Predictor]
+    is_calibrated: bool = True  # else its scores are probabilities
+
+
+PREDICTORS = {
+    "oracle": Source(lambda trace, _: Foreseen(trace, knows_next_step=False), False),
+    "oracle-next-step": Source(lambda trace, _: Foreseen(trace, knows_next_step=True), False),
+    "oracle-80": Source(lambda trace, _: Foreseen(trace, knows_next_step=False, share_right=0.8)),
+    "oracle-50": Source(lambda trace, _: Foreseen(trace, knows_next_step=False, share_right=0.5)),
+    "adversarial": Source(lambda trace, _: AlwaysWrong(trace)),
+    "adversarial-believed": Source(lambda trace, _: AlwaysWrong(trace), False),
+    "random": Source(lambda _, parts: Random(parts)),
+    "last-step": Source(lambda _, parts: LastStep(parts)),
+    "frequency": Source(lambda _, parts: Frequency(parts)),
+    "previous-layer": Source(lambda _, parts: PreviousLayer(parts)),
+    "expert-map": Source(lambda _, parts: ExpertMap(parts)),
+}
+
+
+def forecast_by(name: str, trace: Trace, parts: ModelParts) -> Forecast:
+    """A new one, that knows nothing yet."""
+    source = PREDICTORS[name]
+    return Forecast(
+        source.make(trace, parts),
+        num_layers=parts.num_layers,
+        calibration=Calibration() if source.is_calibrated else None,
+    )
+
+
+def model_parts(trace: Trace, model_path: Path) -> ModelParts:
+    """What predictors may use of the model that the trace was recorded with."""
+    embeddings = read_embeddings(model_path)
+    return ModelParts(
+        num_layers=trace.info.num_layers,
+        num_experts=trace.info.num_experts,
+        top_k=trace.info.top_k,
+        embed=lambda token_ids: embeddings[token_ids],
+    )
+
+
+def read_embeddings(model_path: Path) -> npt.NDArray[np.float32]:
+    """`[vocabulary, hidden]`. Raises ValueError where the checkpoint has none by that name."""
+    for path in sorted(model_path.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = [name for name in set(file.keys()) if name.endswith("embed_tokens.weight")]
+            if names:
+                found: npt.NDArray[np.float32] = file.get_tensor(names[0]).float().numpy()
+                return found
+    raise ValueError(f"{model_path} has no input embeddings: give another --model-path")

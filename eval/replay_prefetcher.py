@@ -1,0 +1,135 @@
+"""What a server's prefetching would do with a forecast, in a replay."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from eval.simulated_link import LinkSpeed, SimulatedLink
+from sglmoe.config import MemoryPolicy
+from sglmoe.memory.experts import ABSENT
+from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.prefetch import Wanted
+from sglmoe.prediction.forecast import Forecast
+from sglmoe.prediction.horizon import Horizon, expected_loads
+from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
+from sglmoe.prediction.prefetch import PrefetchSnapshot, loads_to_begin, plan_frames, plan_prefetch
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """What memory does with a forecast."""
+
+    memory: MemoryPolicy
+    expects: bool = False  # what is expected counts when something has to give way
+    prefetches: bool = False
+    splits_frames: bool = False  # prefetches what has frames by PLEC
+
+
+POLICIES = {
+    "lru": Policy(MemoryPolicy.LRU),
+    "lfu": Policy(MemoryPolicy.LFU),
+    "cost-aware": Policy(MemoryPolicy.COST_AWARE),
+    "cost-aware+expect": Policy(MemoryPolicy.COST_AWARE, expects=True),
+    "cost-aware+prefetch": Policy(MemoryPolicy.COST_AWARE, expects=True, prefetches=True),
+    "lru+prefetch": Policy(MemoryPolicy.LRU, expects=True, prefetches=True),
+    "lfu+prefetch": Policy(MemoryPolicy.LFU, expects=True, prefetches=True),
+    "plec": Policy(MemoryPolicy.COST_AWARE, expects=True, prefetches=True, splits_frames=True),
+}
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """What is the same for all that are compared."""
+
+    num_frames: int
+    expert_bytes: int
+    speed: LinkSpeed
+    layer_seconds: float  # of computing
+    attention_ratio: float  # of these, before the layer's experts are known
+    applies_late: bool  # plans made from a layer's routing wait until the layer has ended
+    min_probability: float  # of what is prefetched
+    horizon_layers: int | None  # None: as `Horizon` says
+
+    @property
+    def expert_seconds(self) -> float:
+        """For one by itself."""
+        return self.speed.seconds(self.expert_bytes)
+
+
+class Prefetcher:
+    """Tells memory what to expect, and what to prefetch, from one forecast."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        setting: Setting,
+        forecast: Forecast,
+        *,
+        memory: MemoryManager,
+        link: SimulatedLink,
+    ):
+        self._policy = policy
+        self._setting = setting
+        self._forecast = forecast
+        self._memory = memory
+        self._link = link
+        self._num_layers = len(memory.frame_table)
+        self._adaptive = Horizon(self._num_layers)
+        self._seen = (0, 0)  # prefetches that were late, and wasted, before this step
+        self.horizons: list[int] = []  # of each step
+
+    def begin_step(self, tokens: StepTokens) -> None:
+        """After memory has begun the step."""
+        self._forecast.begin_step(tokens)
+        if self._policy.prefetches:
+            self._adapt()
+        self.look_ahead(-1, num_pinned=0)
+
+    def observe(self, routing: LayerRouting, *, num_pinned: int) -> None:
+        """The layer has chosen its experts; so many are pinned."""
+        self._forecast.observe(routing)
+        self.look_ahead(routing.layer, num_pinned=num_pinned)
+
+    def look_ahead(self, layer: int, *, num_pinned: int) -> None:
+        probabilities = self._forecast.probabilities()
+        self._memory.expect(layer, probabilities)
+        if self._policy.prefetches:
+            self._memory.prefetch(self._plan(layer, probabilities, num_pinned))
+
+    def forget(self, owner: int) -> None:
+        self._forecast.forget(owner)
+
+    @property
+    def _horizon(self) -> int:
+        return self._setting.horizon_layers or self._adaptive.layers
+
+    def _adapt(self) -> None:
+        """Bring the horizon up to date, from the step before and what is expected of this one."""
+        snapshot = self._memory.snapshot(0)
+        seen = (snapshot.prefetches_late, snapshot.prefetches_wasted)
+        self._adaptive.note(late=seen[0] - self._seen[0], unused=seen[1] - self._seen[1])
+        self._seen = seen
+        self._adaptive.update(
+            expected_loads(self._forecast.probabilities(), self._memory.frame_table != ABSENT),
+            expert_seconds=self._setting.expert_seconds,
+            layer_seconds=self._setting.layer_seconds,
+        )
+        self.horizons.append(self._horizon)
+
+    def _plan(self, layer: int, probabilities: Scores, num_pinned: int) -> Sequence[Wanted]:
+        is_here = self._memory.frame_table != ABSENT
+        for load in self._link.on_their_way():
+            is_here[load.layer, load.expert] = True
+        snapshot = PrefetchSnapshot(
+            layer=-1 if layer + 1 == self._num_layers else layer,
+            probabilities=probabilities,
+            is_resident=is_here,
+            horizon=self._horizon,
+            num_loads=loads_to_begin(
+                self._link.num_queued,
+                expert_seconds=self._setting.expert_seconds,
+                layer_seconds=self._setting.layer_seconds,
+            ),
+            min_probability=self._setting.min_probability,
+        )
+        if self._policy.splits_frames:
+            return plan_frames(snapshot, self._setting.num_frames - num_pinned).wanted
+        return plan_prefetch(snapshot)

@@ -1,0 +1,139 @@
+"""The thread that brings experts in while layers compute."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TypeAlias
+
+from sglmoe.memory.experts import Load
+from sglmoe.memory.link_gate import LinkGate
+from sglmoe.memory.prefetch import Arrival
+from sglmoe.memory.store import ExpertReadError
+
+logger = logging.getLogger(__name__)
+
+# Returns when the expert is in its frame. Calls its argument before each chunk: what that raises
+# ends the copy.
+Copy: TypeAlias = Callable[[Load, Callable[[], None]], None]
+# Arbitrary: how soon a cancelled copy notices, while a demand load holds it up.
+CANCEL_SECONDS = 0.01
+
+
+class _Cancelled(Exception):
+    """The copy is not wanted any more."""
+
+
+class _Job:
+    """A load, and what became of it."""
+
+    def __init__(self, load: Load):
+        self.load = load
+        self.is_demanded = False
+        self.is_cancelled = False
+        self.is_there: bool | None = None  # None: it has not ended
+
+
+class BackgroundCopier:
+    """A `BackgroundLoader` over one thread. `copy` runs there; it waits for `demand` before each
+    chunk, and closes `prefetch` meanwhile."""
+
+    def __init__(self, copy: Copy, *, demand: LinkGate, prefetch: LinkGate):
+        self._copy = copy
+        self._demand = demand
+        self._prefetch = prefetch
+        self._changed = threading.Condition()  # over all that follows
+        self._queue: deque[_Job] = deque()
+        self._running: _Job | None = None
+        self._ended: list[_Job] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="expert-prefetch", daemon=True)
+        self._thread.start()
+
+    def begin(self, load: Load) -> None:
+        """See `BackgroundLoader`; so are the next three."""
+        with self._changed:
+            self._queue.append(_Job(load))
+            self._changed.notify_all()
+
+    def finished(self) -> list[Arrival]:
+        with self._changed:
+            ended, self._ended = self._ended, []
+        return [Arrival(job.load, bool(job.is_there)) for job in ended]
+
+    def wait(self, load: Load) -> bool:
+        job, was_queued = self._claim(load)
+        job.is_demanded = True
+        if was_queued:
+            with self._demand.closed():
+                return self._try_copy(job)
+        return self._result(job)
+
+    def cancel(self, load: Load) -> None:
+        job, was_queued = self._claim(load)
+        job.is_cancelled = True
+        if not was_queued:
+            self._result(job)
+
+    def close(self) -> None:
+        """Stop, in the middle of an expert if need be."""
+        with self._changed:
+            self._closing = True
+            for job in (*self._queue, *filter(None, [self._running])):
+                job.is_cancelled = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _claim(self, load: Load) -> tuple[_Job, bool]:
+        """Its job, taken out of the queue or of those that have ended; whether it was queued."""
+        with self._changed:
+            for jobs in (self._queue, self._ended):
+                for job in jobs:
+                    if job.load == load:
+                        jobs.remove(job)
+                        return job, jobs is self._queue
+            running, self._running = self._running, None
+            assert running is not None, f"{load} was not begun"
+            assert running.load == load, f"{load} was not begun"
+            return running, False
+
+    def _result(self, job: _Job) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: job.is_there is not None)
+            return bool(job.is_there)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closing)
+                if self._closing:
+                    return
+                job = self._running = self._queue.popleft()
+            with self._prefetch.closed():
+                is_there = self._try_copy(job)
+            with self._changed:
+                job.is_there = is_there
+                if self._running is job:  # nobody claimed it
+                    self._ended.append(job)
+                    self._running = None
+                self._changed.notify_all()
+
+    def _try_copy(self, job: _Job) -> bool:
+        try:
+            self._copy(job.load, lambda: self._before_chunk(job))
+        except _Cancelled:
+            return False
+        except ExpertReadError as error:
+            logger.warning("not prefetched: %s", error)
+            return False
+        except Exception:
+            logger.exception("not prefetched: layer %d expert %d", job.load.layer, job.load.expert)
+            return False
+        return True
+
+    def _before_chunk(self, job: _Job) -> None:
+        while not (job.is_demanded or job.is_cancelled):
+            if self._demand.wait(CANCEL_SECONDS):
+                return
+        if job.is_cancelled:
+            raise _Cancelled

@@ -1,0 +1,323 @@
+"""Prefetches: 8 frames, or 3 for experts; 2 layers of 4 experts. What arrives when, the test says."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from sglmoe.config import MemoryPolicy
+from sglmoe.memory.arena import Geometry
+from sglmoe.memory.experts import Load
+from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.prefetch import Arrival, Wanted
+
+
+class Background:
+    """Loads arrive when told to."""
+
+    def __init__(self) -> None:
+        self.under_way: list[Load] = []
+        self.ended: list[Arrival] = []
+        self.log: list[str] = []
+        self.fails = False
+
+    def begin(self, load: Load) -> None:
+        self.under_way.append(load)
+
+    def arrive(self, *, is_there: bool = True) -> None:
+        """The oldest."""
+        self.ended.append(Arrival(self.under_way.pop(0), is_there))
+
+    def finished(self) -> list[Arrival]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def wait(self, load: Load) -> bool:
+        self.under_way.remove(load)
+        self.log.append(f"wait for {load.layer}.{load.expert}")
+        return not self.fails
+
+    def cancel(self, load: Load) -> None:
+        self.ended = [arrival for arrival in self.ended if arrival.load != load]
+        if load in self.under_way:
+            self.under_way.remove(load)
+        self.log.append(f"cancel {load.layer}.{load.expert}")
+
+
+class Memory(MemoryManager):
+    def __init__(self, num_frames: int = 8, policy: MemoryPolicy = MemoryPolicy.COST_AWARE):
+        self.background_loads = Background()
+        self.demand: list[str] = []
+        geometry = Geometry(
+            num_frames=num_frames,
+            frame_bytes=100,
+            expert_bytes=90,
+            page_bytes=50,
+            page_tokens=4,
+            pages_per_frame=2,
+            page_rows=24,
+        )
+        super().__init__(
+            geometry,
+            num_layers=2,
+            num_experts=4,
+            floor_frames=1,
+            load_experts=self._demand,
+            background=self.background_loads,
+            policy=policy,
+            expert_ratio=0.5,
+        )
+
+    def _demand(self, loads: Sequence[Load]) -> None:
+        self.demand += [f"{load.layer}.{load.expert}" for load in loads]
+
+    def run(self, layer: int, *experts: int) -> list[list[int]]:
+        waves = []
+        for wave in self.waves(layer, experts):
+            assert self.violations() == []
+            waves.append(wave.tolist())
+        assert self.violations() == []
+        return waves
+
+    def want(self, *experts: str, p: float = 1.0) -> int:
+        """Expect these, "layer.expert", after the layer that ran last, and prefetch them."""
+        keys = [tuple(map(int, text.split("."))) for text in experts]
+        probabilities = np.zeros((2, 4))
+        for key in keys:
+            probabilities[key] = p
+        self.expect(-1, probabilities)
+        num_begun = self.prefetch(Wanted(layer, expert, p) for layer, expert in keys)
+        assert self.violations() == []
+        return num_begun
+
+    def residents(self) -> list[str]:
+        return [f"{layer}.{e}" for layer, e in np.argwhere(self.frame_table >= 0).tolist()]
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """Begun, used, late, wasted."""
+        now = self.snapshot(0)
+        return (
+            now.prefetches_begun,
+            now.prefetches_used,
+            now.prefetches_late,
+            now.prefetches_wasted,
+        )
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+def test_what_has_arrived_is_a_hit(memory: Memory) -> None:
+    memory.begin_step()
+    assert memory.want("1.2") == 1
+    assert memory.run(0, 0) == [[0]]
+    assert memory.residents() == ["0.0"], "it is on its way"
+    memory.background_loads.arrive()
+    assert memory.run(1, 2) == [[2]]
+    assert memory.demand == ["0.0"]
+    assert memory.counts() == (1, 1, 0, 0)
+    snapshot = memory.snapshot(0)
+    assert (snapshot.expert_hits, snapshot.expert_misses) == (1, 1)
+    assert snapshot.expert_bytes_moved == 2 * 90
+    # It is an expert like others from now on: used again, it is no prefetch's merit.
+    memory.run(1, 2)
+    assert memory.counts() == (1, 1, 0, 0)
+
+
+def test_what_is_resident_or_on_its_way_is_not_begun_again(memory: Memory) -> None:
+    memory.run(0, 0)
+    assert memory.want("0.0", "1.1") == 1
+    assert memory.want("0.0", "1.1") == 0
+    assert memory.background_loads.under_way == [Load(1, 1, 1)]
+
+
+def test_a_layer_waits_for_what_is_on_its_way_and_loads_the_rest(memory: Memory) -> None:
+    memory.begin_step()
+    memory.run(1, 3)
+    memory.begin_step()
+    memory.want("1.1")
+    assert memory.run(1, 0, 1, 3) == [[3, 1, 0]]
+    assert memory.background_loads.log == ["wait for 1.1"]
+    assert memory.demand == ["1.3", "1.0"]
+    assert memory.counts() == (1, 0, 1, 0)
+    assert memory.snapshot(0).expert_misses == 3
+    assert memory.snapshot(0).expert_bytes_moved == 3 * 90
+
+
+def test_a_prefetch_that_fails_leaves_the_expert_to_a_demand_load(memory: Memory) -> None:
+    memory.background_loads.fails = True
+    memory.want("1.1", "1.2")
+    memory.background_loads.arrive(is_there=False)
+    assert memory.run(1, 1, 2) == [[1, 2]]
+    assert memory.background_loads.log == ["wait for 1.2"]
+    assert memory.demand == ["1.1", "1.2"]
+    assert memory.counts() == (2, 0, 0, 2)
+
+
+def test_what_was_for_a_layer_that_has_passed_is_given_up(memory: Memory) -> None:
+    memory.begin_step()
+    memory.want("0.1", "1.1")
+    memory.run(0, 0)
+    assert memory.background_loads.log == []
+    memory.run(1, 0)
+    assert memory.background_loads.log == ["cancel 0.1"]
+    memory.begin_step()
+    memory.run(0, 0)
+    assert memory.background_loads.log == ["cancel 0.1", "cancel 1.1"]
+    assert memory.counts() == (2, 0, 0, 2)
+
+
+def test_after_the_last_layer_it_is_for_the_next_step(memory: Memory) -> None:
+    memory.begin_step()
+    memory.run(0, 0)
+    memory.run(1, 0)
+    memory.want("0.1")
+    memory.begin_step()
+    memory.run(0, 1)
+    assert memory.background_loads.log == ["wait for 0.1"]
+
+
+def test_it_takes_frames_from_what_is_worth_less() -> None:
+    memory = Memory(num_frames=3)
+    for _ in range(20):  # 0.0 and 1.0 in every step
+        memory.begin_step()
+        memory.run(0, 0)
+        memory.run(1, 0)
+    memory.run(1, 3)  # once
+    assert memory.residents() == ["0.0", "1.0", "1.3"]
+    memory.begin_step()
+    assert memory.want("0.2", p=0.001) == 0, "1.3 is likelier to be used"
+    assert memory.want("0.1") == 1
+    assert memory.residents() == ["0.0", "1.0"]
+    assert memory.want("0.2", p=0.5) == 0, "the others are in every step"
+
+
+def test_one_that_nothing_used_is_wasted_when_it_goes() -> None:
+    memory = Memory(num_frames=3)
+    memory.begin_step()
+    memory.want("1.1")
+    memory.background_loads.arrive()
+    memory.run(0, 0)
+    memory.begin_step()
+    memory.run(0, 0, 1, 2)
+    assert memory.residents() == ["0.0", "0.1", "0.2"]
+    assert memory.counts() == (1, 0, 0, 1)
+
+
+def test_demand_takes_frames_from_what_is_on_its_way() -> None:
+    memory = Memory(num_frames=3)
+    memory.begin_step()
+    assert memory.want("1.0", "1.1", "1.2") == 3
+    assert memory.run(0, 0, 1) == [[0, 1]]
+    assert memory.background_loads.log == ["cancel 1.2", "cancel 1.1"]
+    assert memory.run(1, 0) == [[0]]
+
+
+def test_pages_of_requests_take_frames_from_what_is_on_its_way() -> None:
+    memory = Memory(num_frames=3)
+    memory.want("1.0", "1.1", "1.2")
+    memory.admit("a", b"", "")
+    assert memory.extend("a", 16)
+    assert memory.background_loads.log == ["cancel 1.2", "cancel 1.1"]
+    assert not memory.extend("a", 24), "one frame stays for experts"
+    assert memory.violations() == []
+
+
+def test_a_static_share_is_no_larger_for_prefetches() -> None:
+    memory = Memory(policy=MemoryPolicy.STATIC)  # 2 frames for each layer
+    memory.begin_step()
+    memory.run(1, 0, 1)
+    memory.run(0, 0)
+    assert memory.want("1.2", "1.3") == 2
+    assert memory.residents() == ["0.0"]
+    assert memory.want("1.0") == 0, "the layer's frames are taken"
+    assert memory.run(1, 0, 2) == [[2, 0]]
+    assert memory.background_loads.log == ["wait for 1.2", "cancel 1.3"]
+
+
+def test_clearing_gives_up_what_is_on_its_way(memory: Memory) -> None:
+    memory.want("0.1", "1.1")
+    memory.background_loads.arrive()
+    memory.clear()
+    assert memory.residents() == []
+    assert memory.background_loads.under_way == []
+    assert memory.snapshot(0).free_frames == 8
+
+
+@pytest.mark.parametrize("policy", [MemoryPolicy.LRU, MemoryPolicy.LFU])
+def test_what_is_expected_outlives_what_was_used(policy: MemoryPolicy) -> None:
+    memory = Memory(num_frames=3, policy=policy)
+    memory.begin_step()
+    memory.run(0, 0)
+    memory.run(1, 0, 1)
+    memory.begin_step()
+    memory.expect(-1, np.array([[1, 0, 0, 0], [0, 1, 0, 0]]))
+    memory.run(0, 0, 1)  # takes the frame of 1.0; by age or count alone 1.0 and 1.1 are alike
+    assert memory.residents() == ["0.0", "0.1", "1.1"]
+
+
+# ------------------------------------------------------------------- loads that take their time
+
+
+class SlowMemory(Memory):
+    """Demand loads are there when somebody waits for them."""
+
+    fails = False
+
+    def _demand(self, loads: Sequence[Load]) -> "object":  # type: ignore[override]
+        super()._demand(loads)
+        return self._finish
+
+    def _finish(self) -> None:
+        self.demand.append("there")
+        if self.fails:
+            raise OSError("the disk is gone")
+
+
+def test_residents_run_while_the_others_come() -> None:
+    memory = SlowMemory()
+    memory.run(0, 1, 2)
+    memory.demand.clear()
+    waves = memory.waves(0, [0, 1, 2])
+    assert next(waves).tolist() == [1, 2]
+    assert memory.demand == ["0.0"]
+    assert memory.violations() == []
+    assert next(waves).tolist() == [0]
+    assert memory.demand == ["0.0", "there"]
+    assert next(waves, None) is None
+    assert memory.snapshot(0).num_waves == 2, "both are of the same wave of loads"
+
+
+@pytest.mark.parametrize("leave", ["close", "forget"])
+def test_a_layer_that_is_left_has_its_loads_ended(leave: str) -> None:
+    memory = SlowMemory()
+    memory.run(0, 1)
+    waves = memory.waves(0, [0, 1])
+    next(waves)
+    if leave == "close":
+        waves.close()
+    else:
+        memory.begin_step()
+    assert memory.demand[-2:] == ["0.0", "there"]
+    assert memory.residents() == ["0.0", "0.1"]
+    assert memory.violations() == []
+    assert memory.run(1, 0) == [[0]]
+
+
+def test_a_load_that_fails_in_the_end_leaves_nothing() -> None:
+    memory = SlowMemory()
+    memory.run(0, 1)
+    memory.fails = True
+    waves = memory.waves(0, [0, 1])
+    assert next(waves).tolist() == [1]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(waves)
+    assert memory.residents() == ["0.1"]
+    assert memory.violations() == []
+    waves = memory.waves(0, [0, 1])
+    next(waves)
+    memory.begin_step()  # nobody waits for it any more: that it fails is nobody's concern
+    assert memory.residents() == ["0.1"]
+    assert memory.violations() == []

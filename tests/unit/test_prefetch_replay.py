@@ -1,0 +1,278 @@
+"""Prefetching in virtual time: 2 layers of 4 experts; an expert takes 1 s, as a layer's two halves do."""
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.prefetch_replay import PrefetchReplay, belady, main, released_after, replay
+from eval.replay import Link, replay_experts
+from eval.replay_predictors import PREDICTORS, Foreseen, uses_of, with_errors
+from eval.replay_prefetcher import POLICIES, Setting
+from eval.simulated_link import LinkSpeed, SimulatedLink
+from sglmoe.config import MemoryPolicy
+from sglmoe.memory.arena import Geometry
+from sglmoe.memory.experts import ABSENT
+from sglmoe.memory.manager import MemoryManager
+from sglmoe.prediction.forecast import Forecast
+from sglmoe.prediction.predictor import ModelParts
+from sglmoe.prediction.prefetch import PrefetchSnapshot, plan_frames
+from sglmoe.prediction.trace import FORMAT_VERSION, Kind, Totals, Trace, TraceInfo
+
+GEOMETRY = Geometry(
+    num_frames=8,
+    frame_bytes=1000,
+    expert_bytes=1000,
+    page_bytes=500,
+    page_tokens=4,
+    pages_per_frame=2,
+    page_rows=16,
+)
+PARTS = ModelParts(num_layers=2, num_experts=4, top_k=1)
+SETTING = Setting(
+    num_frames=8,
+    expert_bytes=1000,
+    speed=LinkSpeed(bytes_per_second=1000, latency_seconds=0, chunk_bytes=250),
+    layer_seconds=2.0,
+    attention_ratio=0.5,
+    applies_late=False,
+    min_probability=0.05,
+    horizon_layers=None,
+)
+
+
+def trace_of(steps: list[list[list[int]]], operations: list[list[int]] | None = None) -> Trace:
+    """One token a step; its experts by layer."""
+    expert_ids = np.array(steps, np.uint8)
+    num_steps, num_layers, top_k = expert_ids.shape
+    info = TraceInfo(
+        version=FORMAT_VERSION,
+        model="tiny",
+        num_layers=num_layers,
+        num_experts=4,
+        top_k=top_k,
+        geometry=GEOMETRY,
+        floor_frames=1,
+        policy=MemoryPolicy.LRU,
+        expert_ratio=0.0,
+        totals=Totals(*[0] * len(Totals.__struct_fields__)),
+        namespaces=[],
+    )
+    return Trace(
+        info=info,
+        operations=np.array(operations or np.empty((0, 5)), np.int32),
+        request_tokens=np.empty(0, np.int32),
+        request_bounds=np.zeros(1, np.int64),
+        token_ids=np.zeros(num_steps, np.int32),
+        positions=np.zeros(num_steps, np.int32),
+        owners=np.zeros(num_steps, np.int32),
+        expert_ids=expert_ids,
+        probabilities=np.full((num_steps, num_layers, 4), 0.25, np.float16),
+        step_bounds=np.arange(num_steps + 1),
+        step_seconds=np.zeros(num_steps, np.float32),
+    )
+
+
+ONE_STEP = trace_of([[[0], [3]]])
+TWO_STEPS = trace_of([[[0], [3]], [[1], [2]]])
+
+
+def test_on_demand_every_load_is_waited_for() -> None:
+    its = replay(TWO_STEPS, SETTING, PARTS, "lru", None)
+    # Four layers of 2 s, four loads of 1 s.
+    assert (its.hits, its.misses, its.seconds, its.stall_seconds) == (0, 4, 12.0, 4.0)
+    assert its.stall_ratio == pytest.approx(1 / 3)
+    assert its.idle_ratio == pytest.approx(2 / 3)
+    assert its.bytes_moved == 4000
+
+
+def test_the_first_half_of_a_layer_is_time_enough_for_an_expert() -> None:
+    its = replay(TWO_STEPS, SETTING, PARTS, "cost-aware+prefetch", "oracle")
+    assert (its.hits, its.misses, its.seconds, its.stall_seconds) == (4, 0, 8.0, 0.0)
+    assert (its.prefetches_begun, its.prefetches_used, its.prefetches_wasted) == (4, 4, 0)
+    assert its.bytes_moved == 4000
+
+
+def test_what_comes_late_is_waited_for_and_counts_as_a_miss() -> None:
+    slow = msgspec.structs.replace(SETTING, speed=LinkSpeed(400, 0, 250))  # 2.5 s for an expert
+    its = replay(ONE_STEP, slow, PARTS, "cost-aware+prefetch", "oracle")
+    # Layer 0: 1 s, then 1.5 s for the rest of its expert. Layer 1's had 2 s: half a second is left.
+    assert (its.hits, its.misses, its.prefetches_late) == (0, 2, 2)
+    assert its.stall_seconds == pytest.approx(1.5 + 0.5)
+
+
+def test_plans_that_wait_for_the_end_of_a_layer_lose_its_time() -> None:
+    trace = trace_of([[[0, 1], [2, 3]]])
+    parts = msgspec.structs.replace(PARTS, top_k=2)
+    early = msgspec.structs.replace(SETTING, attention_ratio=0.0)
+    late = msgspec.structs.replace(early, applies_late=True)
+    # Nothing can be there for layer 0: 2 s. Its own 2 s are enough for both of layer 1, or lost.
+    assert replay(trace, early, parts, "cost-aware+prefetch", "oracle").stall_seconds == 2.0
+    assert replay(trace, late, parts, "cost-aware+prefetch", "oracle").stall_seconds == 4.0
+
+
+def test_wrong_forecasts_cost_time_and_change_nothing_else() -> None:
+    trace = trace_of([[[0], [3]], [[1], [2]], [[0], [3]]] * 5)
+    setting = msgspec.structs.replace(SETTING, num_frames=3)
+    wrong = replay(trace, setting, PARTS, "cost-aware+prefetch", "adversarial-believed")
+    assert wrong.hits + wrong.misses == 30
+    assert wrong.prefetches_used < wrong.prefetches_wasted
+    assert wrong.compute_seconds == 60.0
+    # Who is never right is not believed for long.
+    calibrated = replay(trace, setting, PARTS, "cost-aware+prefetch", "adversarial")
+    assert calibrated.prefetches_begun == 0
+
+
+def test_a_layer_that_fits_in_no_wave_is_computed_once() -> None:
+    trace = trace_of([[[0, 1, 2], [0, 1, 3]]] * 4)
+    setting = msgspec.structs.replace(SETTING, num_frames=2)
+    parts = msgspec.structs.replace(PARTS, top_k=3)
+    its = replay(trace, setting, parts, "cost-aware+prefetch", "oracle")
+    assert its.hits + its.misses == 24
+    assert its.compute_seconds == pytest.approx(16.0)
+
+
+def test_belady_takes_the_same_time_as_in_the_plain_replay() -> None:
+    trace = trace_of([[[0], [3]], [[1], [3]], [[0], [2]], [[1], [3]]])
+    setting = msgspec.structs.replace(SETTING, num_frames=3)
+    its = belady(trace, setting)
+    plain = replay_experts(trace, 3, Link(1000, 0, 2.0), "oracle")
+    assert (its.hits, its.misses) == (plain.hits, plain.misses)
+    assert its.seconds == pytest.approx(plain.step_seconds * 4)
+
+
+def test_without_prefetching_time_is_that_of_the_plain_replay() -> None:
+    trace = trace_of([[[0], [3]], [[1], [2]], [[0], [3]], [[2], [2]]] * 3)
+    setting = msgspec.structs.replace(SETTING, num_frames=3, speed=LinkSpeed(1000, 0.25, 250))
+    for policy in ("lru", "lfu", "cost-aware"):
+        its = replay(trace, setting, PARTS, policy, None)
+        plain = replay_experts(trace, 3, Link(1000, 0.25, 2.0), policy)
+        assert (its.hits, its.misses) == (plain.hits, plain.misses)
+        assert its.seconds == pytest.approx(plain.step_seconds * trace.num_steps)
+
+
+def test_the_future_is_known_of_this_step_and_of_the_next_if_asked() -> None:
+    this = Forecast(Foreseen(TWO_STEPS, knows_next_step=False), num_layers=2, calibration=None)
+    both = Forecast(Foreseen(TWO_STEPS, knows_next_step=True), num_layers=2, calibration=None)
+    for forecast, first_layer in ((this, []), (both, [1])):
+        run = PrefetchReplay(TWO_STEPS, SETTING, POLICIES["cost-aware+expect"], forecast)
+        run.step(0)
+        assert np.flatnonzero(forecast.probabilities()[0]).tolist() == first_layer
+        run.step(1)
+        assert not forecast.probabilities().any()  # nothing comes after that
+
+
+def test_errors_are_swaps_within_a_layer() -> None:
+    random = np.random.default_rng(1)
+    uses = random.random((50, 2, 8)) < 0.5
+    named = with_errors(uses, 0.75)
+    assert (named.sum(axis=2) == uses.sum(axis=2)).mean() > 0.9  # where there are others to name
+    assert (named & uses).sum() / uses.sum() == pytest.approx(0.75, abs=0.05)
+    assert (with_errors(np.ones((1, 1, 4), bool), 0.0) == 0).all()
+
+
+def test_requests_are_forgotten_after_their_last_step() -> None:
+    rows = [
+        [Kind.FORWARD, 0, 0, 1, 0],
+        [Kind.RELEASE, 4, 0, 0, 0],
+        [Kind.FORWARD, 1, 1, 2, 0],
+        [Kind.FORWARD, 2, 2, 3, 0],
+        [Kind.RELEASE, 5, 0, 0, 0],
+    ]
+    assert released_after(trace_of([[[0], [3]]] * 3, rows)) == {0: [4], 2: [5]}
+
+
+def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["none.npz", "--policies", "lru,most-recent"])
+    assert "most-recent" in capsys.readouterr().err
+
+
+STEPS = st.lists(
+    st.lists(
+        st.lists(st.integers(0, 3), min_size=2, max_size=2, unique=True), min_size=2, max_size=2
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(
+    STEPS,
+    st.integers(2, 8),
+    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from(sorted(PREDICTORS)),
+    st.booleans(),
+    st.sampled_from([300, 1000, 4000]),
+)
+def test_whatever_is_predicted(
+    steps: list[list[list[int]]],
+    num_frames: int,
+    policy: str,
+    predictor: str,
+    applies_late: bool,
+    bandwidth: int,
+) -> None:
+    """Memory stays whole, every prefetch ends, and no expert is missed or moved twice over."""
+    trace = trace_of(steps)
+    setting = msgspec.structs.replace(
+        SETTING,
+        num_frames=num_frames,
+        applies_late=applies_late,
+        speed=LinkSpeed(bandwidth, 0.1, 400),
+    )
+    source = PREDICTORS[predictor]
+    parts = msgspec.structs.replace(PARTS, top_k=2, embed=lambda ids: np.ones((len(ids), 3)))
+    forecast = Forecast(source.make(trace, parts), num_layers=2, calibration=None)
+    uses = POLICIES[policy].expects
+    run = PrefetchReplay(trace, setting, POLICIES[policy], forecast if uses else None)
+    for step in range(trace.num_steps):
+        run.step(step)
+        assert run.memory.violations() == []
+    its = run.outcome(policy, predictor)
+    assert its.hits + its.misses == uses_of(trace).sum()
+    assert its.compute_seconds == pytest.approx(trace.num_steps * 4.0)
+    ended = its.prefetches_used + its.prefetches_late + its.prefetches_wasted
+    on_their_way = len(run.link.on_their_way())
+    assert ended <= its.prefetches_begun
+    assert its.prefetches_begun - ended - on_their_way <= num_frames  # there, and not used yet
+    assert its.bytes_moved <= (its.misses + its.prefetches_begun) * 1000
+    assert its.busy_seconds <= its.seconds + 1e-9
+    assert not math.isnan(its.hit_ratio)
+
+
+def test_plec_through_memory() -> None:
+    """He's ExpertFlow, 3.4: {e12, e13, e14} and {e22, e23} with four frames, layer by layer."""
+    link = SimulatedLink(LinkSpeed(1000, 0, 250), expert_bytes=1000)
+    memory = MemoryManager(
+        msgspec.structs.replace(GEOMETRY, num_frames=4),
+        num_layers=2,
+        num_experts=4,
+        floor_frames=3,
+        load_experts=link.load,
+        policy=MemoryPolicy.COST_AWARE,
+        background=link,
+    )
+    predicted = np.array([[0, 1, 1, 1], [0, 1, 1, 0]], np.float32)
+
+    def look_ahead(layer: int, num_frames: int) -> int:
+        memory.expect(layer, predicted)
+        is_resident = memory.frame_table != ABSENT
+        snapshot = PrefetchSnapshot(layer, predicted, is_resident, 2, 8, 0.05)
+        return memory.prefetch(plan_frames(snapshot, num_frames).wanted)
+
+    memory.begin_step()
+    assert look_ahead(-1, num_frames=4) == 4
+    link.compute(4.0)
+    for _ in memory.waves(0, [1, 2, 3]):
+        resident = (memory.frame_table != ABSENT).tolist()
+        assert resident == [[False, True, True, True], [False, True, False, False]]
+        assert look_ahead(0, num_frames=4 - 3) == 0  # e22 has the one frame that is left
+    assert look_ahead(0, num_frames=4) == 1  # layer 1 of the paper is done: e23
+    link.compute(1.0)
+    for _ in memory.waves(1, [1, 2]):
+        assert (memory.frame_table[1] != ABSENT).tolist() == [False, True, True, False]
+    assert (memory.snapshot(0).expert_hits, link.stall_seconds) == (5, 0.0)
