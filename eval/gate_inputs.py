@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM
 
-from sglmoe.prediction.predictor import Embed
 from sglmoe.prediction.router import Router
 from sglmoe.prediction.trace import Trace
 
@@ -60,17 +59,12 @@ def check_agreement(
         )
 
 
-def router_of(model_path: str | Path) -> tuple[Router, Embed]:
-    """The router of a model whose experts are the top k of a softmax, and its input embeddings.
-
-    Raises ValueError for DeepSeek's, which chooses among groups first.
-    """
+def read_router(model_path: str | Path) -> Router:
+    """Of a model whose experts are the top k of all. Raises ValueError for one with groups of experts."""
     model = load_model(model_path)
-    if getattr(model.config, "n_group", None):
-        raise ValueError(f"{model_path} chooses experts in groups")
-    table: Floats = model.get_input_embeddings().weight.detach().numpy()
-    router = Router(gate_weights(model), model.config.num_experts_per_tok)
-    return router, lambda token_ids: table[token_ids]
+    if (getattr(model.config, "n_group", None) or 1) > 1:
+        raise ValueError(f"{model_path} chooses among groups of experts, which is not read here")
+    return Router(gate_weights(model), model.config.num_experts_per_tok)
 
 
 def load_model(model_path: str | Path) -> Any:

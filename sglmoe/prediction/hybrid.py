@@ -56,7 +56,9 @@ class HybridParameters(msgspec.Struct, frozen=True, eq=False):
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Floats], sizes: dict[str, int]) -> "HybridParameters":
-        """Raises ValueError for tensors that are missing, too many, or not of these sizes."""
+        """Raises ValueError for a size or a tensor that is missing, and for other tensors or shapes."""
+        if missing := [name for name in SIZES if name not in sizes]:
+            raise ValueError(f"a hybrid predictor has these sizes too: {', '.join(missing)}")
         expected = shapes_of(sizes)
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if found != expected:
@@ -65,7 +67,7 @@ class HybridParameters(msgspec.Struct, frozen=True, eq=False):
 
 
 def shapes_of(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter. Raises KeyError for a size that is missing."""
+    """The shape of each parameter."""
     layers, experts, hidden, width, horizon = (sizes[name] for name in SIZES)
     return {
         "token": (hidden, width),

@@ -17,7 +17,7 @@ from sglmoe.prediction.hybrid import (
     predicted_logits,
 )
 from sglmoe.prediction.predictor import Embed
-from sglmoe.prediction.pregate import DOUBT, choice_margins
+from sglmoe.prediction.pregate import choice_margins, doubts
 from sglmoe.prediction.router import Router
 
 OnBatch = Callable[[int, int, float], None]  # batches done, batches in all, loss in nats an expert
@@ -100,7 +100,7 @@ def initial_parameters(
         offset=noise(horizon, num_layers, width, scale=0.1),
         output=zeros(num_layers, width, num_experts),
         bias=zeros(horizon, num_layers, num_experts),
-        slope=torch.full((horizon,), 1 / DOUBT, requires_grad=True),
+        slope=torch.from_numpy(1 / doubts(horizon)).requires_grad_(),
     )
 
 
