@@ -5,12 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglmoe.prediction.hybrid import RECENCY, Hybrid, HybridParameters
+from sglmoe.prediction.hybrid import MARGIN_LIMIT, RECENCY, Hybrid, HybridParameters
 from sglmoe.prediction.predictor import LayerRouting, ModelParts, StepTokens
 from sglmoe.prediction.pregate import Pregate, doubts
 from sglmoe.prediction.router import Router
 
-EMBEDDINGS = 2 * np.eye(5, 4, dtype=np.float32)  # token 4 is all zeros; a mean square of 1 is 2
+EMBEDDINGS = 6 * np.eye(
+    5, 4, dtype=np.float32
+)  # normalised, of token 0: 2, 0, 0, 0; token 4 is zeros
 PARTS = ModelParts(num_layers=3, num_experts=4, top_k=2, embed=lambda ids: EMBEDDINGS[ids])
 ROUTER = Router(np.tile(np.eye(4, dtype=np.float32), (3, 1, 1)), 2)
 SIZES = {"num_layers": 3, "num_experts": 4, "hidden_size": 4, "width": 4, "horizon": 2}
@@ -125,6 +127,15 @@ def test_a_hidden_unit_below_zero_is_silent() -> None:
         hybrid = Hybrid(PARTS, ROUTER, parameters(offset=offset, output=ones))
         begin(hybrid, [0])
         assert logit(observe(hybrid, 0, UNDECIDED)[1])[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_expert_whose_group_is_out_may_come_in_again() -> None:
+    grouped = Router(ROUTER.weights, 2, num_groups=2, top_groups=1)
+    flat = parameters(slope=np.ones(2, np.float32))
+    hybrid = Hybrid(PARTS, grouped, flat)
+    begin(hybrid, [0])
+    scores = logit(observe(hybrid, 0, [9, 0, 8, 7])[1])
+    assert scores[2:] == pytest.approx([-MARGIN_LIMIT, -MARGIN_LIMIT], abs=1e-4)
 
 
 def test_an_embedding_of_zeros_gives_no_nan() -> None:

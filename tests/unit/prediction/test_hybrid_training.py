@@ -60,6 +60,22 @@ def test_it_learns_what_gates_cannot_tell() -> None:
     assert share_found(learned, others) > 0.99
 
 
+def test_what_cannot_be_told_is_not_claimed() -> None:
+    # Red if training looks at experts of the layer that it predicts, or of later ones.
+    data = examples(4000)
+    coins = np.argsort(RANDOM.random((4000, 3, 4)))[..., :2]
+    recipe = HybridRecipe(width=32, num_epochs=2, batch_tokens=64)
+    learned = fit(HybridExamples(data.token_ids, data.gate_inputs, coins), recipe)
+    predictor = Hybrid(PARTS, ROUTER, learned, window_tokens=0)
+    zeros, doubtful = np.zeros(1, np.int32), []
+    for token in range(100):
+        predictor.begin_step(StepTokens(data.token_ids[[token]], zeros, zeros))
+        routing = coins[[token], 0], np.zeros((1, 4)), data.gate_inputs[[token], 0]
+        predictor.observe(LayerRouting(0, *routing))
+        doubtful.append(abs(predictor.scores()[1:] - 0.5).mean())
+    assert np.mean(doubtful) < 0.1
+
+
 def test_untrained_it_predicts_as_pregate_does() -> None:
     start = in_numpy(initial_parameters(ROUTER, RECIPE, torch.Generator().manual_seed(0)))
     data = examples(50)
