@@ -64,8 +64,7 @@ def test_what_cannot_be_told_is_not_claimed() -> None:
     # Red if training looks at experts of the layer that it predicts, or of later ones.
     data = examples(4000)
     coins = np.argsort(RANDOM.random((4000, 3, 4)))[..., :2]
-    recipe = HybridRecipe(width=32, num_epochs=2, batch_tokens=64)
-    learned = fit(HybridExamples(data.token_ids, data.gate_inputs, coins), recipe)
+    learned = fit(HybridExamples(data.token_ids, data.gate_inputs, coins))
     predictor = Hybrid(PARTS, ROUTER, learned, window_tokens=0)
     zeros, doubtful = np.zeros(1, np.int32), []
     for token in range(100):
