@@ -21,10 +21,6 @@ from sglmoe.prediction.token_union import any_token, sampled_tokens
 RECENCY = 0.8
 # Arbitrary: a margin beyond that says no more. Those of experts in other groups are infinite.
 MARGIN_LIMIT = 4.0
-# How many last tokens have to be the same. On the reference traces (python-1, arithmetic-1, turns-4, mixed-8)
-# 8 save 6 to 18 % of the predictions and at most 0.4 points of recall; 4 save 10 to 28 and lose up to
-# 1.3; 2 save 21 to 59 and lose up to 4.4.
-WINDOW_TOKENS = 8
 # Arbitrary: what cached predictions may take.
 CACHE_BYTES = 64 * 2**20
 
@@ -130,9 +126,11 @@ def normalised(embeddings: Floats) -> Floats:
 class Hybrid:
     """Predicts the layers that its parameters reach, and nothing beyond.
 
-    Of steps with more than `max_tokens`, evenly spaced tokens stand for all. A token that is the last of
-    the same `window_tokens` as another before it is taken to go the same way, and gates are not
-    asked (section 2.2, step 5); 0 asks them always.
+    Of steps with more than `max_tokens`, evenly spaced tokens stand for all. With `window_tokens` a
+    token that is the last of the same ones as another before it is taken to go the same way, and
+    gates are not asked (section 2.2, step 5). Not by default: on the reference traces (python-1,
+    arithmetic-1, turns-4, mixed-8) 8 save 6 to 18 % of the predictions, about what looking up costs; 4
+    save 10 to 28 % and lose up to 1.3 points of recall, 2 save 21 to 59 % and lose up to 4.4.
     """
 
     wants_gate_input = True
@@ -144,7 +142,7 @@ class Hybrid:
         parameters: HybridParameters,
         *,
         max_tokens: int = MAX_TOKENS,
-        window_tokens: int = WINDOW_TOKENS,
+        window_tokens: int = 0,
         cache_bytes: int = CACHE_BYTES,
     ):
         assert parts.embed is not None

@@ -93,7 +93,7 @@ def test_activated_experts_move_it_and_fade() -> None:
     output = np.zeros((3, 4, 4), np.float32)
     output[:, 0, 1] = 1
     learned = parameters(recent=recent, output=output)
-    hybrid = Hybrid(PARTS, ROUTER, learned, window_tokens=0)
+    hybrid = Hybrid(PARTS, ROUTER, learned)
     begin(hybrid, [0])
     scores = observe(hybrid, 0, UNDECIDED, chosen=(2, 3))
     assert logit(scores[2])[1] == pytest.approx(2, abs=1e-4)
@@ -169,7 +169,7 @@ def test_a_token_behind_the_same_ones_goes_the_way_the_other_went() -> None:
 
 
 def test_without_windows_gates_are_asked_each_time() -> None:
-    hybrid = Hybrid(PARTS, ROUTER, parameters(), window_tokens=0)
+    hybrid = Hybrid(PARTS, ROUTER, parameters())
     for hidden, expected in (([4.0, 3, 0, 0], [0, 1]), ([0.0, 0, 3, 4], [2, 3])):
         begin(hybrid, [0])
         assert np.flatnonzero(observe(hybrid, 0, hidden)[1] >= 0.5).tolist() == expected

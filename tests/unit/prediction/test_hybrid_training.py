@@ -54,7 +54,7 @@ def share_found(predictor: Hybrid | Pregate, data: HybridExamples) -> float:
 
 
 def test_it_learns_what_gates_cannot_tell() -> None:
-    learned = Hybrid(PARTS, ROUTER, fit(examples(1000)), window_tokens=0)
+    learned = Hybrid(PARTS, ROUTER, fit(examples(1000)))
     others = examples(100)
     assert share_found(Pregate(PARTS, ROUTER), others) < 0.65  # chance is a half
     assert share_found(learned, others) > 0.99
@@ -65,7 +65,7 @@ def test_what_cannot_be_told_is_not_claimed() -> None:
     data = examples(4000)
     coins = np.argsort(RANDOM.random((4000, 3, 4)))[..., :2]
     learned = fit(HybridExamples(data.token_ids, data.gate_inputs, coins))
-    predictor = Hybrid(PARTS, ROUTER, learned, window_tokens=0)
+    predictor = Hybrid(PARTS, ROUTER, learned)
     zeros, doubtful = np.zeros(1, np.int32), []
     for token in range(100):
         predictor.begin_step(StepTokens(data.token_ids[[token]], zeros, zeros))
@@ -78,7 +78,7 @@ def test_what_cannot_be_told_is_not_claimed() -> None:
 def test_untrained_it_predicts_as_pregate_does() -> None:
     start = in_numpy(initial_parameters(ROUTER, RECIPE, torch.Generator().manual_seed(0)))
     data = examples(50)
-    hybrid = share_found(Hybrid(PARTS, ROUTER, start, window_tokens=0), data)
+    hybrid = share_found(Hybrid(PARTS, ROUTER, start), data)
     assert hybrid == share_found(Pregate(PARTS, ROUTER), data)
 
 
