@@ -52,7 +52,7 @@ class Evictor:
     def make_pages(self, num_pages: int, *, after: int | None) -> bool:
         """Evict until the pool has `num_pages` to hand out, near page `after` if it can choose; False,
         and nothing evicted, if it never can."""
-        num_unpinned = len(self._frames) - len(self._table.pinned)
+        num_unpinned = len(self._frames) - len(self._table.pinned) - self._table.num_awaited
         if num_pages > self._pool.most_pages(num_unpinned):
             return False
         while (num_missing := num_pages - self._pool.available_pages) > 0:

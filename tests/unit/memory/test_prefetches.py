@@ -357,6 +357,18 @@ def test_a_layer_that_is_left_has_its_loads_ended(leave: str) -> None:
     assert memory.run(1, 0) == [[0]]
 
 
+def test_pages_wait_for_no_load_of_a_layer_that_was_left() -> None:
+    memory = SlowMemory(num_frames=3)
+    memory.run(0, 0)
+    waves = memory.waves(0, [0, 1])
+    next(waves)
+    memory.admit("a", b"", "")
+    assert not memory.extend("a", 16), "a frame is pinned, another one is being filled"
+    assert memory.extend("a", 8)
+    memory.begin_step()
+    assert memory.extend("a", 16)
+
+
 def test_a_load_that_fails_in_the_end_leaves_nothing() -> None:
     memory = SlowMemory()
     memory.run(0, 1)
