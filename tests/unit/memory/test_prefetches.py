@@ -271,6 +271,7 @@ def test_a_static_share_is_no_larger_for_prefetches() -> None:
     memory.begin_step()
     memory.run(1, 0, 1)
     memory.run(0, 0)
+    assert memory.want("1.2", p=0.1) == 0, "it was never used, those that have the frames were"
     assert memory.want("1.2", "1.3") == 2
     assert memory.residents() == ["0.0"]
     assert memory.want("1.0") == 0, "the layer's frames are taken"
