@@ -11,9 +11,9 @@ from sglmoe.config import PrefetchMode
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import Load
 from sglmoe.memory.manager import MemoryManager
-from sglmoe.memory.prefetch import Arrival
+from sglmoe.memory.prefetch import Arrival, Wanted
 from sglmoe.memory.step_times import StepTimes
-from sglmoe.prediction.advisor import Advisor
+from sglmoe.prediction.advisor import Advisor, Outlook
 from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
 from sglmoe.prediction.trial import Trial, Verdict
 from sglmoe.protocol import NewRequest
@@ -146,6 +146,13 @@ class Bench:
         self.layer(0, 3)
         self.layer(1, 3)
 
+    def say(self, *, step: int, layer: int) -> None:
+        """As if the predictor had just said so."""
+        probabilities = np.zeros((2, 4), np.float32)
+        probabilities[:, 3] = 1
+        wanted = [Wanted(0, 3, 1.0), Wanted(1, 3, 1.0)]
+        self.prefetching._thread._outlooks.append(Outlook(step, layer, probabilities, wanted))
+
     def settle(self) -> None:
         """Wait until the predictor has heard of it, and what follows from that."""
         thread = self.prefetching._thread
@@ -210,6 +217,29 @@ def test_after_the_last_layer_the_next_step_is_begun(bench: Bench) -> None:
     bench.begin("a")
     bench.layer(0, 3)
     assert bench.memory.snapshot(0).prefetches_used == before + 1
+
+
+def test_what_comes_late_is_begun_for_the_layers_ahead_alone(bench: Bench) -> None:
+    bench.begin("a")
+    bench.layer(0, 1)
+    bench.say(step=1, layer=-1)
+    bench.prefetching.look_ahead()
+    assert bench.background.begun == [(1, 3)]
+    bench.say(step=0, layer=0)
+    bench.memory.clear()
+    bench.prefetching.look_ahead()
+    assert bench.background.begun == [(1, 3)], "another step's"
+
+
+def test_what_was_said_after_the_last_layer_holds_when_the_next_step_begins(bench: Bench) -> None:
+    bench.begin("a")
+    bench.layer(0, 1)
+    bench.layer(1, 1)
+    bench.say(step=1, layer=1)
+    bench.begin("a")
+    assert bench.background.begun == [(0, 3)], "the link has work for one"
+    bench.layer(0, 3)
+    assert bench.memory.snapshot(0).prefetches_used == 1
 
 
 @pytest.mark.parametrize("bench", [PrefetchMode.OBSERVE], indirect=True)
