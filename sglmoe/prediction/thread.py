@@ -58,6 +58,8 @@ class PredictorThread:
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._outlooks: deque[Outlook] = deque(maxlen=1)
         self._skips = False
+        self._num_told = 0  # counted by who tells,
+        self._num_heard = 0  # and by the thread
         self._thread = threading.Thread(target=self._run, name="expert-predictor", daemon=True)
 
     def start(self) -> None:
@@ -65,25 +67,30 @@ class PredictorThread:
 
     def close(self) -> None:
         """Return when it has ended."""
-        self._events.put(Closed())
+        self._tell(Closed())
         self._thread.join()
+
+    @property
+    def num_waiting(self) -> int:
+        """Events that the thread has not done with."""
+        return self._num_told - self._num_heard
 
     def begin_step(self, event: StepBegun) -> None:
         """Tell of a step, unless the thread is far behind."""
-        self._skips = self.failed or self._events.qsize() > MAX_WAITING
+        self._skips = self.failed or self.num_waiting > MAX_WAITING
         self.num_skipped += self._skips
         self._outlooks.clear()
         if not self._skips:
-            self._events.put(event)
+            self._tell(event)
 
     def routed(self, event: LayerRouted) -> None:
         """Tell of the step's next layer."""
         if not self._skips:
-            self._events.put(event)
+            self._tell(event)
 
     def forget(self, owner: int) -> None:
         if not self.failed:
-            self._events.put(RequestEnded(owner))
+            self._tell(RequestEnded(owner))
 
     def outlook(self) -> Outlook | None:
         """The latest, if it is new."""
@@ -92,10 +99,14 @@ class PredictorThread:
         except IndexError:
             return None
 
+    def _tell(self, event: Event) -> None:
+        self._num_told += 1
+        self._events.put(event)
+
     def _run(self) -> None:
         try:
             while self._take(self._events.get()):
-                pass
+                self._num_heard += 1
         except Exception:
             self.failed = True
             logger.exception("nothing is predicted any more; serving goes on without")

@@ -157,5 +157,6 @@ def test_lfu_counts_an_expert_by_how_likely_it_is() -> None:
     probabilities[:, 1] = 0.0
     values.expect(-1, probabilities)
     assert values.now()[0].tolist() == [2, pytest.approx(0, abs=1e-5), 0, 0]
+    assert values.now()[0, 1] > 0, "it comes before those that were never used"
     values.expect(0, np.ones((2, 4)))
     assert values.now()[:, 0].tolist() == [2, 4], "of layer 0 nothing new was said"

@@ -147,6 +147,18 @@ def test_in_a_step_of_many_tokens_frequencies_speak() -> None:
     assert "step of 1" not in bench.bulk.log
 
 
+def test_plans_made_before_a_step_of_many_tokens_are_forgotten() -> None:
+    bench = Bench(only=Fixed((0, 3), (1, 3)))
+    bench.steps(50)  # the last thing said: 0.3 will be used next
+    bench.begin(MAX_TOKENS + 1)
+    bench.observe(0, 1)
+    bench.observe(1, 1)
+    before = bench.advisor.scores()["only"].planned
+    bench.begin()
+    bench.observe(0, 3)
+    assert bench.advisor.scores()["only"].planned == before
+
+
 def test_quality_is_measured_now_and_then() -> None:
     bench = Bench(only=Fixed((0, 3), (1, 3)))
     bench.steps(200)

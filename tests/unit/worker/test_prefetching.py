@@ -11,9 +11,9 @@ from sglmoe.config import PrefetchMode
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import Load
 from sglmoe.memory.manager import MemoryManager
-from sglmoe.memory.prefetch import Arrival
+from sglmoe.memory.prefetch import Arrival, Wanted
 from sglmoe.memory.step_times import StepTimes
-from sglmoe.prediction.advisor import Advisor
+from sglmoe.prediction.advisor import Advisor, Outlook
 from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
 from sglmoe.prediction.trial import Trial, Verdict
 from sglmoe.protocol import NewRequest
@@ -32,24 +32,20 @@ class Expert3:
         self.tokens: list[StepTokens] = []
         self.routing: list[LayerRouting] = []
         self.forgotten: list[int] = []
-        self.heard = threading.Semaphore(0)
         self._scores: Scores = np.zeros((2, 4), np.float32)
         self._scores[:, 3] = 1
 
     def begin_step(self, tokens: StepTokens) -> None:
         self.tokens.append(tokens)
-        self.heard.release()
 
     def observe(self, routing: LayerRouting) -> None:
         self.routing.append(routing)
-        self.heard.release()
 
     def scores(self) -> Scores:
         return self._scores
 
     def forget(self, owner: int) -> None:
         self.forgotten.append(owner)
-        self.heard.release()
 
 
 class Background:
@@ -146,13 +142,21 @@ class Bench:
         self.layer(0, 3)
         self.layer(1, 3)
 
+    def say(self, *, step: int, layer: int) -> None:
+        """As if the predictor had just said so."""
+        probabilities = np.zeros((2, 4), np.float32)
+        probabilities[:, 3] = 1
+        wanted = [Wanted(0, 3, 1.0), Wanted(1, 3, 1.0)]
+        self.prefetching._thread._outlooks.append(Outlook(step, layer, probabilities, wanted))
+
     def settle(self) -> None:
         """Wait until the predictor has heard of it, and what follows from that."""
         thread = self.prefetching._thread
         for _ in range(1000):
-            if thread._events.empty() and thread._outlooks:
+            if not thread.num_waiting:
                 return
-            threading.Event().wait(0.002)
+            threading.Event().wait(0.001)
+        raise AssertionError("the predictor is stuck")
 
     def done(self, *, num_decoding: int = 1, seconds: float = 0.5) -> None:
         requests = [WorkerRequest(new_request(f"r{n}")) for n in range(num_decoding)]
@@ -210,6 +214,29 @@ def test_after_the_last_layer_the_next_step_is_begun(bench: Bench) -> None:
     bench.begin("a")
     bench.layer(0, 3)
     assert bench.memory.snapshot(0).prefetches_used == before + 1
+
+
+def test_what_comes_late_is_begun_for_the_layers_ahead_alone(bench: Bench) -> None:
+    bench.begin("a")
+    bench.layer(0, 1)
+    bench.say(step=1, layer=-1)
+    bench.prefetching.look_ahead()
+    assert bench.background.begun == [(1, 3)]
+    bench.say(step=0, layer=0)
+    bench.memory.clear()
+    bench.prefetching.look_ahead()
+    assert bench.background.begun == [(1, 3)], "another step's"
+
+
+def test_what_was_said_after_the_last_layer_holds_when_the_next_step_begins(bench: Bench) -> None:
+    bench.begin("a")
+    bench.layer(0, 1)
+    bench.layer(1, 1)
+    bench.say(step=1, layer=1)
+    bench.begin("a")
+    assert bench.background.begun == [(0, 3)], "the link has work for one"
+    bench.layer(0, 3)
+    assert bench.memory.snapshot(0).prefetches_used == 1
 
 
 @pytest.mark.parametrize("bench", [PrefetchMode.OBSERVE], indirect=True)
