@@ -4,7 +4,7 @@ Checkpoints are float32: then a near-tie is no excuse.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +16,9 @@ from test_families_reference import random_prompts
 from test_parity import PAGED_FAMILIES
 
 from eval.gate_inputs import load_model, read_by_gates
+from sglmoe.prediction.predictor import LayerRouting
 from sglmoe.prediction.router import Router
+from sglmoe.worker.routed import Routed
 
 PROMPT = random_prompts(300)[0]
 
@@ -42,24 +44,23 @@ def observe(model_dir: Path, *, corrected: bool = False) -> Observed:
     model, experts = worker.loaded.runner.model, worker.loaded.experts
     if corrected:
         add_corrections(model)
-    inputs: dict[int, np.ndarray] = {}
-    chosen: dict[int, np.ndarray] = {}
+    seen: dict[int, LayerRouting] = {}
     logits: dict[int, np.ndarray] = {}
-    compute = experts.forward
 
-    def watch(layer: int, hidden: torch.Tensor, weights: Any, ids: Any, activation: Any) -> Any:
-        inputs[layer], chosen[layer] = hidden.numpy().copy(), ids.numpy().copy()
-        return compute(layer, hidden, weights, ids, activation)
+    def note(routing: Routed) -> None:
+        """Keep what predictors are told, and what the gate itself said."""
+        seen[routing.layer] = routing.arrays(with_probabilities=True, with_gate_input=True)()
+        logits[routing.layer] = routing.logits.numpy().copy()
 
-    def note(layer: int, said: torch.Tensor) -> None:
-        logits[layer] = said.numpy().copy()
-
-    experts.forward, experts.note_router = watch, note  # type: ignore[method-assign]
+    experts.note_router = note  # type: ignore[method-assign]
     worker.prefill(PROMPT)
-    in_order = [[column[layer] for layer in sorted(column)] for column in (inputs, logits, chosen)]
+    layers = range(len(experts.layer_ids))
+    gate_inputs = [seen[layer].gate_input for layer in layers]
     return Observed(
         experts.layer_ids,
-        *(np.stack(layers) for layers in in_order),
+        gate_inputs=np.stack([hidden for hidden in gate_inputs if hidden is not None]),
+        logits=np.stack([logits[layer] for layer in layers]),
+        chosen=np.stack([seen[layer].expert_ids for layer in layers]),
         router=read_router(model, experts.layer_ids),
         embeddings=embedding_of(model)(np.array(PROMPT, np.int32)),
     )
