@@ -14,6 +14,7 @@ from sglmoe.prediction.expert_map import ExpertMap
 from sglmoe.prediction.forecast import Forecast
 from sglmoe.prediction.predictor import LayerRouting, ModelParts, Predictor, Scores, StepTokens
 from sglmoe.prediction.trace import Trace
+from sglmoe.prediction.wrong import Random
 
 SEED = 0
 
@@ -91,29 +92,6 @@ class AlwaysWrong:
     def scores(self) -> Scores:
         scores: Scores = (~self._uses[self._step]).astype(np.float32)
         return scores
-
-    def forget(self, owner: int) -> None:
-        """Nothing is kept of requests."""
-
-
-class Random:
-    """Other scores for each step, that mean nothing."""
-
-    wants_gate_input = False
-
-    def __init__(self, parts: ModelParts):
-        self._shape = (parts.num_layers, parts.num_experts)
-        self._random = np.random.default_rng(SEED)
-        self._scores: Scores = np.zeros(self._shape, np.float32)
-
-    def begin_step(self, tokens: StepTokens) -> None:
-        self._scores = self._random.random(self._shape, np.float32)
-
-    def observe(self, routing: LayerRouting) -> None:
-        """It would not know what to do with it."""
-
-    def scores(self) -> Scores:
-        return self._scores
 
     def forget(self, owner: int) -> None:
         """Nothing is kept of requests."""

@@ -10,12 +10,18 @@ from sglmoe.prediction.advisor import Advisor
 from sglmoe.prediction.baselines import Frequency, LastStep, PreviousLayer
 from sglmoe.prediction.expert_map import ExpertMap
 from sglmoe.prediction.predictor import ModelParts, Predictor
+from sglmoe.prediction.wrong import Contrary, Random
 
 MAKERS: Mapping[str, Callable[[ModelParts], Predictor]] = {
     "last_step": LastStep,
     "previous_layer": PreviousLayer,
     "frequency": Frequency,
     "expert_map": ExpertMap,
+}
+# To be compared with: by name only, `AUTO` does without.
+WRONG_MAKERS: Mapping[str, Callable[[ModelParts], Predictor]] = {
+    "random": Random,
+    "contrary": Contrary,
 }
 
 
@@ -25,11 +31,12 @@ def make_advisor(name: str, parts: ModelParts, *, frame_table: npt.NDArray[np.in
 
 
 def predictors_for(name: str, parts: ModelParts) -> dict[str, Predictor]:
-    """By name; `AUTO` is all of them."""
+    """By name; `AUTO` is all of them that may be right."""
     if name == AUTO:
         return {its: make(parts) for its, make in MAKERS.items()}
-    if name not in MAKERS:
+    makers = {**MAKERS, **WRONG_MAKERS}
+    if name not in makers:
         raise ValueError(
-            f"--expert-predictor: there is no {name!r}; there are {', '.join([AUTO, *MAKERS])}"
+            f"--expert-predictor: there is no {name!r}; there are {', '.join([AUTO, *makers])}"
         )
-    return {name: MAKERS[name](parts)}
+    return {name: makers[name](parts)}
