@@ -76,28 +76,14 @@ class RoutingPath:
         self._requests: dict[int, Request] = {}  # the one idle longest first
         self._scores: Scores = np.zeros(self._shape, np.float32)
 
-    @torch.inference_mode()
+    @property
+    def num_rows(self) -> int:
+        """Requests that there is memory for."""
+        return self._decoder.num_rows
+
     def begin_step(self, tokens: StepTokens) -> None:
-        # Placeholders of images are beyond the vocabulary: any token will do.
-        ids = np.where(tokens.token_ids < self._vocab_size, tokens.token_ids, 0)
-        unused = np.ones(self._shape[0] * self._shape[1], np.float32)
-        generated: list[tuple[int, int]] = []  # row, token id
-        for owner, run in runs_of(tokens.owners):
-            request = self._request(owner)
-            position, num_tokens = int(tokens.positions[run.start]), run.stop - run.start
-            part = part_of(request.next_position, position, num_tokens)
-            request.next_position = position + num_tokens
-            if part is Part.GENERATED:
-                generated.append((request.row, int(ids[run.start])))
-            else:
-                kept = request.prompt if part is Part.MORE_PROMPT else request.prompt[:0]
-                request.prompt = np.concatenate([kept, ids[run]])[-self._prompt_tokens :]
-                states = self._read(request)
-                unused *= self._unused(states[-num_tokens:])
-        if generated:
-            rows, next_ids = torch.tensor(sorted(generated)).T
-            unused *= self._unused(self._decoder.advance(rows, next_ids))
-        self._scores = (1 - unused).reshape(self._shape)
+        with torch.inference_mode():
+            self._scores = 1 - self._unused_by_step(tokens)
 
     def observe(self, routing: LayerRouting) -> None:
         """Nothing is learned while serving."""
@@ -109,6 +95,28 @@ class RoutingPath:
         request = self._requests.pop(owner, None)
         if request is not None:
             self._decoder.give_back(request.row)
+
+    def _unused_by_step(self, tokens: StepTokens) -> Scores:
+        """[num_layers, num_experts]: how likely it is that none of the tokens uses an expert."""
+        # Placeholders of images are beyond the vocabulary: any token will do.
+        ids = np.where(tokens.token_ids < self._vocab_size, tokens.token_ids, 0)
+        unused = np.ones(self._shape, np.float32)
+        generated: list[tuple[int, int]] = []  # row, token id
+        for owner, run in runs_of(tokens.owners):
+            request = self._request(owner)
+            position, num_tokens = int(tokens.positions[run.start]), run.stop - run.start
+            part = part_of(request.next_position, position, num_tokens)
+            request.next_position = position + num_tokens
+            if part is Part.GENERATED:
+                generated.append((request.row, int(ids[run.start])))
+                continue
+            before = request.prompt if part is Part.MORE_PROMPT else request.prompt[:0]
+            request.prompt = np.concatenate([before, ids[run]])[-self._prompt_tokens :]
+            unused *= self._unused(self._read(request)[-num_tokens:])
+        if generated:
+            rows, next_ids = torch.tensor(sorted(generated)).T
+            unused *= self._unused(self._decoder.advance(rows, next_ids))
+        return unused
 
     def _request(self, owner: int) -> Request:
         request = self._requests.pop(owner, None)
@@ -127,10 +135,10 @@ class RoutingPath:
         return states
 
     def _unused(self, states: Tensor) -> Scores:
-        """[num_layers * num_experts]: how likely it is that none of the tokens uses an expert."""
-        probabilities = torch.sigmoid(-self._model.head(states)).numpy()
-        unused: Scores = np.multiply.reduce(probabilities, axis=0)
-        return unused
+        """The same of these tokens, whose states are [T, d_model]."""
+        by_token = torch.sigmoid(-self._model.head(states)).numpy()
+        unused: Scores = np.multiply.reduce(by_token, axis=0)
+        return unused.reshape(self._shape)
 
 
 def to_saved(model: RoutingPathModel) -> tuple[dict[str, Any], Tensors]:

@@ -31,10 +31,14 @@ class IncrementalDecoder:
         self._bias_by_age = model.decoder_bias(torch.arange(its.window_tokens))
         self._free: list[int] = []  # a heap: rows in use stay together
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._num_generated)
+
     def take(self) -> int:
         """A row, for `begin`."""
         if not self._free:
-            self._grow(max(4, len(self._num_generated)))
+            self._grow(max(4, self.num_rows))
         return heappop(self._free)
 
     def give_back(self, row: int) -> None:
@@ -79,7 +83,7 @@ class IncrementalDecoder:
         return bias.transpose(0, 1)[:, :, None]
 
     def _grow(self, num_more: int) -> None:
-        num_rows = len(self._num_generated)
+        num_rows = self.num_rows
         for cached in (self._prompts, self._generated):
             cached[:] = [(extended(k, num_more), extended(v, num_more)) for k, v in cached]
         self._prompt_lengths = extended(self._prompt_lengths, num_more)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,10 @@ def load_parts(paths: Sequence[Path], vocab_size: int) -> tuple[ServedShape, lis
 
 
 def whole(path: Path) -> TracePart:
-    trace = load_trace(path)
+    try:
+        trace = load_trace(path)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--trace {path}: {error}") from error
     return TracePart(path.stem, trace, np.ones(len(trace.request_bounds) - 1, bool))
 
 
