@@ -72,7 +72,8 @@ def whole(
 
 
 def any_of(probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return 1 - np.prod(1 - probabilities, axis=0)
+    unused: npt.NDArray[np.float32] = np.prod(1 - probabilities, axis=0)
+    return 1 - unused
 
 
 def close(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> bool:

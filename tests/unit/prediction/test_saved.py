@@ -89,7 +89,8 @@ def test_a_save_between_its_two_files_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_predictor(tmp_path, DESCRIPTION, TENSORS)
-    replace, replaced = Path.replace, []
+    replace = Path.replace
+    replaced: list[str] = []
 
     def killed_after_the_first(self: Path, target: Path) -> Path:
         if replaced:

@@ -18,7 +18,8 @@ def experts_of(token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
     """The tiny model's rule: token t takes experts t and t + 1, in the second layer one further."""
     layers = np.arange(NUM_LAYERS)[:, np.newaxis]
     chosen = token_ids[:, np.newaxis, np.newaxis] + layers + np.arange(TOP_K)
-    return (chosen % NUM_EXPERTS).astype(np.uint8)
+    experts: npt.NDArray[np.uint8] = (chosen % NUM_EXPERTS).astype(np.uint8)
+    return experts
 
 
 def trace_of(steps: Sequence[Sequence[Row]], *, model: str = "tiny") -> Trace:
@@ -76,9 +77,10 @@ def random_trace(num_requests: int, seed: int, *, model: str = "tiny") -> Trace:
         pair = range(first, min(first + 2, num_requests))
         prompts = {owner: int(rng.integers(3, 7)) for owner in pair}
         ends = {owner: prompts[owner] + int(rng.integers(4, 9)) for owner in pair}
-        steps.append([(o, 0, rng.integers(0, VOCAB_SIZE, prompts[o]).tolist()) for o in pair])
+        texts = {owner: rng.integers(0, VOCAB_SIZE, prompts[owner]).tolist() for owner in pair}
+        steps.append([(owner, 0, text) for owner, text in texts.items()])
         for done in range(9):
-            step = [
+            step: list[Row] = [
                 (o, prompts[o] + done, [int(rng.integers(0, VOCAB_SIZE))])
                 for o in pair
                 if prompts[o] + done < ends[o]
