@@ -13,10 +13,10 @@ from sglmoe.units import parse_bytes, show_bytes
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 
 AUTO = "auto"  # the predictor that does best
-# By name; beside them there may be trained ones, by the path of their file. The last two are wrong, to compare with.
+# Those that need no training, trained ones that are beside the model, and two that are wrong, to compare with.
 PREDICTORS = (
     *(AUTO, "last_step", "previous_layer", "frequency", "expert_map", "pregate"),
-    *("random", "contrary"),
+    *("routing_path", "hybrid", "random", "contrary"),
 )
 
 # Arbitrary. The rest is for activations, graphs and workspaces on a GPU ...
@@ -141,9 +141,10 @@ def parse_expert_predictor(text: str | None) -> str:
     """Read a name, a trained predictor's path, or ``"auto"``, the default. Raises ValueError."""
     if text is None:
         return AUTO
-    looks_like_path = "/" in text or "." in text
-    if text not in PREDICTORS and not looks_like_path:
-        raise ValueError(f"--expert-predictor: {text!r} is none of {', '.join(PREDICTORS)}, a path")
+    if text not in PREDICTORS and not text.endswith(".json"):
+        raise ValueError(
+            f"--expert-predictor: {text!r} is none of {', '.join(PREDICTORS)}, and not a trained one's .json"
+        )
     return text
 
 

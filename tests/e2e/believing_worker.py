@@ -42,5 +42,8 @@ def run_believing_worker(*arguments: Any) -> None:
     prefetching.Trial = Always  # type: ignore[misc]
     advisor.Calibration = lambda: None  # type: ignore[assignment, misc]
     predictors.Advisor = InTurn  # type: ignore[misc]
-    predictors.MAKERS = {**predictors.MAKERS, **predictors.WRONG_MAKERS}
+    known_makers = predictors.known_makers
+    predictors.known_makers = lambda sources: (
+        known_makers(sources) | predictors.wrong_makers(sources)
+    )
     run_worker(*arguments)

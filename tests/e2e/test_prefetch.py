@@ -94,7 +94,7 @@ def test_no_prediction_changes_an_answer(asked: Asked) -> None:
     for kind in ("begun", "used", "late", "wasted"):
         assert memory[f"prefetches_{kind}"] > 24, kind
     assert memory["late_seconds"] > 0
-    assert set(prefetch["coverage"]) > {"last_step", "expert_map", "random", "contrary"}
+    assert set(prefetch["coverage"]) > {"last_step", "expert_map", "pregate", "random", "contrary"}
     assert not prefetch["failed"]
 
 
