@@ -5,20 +5,20 @@ import math
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.prefetch_replay import PrefetchReplay, belady, main, released_after, replay
 from eval.replay import Link, replay_experts
 from eval.replay_predictors import PREDICTORS, Foreseen, uses_of, with_errors
-from eval.replay_prefetcher import POLICIES, Setting
+from eval.replay_prefetcher import POLICIES, Prefetcher, Setting
 from eval.simulated_link import LinkSpeed, SimulatedLink
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.prediction.forecast import Forecast
-from sglmoe.prediction.predictor import ModelParts
+from sglmoe.prediction.predictor import LayerRouting, ModelParts, StepTokens
 from sglmoe.prediction.prefetch import PrefetchSnapshot, plan_frames
 from sglmoe.prediction.trace import FORMAT_VERSION, Kind, Totals, Trace, TraceInfo
 
@@ -135,6 +135,69 @@ def test_a_layer_that_fits_in_no_wave_is_computed_once() -> None:
     assert its.compute_seconds == pytest.approx(16.0)
 
 
+def test_a_layer_in_waves_is_observed_once_when_the_last_one_begins() -> None:
+    trace = trace_of([[[0, 1, 2], [0, 1, 3]]])
+    setting = msgspec.structs.replace(SETTING, num_frames=2)
+    predictor = Listening(trace, knows_next_step=False)
+    forecast = Forecast(predictor, num_layers=2, calibration=None)
+    PrefetchReplay(trace, setting, POLICIES["cost-aware+prefetch"], forecast).run()
+    assert predictor.layers == [0, 1]
+
+
+class Listening(Foreseen):
+    def __init__(self, trace: Trace, *, knows_next_step: bool) -> None:
+        super().__init__(trace, knows_next_step=knows_next_step)
+        self.layers: list[int] = []
+
+    def observe(self, routing: LayerRouting) -> None:
+        self.layers.append(routing.layer)
+        super().observe(routing)
+
+
+def test_what_is_expected_stays() -> None:
+    # Two frames: 0 and 0' of the layers, then 1' has to come. Layer 0's expert was used as often as
+    # layer 1's, and comes first in the circle; but this step is known not to use either again, and the
+    # next one to use 1 and 1': only who is told evicts well.
+    trace = trace_of([[[0], [0]], [[0], [1]], [[1], [1]]])
+    setting = msgspec.structs.replace(SETTING, num_frames=2)
+    assert replay(trace, setting, PARTS, "cost-aware", None).hits == 1
+    assert replay(trace, setting, PARTS, "cost-aware+expect", "oracle").hits == 2
+
+
+def test_what_has_arrived_or_is_on_its_way_is_not_planned_again() -> None:
+    trace = trace_of([[[0, 1], [2, 3]]])
+    # 2 s for an expert, so two may be on their way; the third can be begun once the first is there.
+    setting = msgspec.structs.replace(SETTING, speed=LinkSpeed(500, 0, 250), horizon_layers=1)
+    forecast = Forecast(Foreseen(trace, knows_next_step=False), num_layers=2, calibration=None)
+    run = PrefetchReplay(trace, setting, POLICIES["cost-aware+prefetch"], forecast)
+    prefetcher = Prefetcher(
+        POLICIES["cost-aware+prefetch"],
+        msgspec.structs.replace(setting, horizon_layers=2),
+        forecast,
+        memory=run.memory,
+        link=run.link,
+    )
+    run.memory.begin_step()
+    prefetcher.begin_step(StepTokens(*[np.zeros(1, np.int32)] * 3))
+    assert run.link.num_queued == 2
+    run.link.compute(2.0)
+    prefetcher.look_ahead(-1, num_pinned=0)
+    assert run.link.num_queued == 2
+    assert run.memory.snapshot(0).prefetches_begun == 3
+
+
+def test_late_arrivals_widen_the_horizon() -> None:
+    """3 layers; by the formula it is 1: a layer's expert takes 1.75 s of a layer's 2."""
+    trace = trace_of([[[step % 4], [(step + 1) % 4], [(step + 2) % 4]] for step in range(12)])
+    parts = msgspec.structs.replace(PARTS, num_layers=3)
+    slow = msgspec.structs.replace(SETTING, num_frames=3, speed=LinkSpeed(1000 / 1.75, 0, 1000))
+    its = replay(trace, slow, parts, "cost-aware+prefetch", "oracle")
+    # A step's first expert has 1 s, and is late, unless it is a resident. Eight are known to have been
+    # when the eleventh step begins.
+    assert its.prefetches_late == 10
+    assert its.mean_horizon == pytest.approx((10 * 1 + 2 * 2) / 12)
+
+
 def test_belady_takes_the_same_time_as_in_the_plain_replay() -> None:
     trace = trace_of([[[0], [3]], [[1], [3]], [[0], [2]], [[1], [3]]])
     setting = msgspec.structs.replace(SETTING, num_frames=3)
@@ -163,6 +226,14 @@ def test_the_future_is_known_of_this_step_and_of_the_next_if_asked() -> None:
         assert np.flatnonzero(forecast.probabilities()[0]).tolist() == first_layer
         run.step(1)
         assert not forecast.probabilities().any()  # nothing comes after that
+
+
+def test_who_knows_the_next_step_begins_before_it() -> None:
+    """With nothing to compute before its router, a step's first layer is too early for all others."""
+    setting = msgspec.structs.replace(SETTING, attention_ratio=0.0)
+    this = replay(TWO_STEPS, setting, PARTS, "cost-aware+prefetch", "oracle")
+    both = replay(TWO_STEPS, setting, PARTS, "cost-aware+prefetch", "oracle-next-step")
+    assert (this.stall_seconds, both.stall_seconds) == (2.0, 1.0)
 
 
 def test_errors_are_swaps_within_a_layer() -> None:
@@ -200,6 +271,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(
     STEPS,
     st.integers(2, 8),
