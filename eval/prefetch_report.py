@@ -134,6 +134,6 @@ def plot(traces: Mapping[str, Sequence[Outcome]], path: Path) -> None:
     axes[-1][0].set_xlabel("expert frames")
     axes[0][0].set_ylabel("share of time stalled")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncol=4, fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(path, dpi=110)
     plt.close(figure)
