@@ -12,7 +12,9 @@ from sglmoe.units import parse_bytes, show_bytes
 
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 
-AUTO = "auto"  # the predictor that has done best
+AUTO = "auto"  # the predictor that does best
+# By name; beside them there may be trained ones, by the path of their file.
+PREDICTORS = (AUTO, "last_step", "previous_layer", "frequency", "expert_map", "pregate")
 
 # Arbitrary. The rest is for activations, graphs and workspaces on a GPU ...
 GPU_BUDGET_RATIO = 0.85
@@ -95,7 +97,7 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
         expert_ratio=expert_ratio,
         memory_planner=parse_memory_planner(options.memory_planner),
         expert_prefetch=parse_expert_prefetch(options.expert_prefetch),
-        expert_predictor=options.expert_predictor or AUTO,
+        expert_predictor=parse_expert_predictor(options.expert_predictor),
     )
 
 
@@ -130,6 +132,13 @@ def parse_memory_policy(text: str | None) -> tuple[MemoryPolicy, float]:
     if not match or not 0 < float(match[1]) < 100:
         raise ValueError(f"--memory-policy: {share!r} is not a share such as 60%")
     return policy, float(match[1]) / 100
+
+
+def parse_expert_predictor(text: str | None) -> str:
+    """Read a name, a trained predictor's path, or ``"auto"``, the default. Raises ValueError for an empty one."""
+    if text == "":
+        raise ValueError(f"--expert-predictor: '' is none of {', '.join(PREDICTORS)}, a path")
+    return text or AUTO
 
 
 def _budget_bytes(text: str | None, machine: Machine) -> int:

@@ -20,7 +20,8 @@ from sglmoe.preparation import detokenizer_entry, prepare, scheduler_entry  # no
 class Engine(SglangEngine):
     """As `sglang.Engine`, which documents the methods, under one memory budget.
 
-    `memory_budget`, `host_memory`, `memory_policy` and `memory_planner` are what the server's flags take, such as ``"2GiB"``.
+    `memory_budget`, `host_memory`, `memory_policy`, `memory_planner`, `expert_prefetch` and `expert_predictor` are what the
+    server's flags take, such as ``"2GiB"``.
     All else is sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for what can't be served.
     """
 
@@ -33,11 +34,20 @@ class Engine(SglangEngine):
         host_memory: str | None = None,
         memory_policy: str | None = None,
         memory_planner: str | None = None,
+        expert_prefetch: str | None = None,
+        expert_predictor: str | None = None,
         **flags: Any,
     ):
         load_plugins()
         server_args = flags.pop("server_args", None) or self._read_server_args(flags)
-        options = Options(memory_budget, host_memory, memory_policy, memory_planner)
+        options = Options(
+            memory_budget=memory_budget,
+            host_memory=host_memory,
+            memory_policy=memory_policy,
+            memory_planner=memory_planner,
+            expert_prefetch=expert_prefetch,
+            expert_predictor=expert_predictor,
+        )
         config = prepare(server_args, options)
         self.run_scheduler_process_func = scheduler_entry(config)
         start_up.keep_start_method()

@@ -9,7 +9,15 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from sglmoe.config import EngineConfig, Options, parse_memory_planner, parse_memory_policy
+from sglmoe.config import (
+    PREDICTORS,
+    EngineConfig,
+    Options,
+    parse_expert_predictor,
+    parse_expert_prefetch,
+    parse_memory_planner,
+    parse_memory_policy,
+)
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.start_up import keep_start_method, leave_after, start_importing
 from sglmoe.units import parse_bytes
@@ -116,6 +124,18 @@ def our_parser() -> Parser:
         help="Whether new requests wait while the KV of more would leave experts so few frames that fewer tokens a second "
         "came out. Default: on.",
     )
+    group.add_argument(
+        "--expert-prefetch",
+        metavar="off|observe|on",
+        help="Whether experts are brought in before their layer asks for them: observe predicts and keeps score, on acts on "
+        "it as long as decode steps take less time with it than without, which is tried now and then. Default: off.",
+    )
+    group.add_argument(
+        "--expert-predictor",
+        metavar="NAME",
+        help=f"Who predicts which experts: {', '.join(PREDICTORS[1:])}, the path of a trained one "
+        "(python -m sglmoe.prediction.train), or auto (default): the one whose predictions would have been the most use.",
+    )
     return parser
 
 
@@ -132,11 +152,15 @@ def read_options(argv: list[str]) -> Options:
             raise ValueError(f"{flag}: {error}") from None
     parse_memory_policy(given.memory_policy)
     parse_memory_planner(given.memory_planner)
+    parse_expert_prefetch(given.expert_prefetch)
+    parse_expert_predictor(given.expert_predictor)
     return Options(
         memory_budget=given.memory_budget,
         host_memory=given.host_memory,
         memory_policy=given.memory_policy,
         memory_planner=given.memory_planner,
+        expert_prefetch=given.expert_prefetch,
+        expert_predictor=given.expert_predictor,
     )
 
 

@@ -136,6 +136,28 @@ class ResidencyPlan(Struct, frozen=True):
     reason: str = "no plan was made"
 
 
+class PrefetchReport(Struct, frozen=True):
+    """What is known of predictions, and whether it pays to act on them (`worker/prefetching.py`)."""
+
+    mode: str = "off"
+    is_on: bool = False  # experts are being brought in ahead of their layers
+    verdict: str = "undecided"  # of the last trial of steps with against steps without
+    step_ratio: float = 1.0  # how long a step took in it, as a share of one without
+    predictor: str = ""  # none is picked yet
+    reason: str = ""  # why that one
+    horizon_layers: int = 0
+    precision: float = 0.0  # of the experts expected in the layer ahead, those that were used
+    recall: float = 0.0  # of the experts used, those that were expected
+    batch_accuracy: float = 0.0  # the mean of each layer's recall (He et al., arXiv 2410.17954)
+    recall_by_layer: tuple[float, ...] = ()
+    coverage: dict[
+        str, float
+    ] = {}  # by predictor: of experts missed, those that plans would have brought in
+    saved_seconds: float = 0.0  # that demand loads of the prefetched experts used would have taken
+    skipped_steps: int = 0  # of which the predictor was not told, because it was behind
+    failed: bool = False  # the predictor has; nothing is predicted any more
+
+
 class MemorySnapshot(Struct, frozen=True):
     """The state of the worker's memory after a step; stale on arrival. Counters run from the start of the worker."""
 
@@ -175,6 +197,7 @@ class MemorySnapshot(Struct, frozen=True):
     host_promoted_bytes: int = 0
     host_evicted: int = 0
     plan: ResidencyPlan = ResidencyPlan()
+    prefetch: PrefetchReport = PrefetchReport()
 
     @property
     def available_pages(self) -> int:

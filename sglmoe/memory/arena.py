@@ -111,6 +111,19 @@ def _check_arena(arena_bytes: int, *, expert_bytes: int, frame_bytes: int) -> No
     )
 
 
+def check_floor(geometry: Geometry, floor_frames: int) -> None:
+    """Raises ValueError where so many frames for experts leave none for KV."""
+    needed_frames = floor_frames + 1
+    if geometry.num_frames >= needed_frames:
+        return
+    missing_bytes = (needed_frames - geometry.num_frames) * geometry.frame_bytes
+    raise ValueError(
+        f"the memory budget holds {geometry.num_frames} frames of"
+        f" {show_bytes(geometry.frame_bytes)}, but {floor_frames} are needed for experts and 1 for"
+        f" KV cache: raise --memory-budget by at least {show_bytes(missing_bytes)}"
+    )
+
+
 class FrameKind(Enum):
     """What a frame holds."""
 

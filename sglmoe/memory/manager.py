@@ -15,6 +15,7 @@ Why nothing here can deadlock, or wait for something that does not come:
   caller then gives up another request or this one.
 """
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglmoe.config import MemoryPolicy
-from sglmoe.memory.arena import Frames, Geometry
+from sglmoe.memory.arena import Frames, Geometry, check_floor
 from sglmoe.memory.eviction import Clock, LeafOrder
 from sglmoe.memory.evictor import Evictor
 from sglmoe.memory.expert_order import ExpertOrder
@@ -38,7 +39,7 @@ from sglmoe.memory.prices import Prices
 from sglmoe.memory.radix_cache import TOKEN_BYTES, RadixCache, RadixNode, path_pages
 from sglmoe.memory.reuse_rates import ReuseRates
 from sglmoe.protocol import MemorySnapshot
-from sglmoe.units import ceil_div, show_bytes
+from sglmoe.units import ceil_div
 
 
 @dataclass(slots=True)
@@ -92,7 +93,7 @@ class MemoryManager:
             share = int(geometry.num_frames * expert_ratio) // num_layers
             layer_frames = min(max(share, floor_frames), num_experts)
             floor_frames = num_layers * layer_frames
-        _check_floor(geometry, floor_frames)
+        check_floor(geometry, floor_frames)
         self._build(geometry, policy, (num_layers, num_experts), floor_frames, layer_frames)
         self._prefetches = Prefetches(
             background,
@@ -313,10 +314,16 @@ class MemoryManager:
         the next step: `[num_layers, num_experts]`. What they are worth takes that into account."""
         self._experts.expect(layer, probabilities)
 
-    def prefetch(self, wanted: Iterable[Wanted]) -> int:
-        """Begin to bring in those, in this order, that are absent and worth more than what gives way
-        for them; how many. They arrive while layers compute, or are given up when their layer is over."""
-        return self._prefetches.begin(wanted)
+    def prefetch(self, wanted: Iterable[Wanted], limit: int = sys.maxsize) -> int:
+        """Begin to bring in those, in this order and at most so many, that are absent and worth more
+        than what gives way; how many. They arrive while layers compute, or are given up when their
+        layer is over."""
+        return self._prefetches.begin(wanted, limit)
+
+    @property
+    def num_on_their_way(self) -> int:
+        """Prefetches that were begun and have not ended."""
+        return self._prefetches.num_on_their_way
 
     # ---------------------------------------------------------------------------------- state, laws
 
@@ -385,15 +392,3 @@ class MemoryManager:
         self._counters.cache_hit_tokens += request.hit_tokens
         self._counters.prefill_tokens += request.prefill_tokens
         request.hit_tokens = request.prefill_tokens = 0
-
-
-def _check_floor(geometry: Geometry, floor_frames: int) -> None:
-    needed_frames = floor_frames + 1
-    if geometry.num_frames >= needed_frames:
-        return
-    missing_bytes = (needed_frames - geometry.num_frames) * geometry.frame_bytes
-    raise ValueError(
-        f"the memory budget holds {geometry.num_frames} frames of"
-        f" {show_bytes(geometry.frame_bytes)}, but {floor_frames} are needed for experts and 1 for"
-        f" KV cache: raise --memory-budget by at least {show_bytes(missing_bytes)}"
-    )

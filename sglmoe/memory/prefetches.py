@@ -47,6 +47,10 @@ class Prefetches:
         self._due: dict[tuple[int, int], int] = {}  # on its way -> the position that it is for
         self.counters = PrefetchCounters()
 
+    @property
+    def num_on_their_way(self) -> int:
+        return len(self._due)
+
     def begin_step(self) -> None:
         self._step += 1
         self._position = self._step * self._num_layers - 1
@@ -60,13 +64,15 @@ class Prefetches:
         for key in [key for key, due in self._due.items() if due < self._position]:
             self.drop(key)
 
-    def begin(self, wanted: Iterable[Wanted]) -> int:
-        """Begin those, in this order, that are absent and worth more than what gives way; how many."""
+    def begin(self, wanted: Iterable[Wanted], limit: int) -> int:
+        """Begin at most so many that are absent and worth more than what gives way, in this order."""
         if self._background is None:
             return 0
         table, values = self._table, self._order.values.now()
         num_begun = 0
         for layer, expert in ((its.layer, its.expert) for its in wanted):
+            if num_begun == limit:
+                break
             if table.frame_table[layer, expert] != ABSENT or (layer, expert) in table.loading:
                 continue
             if not self._make_frame(layer, float(values[layer, expert])):

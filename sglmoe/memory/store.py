@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglmoe.memory.mapped_files import Extent, MappedFiles
+from sglmoe.memory.read_rate import ReadRate
 
 Bytes = npt.NDArray[np.uint8]
 Part = Bytes | Extent
@@ -28,12 +29,18 @@ class ExpertReadError(OSError):
 
 
 class ExpertStore:
-    """(layer, expert) -> its tensors, in the order in which they lie in a frame."""
+    """(layer, expert) -> its tensors, in the order in which they lie in a frame.
 
-    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    `rate` makes the files slower than they are.
+    """
+
+    def __init__(
+        self, *, clock: Callable[[], float] = time.perf_counter, rate: ReadRate | None = None
+    ) -> None:
         self._parts: dict[tuple[int, int, str], Part] = {}
         self.total_bytes = 0
         self._clock = clock
+        self._rate = rate
         self._disk_is_asked = True  # by the last read; a guess, so threads need not agree on it
 
     def put(self, layer: int, expert: int, part: str, array: Bytes) -> None:
@@ -82,6 +89,8 @@ class ExpertStore:
                     _copy(part, place[start : start + step], start)
                 except OSError as error:
                     raise _read_error(layer, expert, part, error) from error
+                if self._rate is not None and isinstance(part, Extent):
+                    self._rate.wait(min(step, part.nbytes - start))
             num_bytes += part.nbytes
         if before_chunk is None:  # else it may have waited
             seconds = self._clock() - started

@@ -135,7 +135,7 @@ class PreviousLayer:
         self._recent: deque[LayerRouting] = deque(maxlen=self.max_distance)
         self._num_tokens = 0
         self._sampled: npt.NDArray[np.intp] = np.zeros(0, np.intp)
-        self._scores: Scores | None = None
+        self._scores: Scores | None = np.zeros(self._shape, np.float32)
 
     def begin_step(self, tokens: StepTokens) -> None:
         self._num_tokens = tokens.num_tokens
@@ -159,16 +159,15 @@ class PreviousLayer:
 
     def _count(self, routing: LayerRouting) -> None:
         """Pair its experts with those of the layers before it."""
-        earlier = [r for r in self._recent if routing.layer - r.layer <= self.max_distance]
-        if not earlier:
+        if not self._recent:
             return
-        layers = np.array([r.layer for r in earlier])[:, np.newaxis, np.newaxis, np.newaxis]
-        sources = np.stack([r.expert_ids[self._sampled] for r in earlier])[..., np.newaxis]
+        layers = np.array([r.layer for r in self._recent]).reshape(-1, 1, 1, 1)
+        sources = np.stack([r.expert_ids[self._sampled] for r in self._recent])[..., np.newaxis]
         targets = routing.expert_ids[self._sampled, np.newaxis]
         cells = np.ravel_multi_index(
             (layers, sources, routing.layer - layers - 1, targets), self._counts.shape
         )
-        # With four indices adding takes four times as long.
+        # With four indices adding takes almost twice as long.
         np.add.at(self._counts.reshape(-1), cells.ravel(), np.uint16(1))
 
     def _note_uses(self, routing: LayerRouting) -> None:

@@ -258,6 +258,7 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
     snapshot, roster = scheduler.planner.snapshot, scheduler.roster
     memory = msgspec.structs.asdict(snapshot)
     plan = msgspec.structs.asdict(memory.pop("plan"))
+    prefetch = msgspec.structs.asdict(memory.pop("prefetch"))
     arena_gib = snapshot.num_frames * snapshot.frame_bytes / 2**30
     return {
         "world_size": 1,
@@ -274,6 +275,7 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
         "sglmoe": {
             "memory": memory,
             "plan": plan,
+            "prefetch": prefetch,
             "running_limit": scheduler.planner.running_limit,
             "limits": msgspec.structs.asdict(scheduler.limits),
             "totals": msgspec.structs.asdict(metrics.totals),

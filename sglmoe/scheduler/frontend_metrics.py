@@ -278,6 +278,26 @@ PLAN_GAUGES = {
         "measured_step_seconds",
     ),
 }
+PREFETCH_GAUGES = {
+    "sglmoe_prefetch_on": ("Whether experts are brought in ahead of their layers.", "is_on"),
+    "sglmoe_prefetch_step_ratio": (
+        "How long a decode step took in the last trial, as a share of one without prefetching.",
+        "step_ratio",
+    ),
+    "sglmoe_prefetch_saved_seconds": (
+        "What demand loads of the prefetched experts used would have taken.",
+        "saved_seconds",
+    ),
+    "sglmoe_prefetch_horizon_layers": ("Layers looked ahead.", "horizon_layers"),
+    "sglmoe_prediction_precision": (
+        "Of the experts expected in the layer ahead, those that were used.",
+        "precision",
+    ),
+    "sglmoe_prediction_recall": (
+        "Of the experts used, those that were expected in the layer ahead.",
+        "recall",
+    ),
+}
 COUNTERS = {
     "sglmoe_expert_hits": ("Experts that were resident when needed.", "expert_hits"),
     "sglmoe_expert_misses": ("Experts that had to be loaded when needed.", "expert_misses"),
@@ -291,6 +311,14 @@ COUNTERS = {
         "Tokens that would have been found cached had they not been evicted.",
         "ghost_hit_tokens",
     ),
+    "sglmoe_prefetches_begun": ("Experts begun to be brought in ahead.", "prefetches_begun"),
+    "sglmoe_prefetches_used": ("Those that were there in time, and used.", "prefetches_used"),
+    "sglmoe_prefetches_late": ("Those their layer had to wait for.", "prefetches_late"),
+    "sglmoe_prefetches_wasted": (
+        "Those given up, or evicted before anything used them.",
+        "prefetches_wasted",
+    ),
+    "sglmoe_late_seconds": ("Of the stall, that for late ones.", "late_seconds"),
     "sglmoe_host_hits": ("Missed experts that were in host memory.", "host_hits"),
     "sglmoe_disk_reads": ("Missed experts that were read from the checkpoint.", "disk_reads"),
     "sglmoe_disk_bytes": ("Bytes of these.", "disk_bytes"),
@@ -316,6 +344,9 @@ class OwnMetrics:
         self._plan_gauges = {
             field: gauge(name, text) for name, (text, field) in PLAN_GAUGES.items()
         }
+        self._prefetch_gauges = {
+            field: gauge(name, text) for name, (text, field) in PREFETCH_GAUGES.items()
+        }
         self._running_limit = gauge(
             "sglmoe_running_limit", "Requests that may run at once: the flags' limit or the plan's."
         )
@@ -329,6 +360,8 @@ class OwnMetrics:
         self._running_limit.set(running_limit)
         for field, plan_gauge in self._plan_gauges.items():
             plan_gauge.set(getattr(snapshot.plan, field))
+        for field, prefetch_gauge in self._prefetch_gauges.items():
+            prefetch_gauge.set(getattr(snapshot.prefetch, field))
         values = msgspec.structs.asdict(snapshot)
         for field, gauge in self._gauges.items():
             gauge.set(values[field])

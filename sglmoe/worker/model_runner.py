@@ -25,6 +25,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from sglmoe.protocol import RoutedExperts
 from sglmoe.worker.model_runner_loading import Loaded
 from sglmoe.worker.model_runner_logprobs import PromptLogprobs, output_logprobs
+from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.recorder import Recorder
 from sglmoe.worker.request import BatchRow, WorkerRequest
 from sglmoe.worker.sampling import GrammarCompiler, SamplingGroup, SamplingState
@@ -52,6 +53,7 @@ class ModelRunner:
         )
         self._grammars = GrammarCompiler(server_args, config, tokenizer)
         self.recorder: Recorder | None = None  # of a routing trace, while one is recorded
+        self.prefetching: Prefetching | None = None
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -69,6 +71,8 @@ class ModelRunner:
     def forget(self, rid: str) -> None:
         self._grammars.forget(rid)
         self._sampling.forget(rid)
+        if self.prefetching is not None:
+            self.prefetching.forget(rid)
 
     # ------------------------------------------------------------------------------------------------ token table
 
@@ -100,6 +104,8 @@ class ModelRunner:
         prompt_logprobs = prompt.answers(output)
         routed = self._routed_experts(order) if returns_routing else [None] * len(order)
         sampled = self._sample(output, batch, order[:num_sampling], group) if group else []
+        if self.prefetching is not None:
+            self.prefetching.look_ahead()  # for the next step
         outputs = {
             row.request.rid: RowOutput(
                 token_id=sampled[i].token_id if i < num_sampling else None,
@@ -128,6 +134,11 @@ class ModelRunner:
         stops = [row.stop for row in rows]
         table_rows = [row.request.table_row for row in rows]
         token_ids, positions, owners = flatten(rows)
+        if self.prefetching is not None:
+            rids = [row.request.rid for row in rows]
+            self.prefetching.begin_step(
+                rids, token_ids=token_ids, positions=positions, owners=owners
+            )
         row_indices, seq_lens = self._tensor([table_rows, stops])
         token_positions = torch.from_numpy(positions).to(self._device)
         owner_rows = row_indices[torch.from_numpy(owners).to(self._device)]

@@ -23,15 +23,17 @@ from sglmoe.memory.host_tier import HostTier, TieredStore, make_blocks
 from sglmoe.memory.link_gate import LinkGate, LoadExperts
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.promoter import Promoter
+from sglmoe.memory.read_rate import ReadRate
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
-from sglmoe.units import show_bytes
+from sglmoe.units import parse_bytes, show_bytes
 from sglmoe.worker.moe_layer import PagedExperts, install
 
 logger = logging.getLogger(__name__)
 
 # Arbitrary: requests that may run at once, where --max-running-requests does not say.
 DEFAULT_MAX_RUNNING = 256
+READ_RATE = "SGLMOE_READ_RATE"
 # To which SGLang pads the inner size of experts on a CPU: get_moe_padding_size.
 CPU_INNER_MULTIPLE = 32
 
@@ -106,7 +108,8 @@ def load_model(
     """
     started = time.perf_counter()
     inner_multiple = CPU_INNER_MULTIPLE if server_args.device == "cpu" else 1
-    experts = PagedExperts(ExpertStore(), TensorCounter(on_progress).count, inner_multiple)
+    store = ExpertStore(rate=read_rate())
+    experts = PagedExperts(store, TensorCounter(on_progress).count, inner_multiple)
     install(experts)
     on_progress("loading dense weights", 0, 0)
     runner = build_runner(server_args, gpu_id=gpu_id, nccl_port=nccl_port)
@@ -143,6 +146,15 @@ def load_model(
         context_tokens=runner.model_config.context_len,
         load_seconds=time.perf_counter() - started,
     )
+
+
+def read_rate() -> ReadRate | None:
+    """What READ_RATE in the environment, such as 200MB (a second), makes of the checkpoint's disk: for benchmarks."""
+    rate = os.environ.get(READ_RATE)
+    if rate is None:
+        return None
+    logger.warning("%s=%s: experts are read no faster from the checkpoint", READ_RATE, rate)
+    return ReadRate(parse_bytes(rate, whole_bytes=0))
 
 
 class TensorCounter:

@@ -8,7 +8,7 @@ One of the files that know sglang.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -18,8 +18,19 @@ from torch.nn import functional as F
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import ExpertIds
 from sglmoe.memory.store import ExpertStore
+from sglmoe.worker.routed import Routed
 
 Waves = Callable[[int, ExpertIds], Iterator[ExpertIds]]
+
+
+class Observer(Protocol):
+    """Who wants to know of routing as it happens, and to do something between layers."""
+
+    def routed(self, layer: int, routing: Routed) -> None:
+        """The layer has chosen its experts, and has not asked memory for them."""
+
+    def look_ahead(self) -> None:
+        """Its experts are coming, or it is done."""
 
 
 class ExpertShape(msgspec.Struct, frozen=True):
@@ -49,6 +60,7 @@ class PagedExperts:
         self.layer_ids: list[int] = []  # sglang's layer_id of each MoE layer, in order
         self._on_tensor = on_tensor
         self.waves: Waves | None = None  # asked for a layer's experts; None before `attach`
+        self.observer: Observer | None = None
         self._frame_table = np.empty((0, 0), dtype=np.int32)
         self._w13 = self._w2 = torch.empty(0)
         self._routing: dict[int, torch.Tensor] | None = None
@@ -140,10 +152,14 @@ class PagedExperts:
         ids = torch.stack([self._routing[layer] for layer in layers], dim=1)
         return ids, logits.softmax(dim=-1).to(torch.float16)
 
-    def note_router(self, layer: int, logits: torch.Tensor) -> None:
-        """`[tokens, experts]`, what the layer's router said before the top k were chosen."""
+    def note_router(self, routing: Routed) -> None:
+        """What the layer's router said before the top k were chosen, and after."""
+        if self._routing is not None:
+            self._routing[routing.layer] = routing.ids.to(torch.int32, copy=True)
         if self._router_logits is not None:
-            self._router_logits[layer] = logits.to(torch.float32, copy=True)
+            self._router_logits[routing.layer] = routing.logits.to(torch.float32, copy=True)
+        if self.observer is not None:
+            self.observer.routed(routing.layer, routing)
 
     def forward(
         self,
@@ -161,19 +177,21 @@ class PagedExperts:
         `hidden`: `[tokens, hidden]`; `weights`, `ids`: `[tokens, top_k]`.
         """
         assert self.waves is not None
-        if self._routing is not None:
-            self._routing[layer] = ids.to(torch.int32, copy=True)
         order = ids.reshape(-1).argsort()
         sorted_hidden = hidden[order // ids.shape[1]]
         bounds = expert_bounds(ids)
         frame_of = self._frame_table[layer]
         outputs: dict[int, torch.Tensor] = {}
         for wave in self.waves(layer, np.fromiter(bounds, np.intp, len(bounds))):
+            if self.observer is not None:
+                self.observer.look_ahead()
             for expert in wave.tolist():
                 start, stop = bounds[expert]
                 frame = int(frame_of[expert])
                 inner = activation(F.linear(sorted_hidden[start:stop], self._w13[frame]))
                 outputs[expert] = F.linear(inner, self._w2[frame])
+        if self.observer is not None:
+            self.observer.look_ahead()
         return combine((outputs[expert] for expert in bounds), order, weights, hidden)
 
 
@@ -273,10 +291,11 @@ def make_paged_method(base: type, experts: PagedExperts) -> type:
             from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
             weights, ids, router_logits = dispatch_output.topk_output
-            experts.note_router(self.layer_index, router_logits)
+            hidden = dispatch_output.hidden_states
+            experts.note_router(Routed(self.layer_index, ids, router_logits, hidden))
             output = experts.forward(
                 self.layer_index,
-                dispatch_output.hidden_states,
+                hidden,
                 weights,
                 ids,
                 self.activation,

@@ -12,9 +12,10 @@ from typing import Any, assert_never
 
 import zmq
 
-from sglmoe.config import EngineConfig, MemoryPolicy
+from sglmoe.config import EngineConfig, MemoryPolicy, PrefetchMode
 from sglmoe.memory.step_times import StepTimes
 from sglmoe.memory.use_counter import UseCounter
+from sglmoe.prediction.predictor import ModelParts
 from sglmoe.protocol import (
     PROTOCOL_VERSION,
     AddRequests,
@@ -36,6 +37,8 @@ from sglmoe.transport import Receiver, Sender, plans_address, results_address
 from sglmoe.units import show_bytes
 from sglmoe.worker.model_runner import ModelRunner
 from sglmoe.worker.model_runner_loading import Loaded, load_model, start_process
+from sglmoe.worker.predictors import make_advisor
+from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.profiler import Profiler
 from sglmoe.worker.recorder import Recorder, Recording
 from sglmoe.worker.residency_planner import ResidencyPlanner
@@ -69,15 +72,21 @@ def run_worker(
         times = StepTimes(
             loads_overlap=False
         )  # experts travel while their layer waits, on a GPU too
+        prefetching = model.prefetching = start_prefetching(loaded, config, times)
         worker = Worker(
             memory=loaded.memory,
             model=model,
             max_running=loaded.max_running,
             watch=StepWatch(times, first_price(loaded)),
             planner=residency_planner(loaded, config, times),
+            prefetching=prefetching,
         )
         recording = Recording(
-            worker, model, lambda: new_recorder(loaded, server_args.model_path), loaded.memory
+            worker,
+            model,
+            lambda: new_recorder(loaded, server_args.model_path),
+            loaded.memory,
+            pause=prefetching.pause if prefetching is not None else lambda is_paused: None,
         )
         sender.send(ready_message(loaded, model))
         Loop(plans, sender, worker, model, recording).run()
@@ -120,6 +129,27 @@ def residency_planner(
         floor_frames=loaded.floor_frames,
         max_running=loaded.max_running,
     )
+
+
+def start_prefetching(loaded: Loaded, config: EngineConfig, times: StepTimes) -> Prefetching | None:
+    """None where nothing is to be predicted. Raises ValueError for a predictor that does not exist or fit."""
+    experts = loaded.experts
+    if config.expert_prefetch is PrefetchMode.OFF or experts.shape is None:
+        return None
+    parts = ModelParts(
+        num_layers=len(experts.layer_ids),
+        num_experts=experts.shape.num_experts,
+        top_k=loaded.floor_frames,
+    )
+    frame_table = loaded.memory.frame_table
+    prefetching = experts.observer = Prefetching(
+        loaded.memory,
+        make_advisor(config.expert_predictor, parts, frame_table=frame_table),
+        mode=config.expert_prefetch,
+        times=times,
+        first_load_seconds=loaded.memory.prices.expert_nanoseconds / 1e9,
+    )
+    return prefetching
 
 
 def new_recorder(loaded: Loaded, model_path: str) -> Recorder:

@@ -178,9 +178,13 @@ class Recording:
         model: TracedModel,
         new_recorder: Callable[[], Recorder],
         memory: MemoryManager,
+        *,
+        pause: Callable[[bool], None],
     ):
+        """`pause` stops and restarts whatever changes memory and is not recorded."""
         self._worker = worker
         self._model = model
+        self._pause = pause
         self._new_recorder = new_recorder
         self._memory = memory
         self._recorder: Recorder | None = None
@@ -207,6 +211,7 @@ class Recording:
                 "requests are running; a recording starts with an empty memory, try again when they are done",
             )
         self._stop()
+        self._pause(True)
         self._memory.clear()
         self._recorder = self._model.recorder = self._new_recorder()
         self._worker.memory = RecordedMemory(self._memory, self._recorder)
@@ -215,6 +220,7 @@ class Recording:
     def _stop(self) -> tuple[bool, str]:
         if self._recorder is not None:
             self._recorder.close()
+            self._pause(False)
         self._model.recorder = None
         self._worker.memory = self._memory
         return True, "stopped"

@@ -24,6 +24,7 @@ from sglmoe.protocol import (
     StepResult,
     TokenLogprobs,
 )
+from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.request import BatchRow, WorkerRequest
 from sglmoe.worker.residency_planner import ResidencyPlanner
 from sglmoe.worker.step_watch import StepKind, StepWatch
@@ -99,11 +100,13 @@ class Worker:
         max_running: int,
         watch: StepWatch | None = None,
         planner: ResidencyPlanner | None = None,
+        prefetching: Prefetching | None = None,
     ):
         self.memory = memory  # replaced while a routing trace is recorded
         self._model = model
         self._watch = watch
         self._planner = planner
+        self._prefetching = prefetching
         self._requests: dict[str, WorkerRequest] = {}
         # Row 0 is where sglang's padded batches point to.
         self._free_table_rows = list(range(max_running, 0, -1))
@@ -150,10 +153,13 @@ class Worker:
         cost = self._watch.step_done(kind, snapshot, seconds)
         if price := self._watch.new_price():
             self.memory.set_prices(**price._asdict())
-        if self._planner is None:
-            return snapshot
-        plan = self._planner.step_done(kind, snapshot, cost)
-        return msgspec.structs.replace(snapshot, plan=plan)
+        if self._prefetching is not None:
+            report = self._prefetching.step_done(kind, snapshot, cost)
+            snapshot = msgspec.structs.replace(snapshot, prefetch=report)
+        if self._planner is not None:
+            plan = self._planner.step_done(kind, snapshot, cost)
+            snapshot = msgspec.structs.replace(snapshot, plan=plan)
+        return snapshot
 
     # ------------------------------------------------------------------------------------------------ memory of rows
 

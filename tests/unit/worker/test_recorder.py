@@ -87,7 +87,10 @@ class Bench:
         )
         self.model = RoutingModel(self.memory)
         self.worker = Worker(memory=self.memory, model=self.model, max_running=4)
-        self.recording = Recording(self.worker, self.model, self.new_recorder, self.memory)
+        self.pauses: list[bool] = []
+        self.recording = Recording(
+            self.worker, self.model, self.new_recorder, self.memory, pause=self.pauses.append
+        )
         self.num_steps = 0
 
     def new_recorder(self) -> Recorder:
@@ -192,6 +195,17 @@ def test_recording_needs_an_idle_worker_and_dumping_a_recording(tmp_path: Path) 
     bench.step(drop=("a",))
     assert bench.ask("start")[0]
     assert bench.ask("dump", tmp_path) == (False, "nothing was recorded: no request ran")
+
+
+def test_what_is_not_recorded_pauses_meanwhile(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.ask("start")
+    assert bench.pauses[-1]
+    bench.ask("stop")
+    assert not bench.pauses[-1]
+    bench.ask("start")
+    bench.ask("dump", tmp_path)
+    assert not bench.pauses[-1]
 
 
 def test_nothing_is_recorded_after_stop(tmp_path: Path) -> None:
