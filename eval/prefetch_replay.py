@@ -24,14 +24,23 @@ from tqdm import tqdm
 from eval.oracle import oracle_counts
 from eval.prefetch_report import Outcome, plot, table
 from eval.replay import describe, frames_of
-from eval.replay_predictors import PREDICTORS, forecast_by, model_parts
-from eval.replay_prefetcher import POLICIES, Policy, Prefetcher, Setting
+from eval.replay_predictors import PREDICTORS, forecast_by, model_parts, predictors_by
+from eval.replay_prefetcher import (
+    POLICIES,
+    Planner,
+    Policy,
+    Prefetcher,
+    ServersPrefetcher,
+    Setting,
+)
 from eval.servers import describe_run
 from eval.simulated_link import LinkSpeed, SimulatedLink
+from sglmoe.config import AUTO, MemoryPolicy
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.memory.arena import Geometry
+from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.manager import MemoryManager
-from sglmoe.prediction.forecast import Forecast
+from sglmoe.prediction.baselines import Frequency
 from sglmoe.prediction.predictor import LayerRouting, ModelParts, StepTokens
 from sglmoe.prediction.trace import Kind, Trace, load_trace
 from sglmoe.units import parse_bytes
@@ -41,11 +50,9 @@ ADAPTIVE = "adaptive"
 
 
 class PrefetchReplay:
-    """A trace's steps through one memory and one link; without a forecast, on demand alone."""
+    """A trace's steps through one memory and one link. Without a `prefetcher`, on demand alone."""
 
-    def __init__(
-        self, trace: Trace, setting: Setting, policy: Policy, forecast: Forecast | None
-    ) -> None:
+    def __init__(self, trace: Trace, setting: Setting, policy: MemoryPolicy) -> None:
         info = trace.info
         geometry: Geometry = msgspec.structs.replace(info.geometry, num_frames=setting.num_frames)
         self._trace = trace
@@ -59,14 +66,10 @@ class PrefetchReplay:
             num_experts=info.num_experts,
             floor_frames=info.floor_frames,
             load_experts=self.link.load,
-            policy=policy.memory,
+            policy=policy,
             background=self.link,
         )
-        self._prefetcher: Prefetcher | None = None
-        if forecast is not None:
-            self._prefetcher = Prefetcher(
-                policy, setting, forecast, memory=self.memory, link=self.link
-            )
+        self.prefetcher: Prefetcher | None = None
 
     def run(self) -> None:
         for step in range(self._trace.num_steps):
@@ -74,7 +77,7 @@ class PrefetchReplay:
 
     def step(self, step: int) -> None:
         """One forward pass."""
-        trace, setting, prefetcher = self._trace, self._setting, self._prefetcher
+        trace, setting, prefetcher = self._trace, self._setting, self.prefetcher
         tokens = slice(*trace.step_bounds[step : step + 2].tolist())
         self.memory.begin_step()
         if prefetcher is not None:
@@ -93,20 +96,21 @@ class PrefetchReplay:
 
     def _run_experts(self, experts: Sequence[int], routing: LayerRouting) -> None:
         """What is planned from a layer's routing is begun when its last wave is."""
-        setting, prefetcher = self._setting, self._prefetcher
+        setting, prefetcher = self._setting, self.prefetcher
         seconds = setting.layer_seconds * (1 - setting.attention_ratio)
+        was_absent = self.memory.frame_table[routing.layer] == ABSENT
         num_left = len(experts)
         for wave in self.memory.waves(routing.layer, experts):
             num_left -= len(wave)
             if prefetcher is not None and not num_left and not setting.applies_late:
-                prefetcher.observe(routing, num_pinned=len(wave))
+                prefetcher.observe(routing, was_absent=was_absent, num_pinned=len(wave))
             self.link.compute(seconds * len(wave) / len(experts))
         if prefetcher is not None and setting.applies_late:
-            prefetcher.observe(routing, num_pinned=0)
+            prefetcher.observe(routing, was_absent=was_absent, num_pinned=0)
 
     def outcome(self, policy: str, predictor: str | None) -> Outcome:
         counters, link = self.memory.snapshot(0), self.link
-        horizons = self._prefetcher.horizons if self._prefetcher is not None else []
+        horizons = self.prefetcher.horizons if self.prefetcher is not None else []
         return Outcome(
             policy=policy,
             predictor=predictor,
@@ -147,10 +151,21 @@ def replay(
     """One policy, with one predictor if it uses any."""
     if policy == BELADY:
         return belady(trace, setting)
-    forecast = forecast_by(predictor, trace, parts) if predictor is not None else None
-    run = PrefetchReplay(trace, setting, POLICIES[policy], forecast)
+    run = PrefetchReplay(trace, setting, POLICIES[policy].memory)
+    if predictor is not None:
+        run.prefetcher = prefetcher_for(run, setting, POLICIES[policy], (predictor, trace, parts))
     run.run()
     return run.outcome(policy, predictor)
+
+
+def prefetcher_for(
+    run: PrefetchReplay, setting: Setting, policy: Policy, source: tuple[str, Trace, ModelParts]
+) -> Prefetcher:
+    if policy.is_advised:
+        bulk = Frequency(source[2])
+        return ServersPrefetcher(predictors_by(*source), bulk, setting, memory=run.memory)
+    forecast = forecast_by(*source)
+    return Planner(policy, setting, forecast, memory=run.memory, link=run.link)
 
 
 def belady(trace: Trace, setting: Setting) -> Outcome:
@@ -173,13 +188,15 @@ def belady(trace: Trace, setting: Setting) -> Outcome:
     )
 
 
-def cells(options: argparse.Namespace) -> list[tuple[str, str | None]]:
-    """Policies, each with every predictor that it needs."""
-    found: list[tuple[str, str | None]] = []
+def cells(options: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
+    """Policies, each with every predictor that it can use."""
     for policy in options.policies.split(","):
-        expects = policy != BELADY and POLICIES[policy].expects
-        found += [(policy, name) for name in (options.predictors.split(",") if expects else [None])]
-    return found
+        if policy == BELADY or not POLICIES[policy].expects:
+            yield policy, None
+            continue
+        for predictor in options.predictors.split(","):
+            if predictor != AUTO or POLICIES[policy].is_advised:
+                yield policy, predictor
 
 
 def settings(options: argparse.Namespace, trace: Trace) -> Iterator[Setting]:
@@ -234,7 +251,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for names, known in (
         (options.policies, [*POLICIES, BELADY]),
-        (options.predictors, PREDICTORS),
+        (options.predictors, [*PREDICTORS, AUTO]),
     ):
         if unknown := set(names.split(",")).difference(known):
             parser.error(f"{', '.join(unknown)}: there is {', '.join(known)}")

@@ -8,12 +8,14 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
+from sglmoe.config import AUTO
 from sglmoe.prediction.baselines import Frequency, LastStep, PreviousLayer
 from sglmoe.prediction.calibration import Calibration
 from sglmoe.prediction.expert_map import ExpertMap
 from sglmoe.prediction.forecast import Forecast
 from sglmoe.prediction.predictor import LayerRouting, ModelParts, Predictor, Scores, StepTokens
 from sglmoe.prediction.trace import Trace
+from sglmoe.worker.predictors import predictors_for
 
 SEED = 0
 
@@ -139,6 +141,13 @@ PREDICTORS = {
     "previous-layer": Source(lambda _, parts: PreviousLayer(parts)),
     "expert-map": Source(lambda _, parts: ExpertMap(parts)),
 }
+
+
+def predictors_by(name: str, trace: Trace, parts: ModelParts) -> dict[str, Predictor]:
+    """New ones for an advisor; AUTO: all that the server has, until it picks one."""
+    if name == AUTO:
+        return predictors_for(AUTO, parts)
+    return {name: PREDICTORS[name].make(trace, parts)}
 
 
 def forecast_by(name: str, trace: Trace, parts: ModelParts) -> Forecast:

@@ -8,10 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.prefetch_replay import PrefetchReplay, belady, main, released_after, replay
+from eval.prefetch_replay import (
+    PrefetchReplay,
+    belady,
+    main,
+    prefetcher_for,
+    released_after,
+    replay,
+)
 from eval.replay import Link, replay_experts
 from eval.replay_predictors import PREDICTORS, Foreseen, uses_of, with_errors
-from eval.replay_prefetcher import POLICIES, Prefetcher, Setting
+from eval.replay_prefetcher import POLICIES, Planner, Setting
 from eval.simulated_link import LinkSpeed, SimulatedLink
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
@@ -80,6 +87,15 @@ ONE_STEP = trace_of([[[0], [3]]])
 TWO_STEPS = trace_of([[[0], [3]], [[1], [2]]])
 
 
+def new_run(
+    trace: Trace, setting: Setting, policy: str, forecast: Forecast
+) -> tuple[PrefetchReplay, Planner]:
+    run = PrefetchReplay(trace, setting, POLICIES[policy].memory)
+    planner = Planner(POLICIES[policy], setting, forecast, memory=run.memory, link=run.link)
+    run.prefetcher = planner
+    return run, planner
+
+
 def test_on_demand_every_load_is_waited_for() -> None:
     its = replay(TWO_STEPS, SETTING, PARTS, "lru", None)
     # Four layers of 2 s, four loads of 1 s.
@@ -140,7 +156,7 @@ def test_a_layer_in_waves_is_observed_once_when_the_last_one_begins() -> None:
     setting = msgspec.structs.replace(SETTING, num_frames=2)
     predictor = Listening(trace, knows_next_step=False)
     forecast = Forecast(predictor, num_layers=2, calibration=None)
-    PrefetchReplay(trace, setting, POLICIES["cost-aware+prefetch"], forecast).run()
+    new_run(trace, setting, "cost-aware+prefetch", forecast)[0].run()
     assert predictor.layers == [0, 1]
 
 
@@ -167,23 +183,28 @@ def test_what_is_expected_stays() -> None:
 def test_what_has_arrived_or_is_on_its_way_is_not_planned_again() -> None:
     trace = trace_of([[[0, 1], [2, 3]]])
     # 2 s for an expert, so two may be on their way; the third can be begun once the first is there.
-    setting = msgspec.structs.replace(SETTING, speed=LinkSpeed(500, 0, 250), horizon_layers=1)
+    setting = msgspec.structs.replace(SETTING, speed=LinkSpeed(500, 0, 250), horizon_layers=2)
     forecast = Forecast(Foreseen(trace, knows_next_step=False), num_layers=2, calibration=None)
-    run = PrefetchReplay(trace, setting, POLICIES["cost-aware+prefetch"], forecast)
-    prefetcher = Prefetcher(
-        POLICIES["cost-aware+prefetch"],
-        msgspec.structs.replace(setting, horizon_layers=2),
-        forecast,
-        memory=run.memory,
-        link=run.link,
-    )
+    run, planner = new_run(trace, setting, "cost-aware+prefetch", forecast)
     run.memory.begin_step()
-    prefetcher.begin_step(StepTokens(*[np.zeros(1, np.int32)] * 3))
+    planner.begin_step(StepTokens(*[np.zeros(1, np.int32)] * 3))
     assert run.link.num_queued == 2
     run.link.compute(2.0)
-    prefetcher.look_ahead(-1, num_pinned=0)
+    planner.look_ahead(-1, num_pinned=0)
     assert run.link.num_queued == 2
     assert run.memory.snapshot(0).prefetches_begun == 3
+
+
+def test_the_servers_advisor_is_asked_as_in_the_server() -> None:
+    """What it names is begun at once, as many as it may; its plans bring in what a step's tokens share."""
+    trace = trace_of([[[0], [3]], [[1], [2]]] * 40)
+    setting = msgspec.structs.replace(SETTING, num_frames=3)
+    its = replay(trace, setting, PARTS, "server", "oracle")
+    alone = replay(trace, setting, PARTS, "cost-aware", None)
+    assert its.prefetches_used > 70  # of 160; only once its scores have come true are they believed
+    assert its.stall_seconds < 0.5 * alone.stall_seconds
+    auto = replay(trace, setting, PARTS, "server", "auto")
+    assert auto.hits + auto.misses == 160
 
 
 def test_late_arrivals_widen_the_horizon() -> None:
@@ -221,7 +242,7 @@ def test_the_future_is_known_of_this_step_and_of_the_next_if_asked() -> None:
     this = Forecast(Foreseen(TWO_STEPS, knows_next_step=False), num_layers=2, calibration=None)
     both = Forecast(Foreseen(TWO_STEPS, knows_next_step=True), num_layers=2, calibration=None)
     for forecast, first_layer in ((this, []), (both, [1])):
-        run = PrefetchReplay(TWO_STEPS, SETTING, POLICIES["cost-aware+expect"], forecast)
+        run, _ = new_run(TWO_STEPS, SETTING, "cost-aware+expect", forecast)
         run.step(0)
         assert np.flatnonzero(forecast.probabilities()[0]).tolist() == first_layer
         run.step(1)
@@ -296,11 +317,11 @@ def test_whatever_is_predicted(
         applies_late=applies_late,
         speed=LinkSpeed(bandwidth, 0.1, 400),
     )
-    source = PREDICTORS[predictor]
     parts = msgspec.structs.replace(PARTS, top_k=2, embed=lambda ids: np.ones((len(ids), 3)))
-    forecast = Forecast(source.make(trace, parts), num_layers=2, calibration=None)
-    uses = POLICIES[policy].expects
-    run = PrefetchReplay(trace, setting, POLICIES[policy], forecast if uses else None)
+    run = PrefetchReplay(trace, setting, POLICIES[policy].memory)
+    if POLICIES[policy].expects:
+        source = (predictor, trace, parts)
+        run.prefetcher = prefetcher_for(run, setting, POLICIES[policy], source)
     for step in range(trace.num_steps):
         run.step(step)
         assert run.memory.violations() == []
