@@ -41,6 +41,7 @@ class Prefetching:
         mode: PrefetchMode,
         times: StepTimes,
         first_load_seconds: float,
+        trial: Trial | None = None,
     ):
         self._memory = memory
         self._advisor = advisor
@@ -49,7 +50,7 @@ class Prefetching:
         self._times = times
         self._first_load_seconds = first_load_seconds
         self._num_layers = len(memory.frame_table)
-        self._trial = Trial()
+        self._trial = trial or Trial()
         self._owners: dict[str, int] = {}
         self._free_owners: list[int] = []
         self._step = 0

@@ -1,5 +1,10 @@
 """`--hypothesis-profile=long`: the random state machines run for minutes instead of seconds."""
 
+import os
+
 from hypothesis import settings
+
+# Before torch is imported. Threads that spin while they wait for each other take a hundred times as long on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("long", deadline=None)

@@ -7,6 +7,9 @@ from sglmoe.config import (
     Machine,
     MemoryPolicy,
     Options,
+    PrefetchMode,
+    parse_expert_predictor,
+    parse_expert_prefetch,
     parse_memory_planner,
     parse_memory_policy,
     plan_config,
@@ -86,6 +89,18 @@ def test_memory_policy(text: str | None, expected: tuple[MemoryPolicy, float]) -
 def test_a_policy_that_there_is_not_is_refused_with_those_that_there_are(text: str) -> None:
     with pytest.raises(ValueError, match=r"--memory-policy: '.*' is n"):
         parse_memory_policy(text)
+
+
+def test_prefetch_modes() -> None:
+    assert parse_expert_prefetch(None) is PrefetchMode.OFF
+    assert parse_expert_prefetch("observe") is PrefetchMode.OBSERVE
+    with pytest.raises(ValueError, match="--expert-prefetch: 'yes' is none of off, observe, on"):
+        parse_expert_prefetch("yes")
+    config = plan_config(Options(expert_prefetch="on"), CPU, page_tokens=None)
+    assert config.expert_prefetch is PrefetchMode.ON
+    assert config.expert_predictor == "auto"
+    with pytest.raises(ValueError, match="--expert-predictor: '' is none of auto, last_step"):
+        parse_expert_predictor("")
 
 
 def test_the_planner_is_on_unless_switched_off() -> None:

@@ -7,11 +7,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry, plan_geometry
+from sglmoe.memory.background_copier import BackgroundCopier
+from sglmoe.memory.link_gate import LinkGate
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.prefetch import Wanted
 from sglmoe.memory.store import PARTS, ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.worker.moe_layer import ExpertShape, PagedExperts, expert_bounds
+from sglmoe.worker.routed import Routed
 
 NUM_EXPERTS, TOP_K, HIDDEN, INNER = 8, 3, 16, 8
 SHAPE = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, torch.bfloat16)
@@ -21,8 +26,13 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return F.silu(x[..., :INNER]) * x[..., INNER:]
 
 
-def make_experts(num_frames: int) -> tuple[PagedExperts, MemoryManager]:
-    """One layer of random experts in an arena of that many frames, one of which is KV's at most."""
+def make_experts(
+    num_frames: int, *, small_bytes: int = 2**20, prefetches: bool = False
+) -> tuple[PagedExperts, MemoryManager]:
+    """One layer of random experts in an arena of that many frames, one of which is KV's at most.
+
+    What is more than `small_bytes` is read by threads, while residents compute.
+    """
     generator = torch.Generator().manual_seed(1)
     experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
     layer = experts.add_layer(0, SHAPE)
@@ -39,14 +49,25 @@ def make_experts(num_frames: int) -> tuple[PagedExperts, MemoryManager]:
     )
     arena = torch.zeros(geometry.arena_bytes, dtype=torch.uint8)
     copier = HostCopier(
-        arena.numpy(), frame_bytes=geometry.frame_bytes, store=experts.store, num_threads=1
+        arena.numpy(),
+        frame_bytes=geometry.frame_bytes,
+        store=experts.store,
+        num_threads=1,
+        small_bytes=small_bytes,
     )
+    background = None
+    if prefetches:
+        demand = LinkGate()
+        prefetch = LinkGate(above=demand)
+        background = BackgroundCopier(copier.copy_in_background, demand=demand, prefetch=prefetch)
     memory = MemoryManager(
         geometry,
         num_layers=1,
         num_experts=NUM_EXPERTS,
         floor_frames=num_frames - 1,
         load_experts=copier.load,
+        policy=MemoryPolicy.COST_AWARE,
+        background=background,
     )
     experts.attach(arena, geometry, frame_table=memory.frame_table, waves=memory.waves)
     return experts, memory
@@ -57,6 +78,7 @@ def run(experts: PagedExperts, num_tokens: int) -> torch.Tensor:
     hidden = torch.randn(num_tokens, HIDDEN, generator=generator).bfloat16()
     scores = torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
     weights, ids = scores.topk(TOP_K)
+    experts.note_router(Routed(0, ids, scores, hidden))
     return experts.forward(0, hidden, weights, ids, silu_and_mul)
 
 
@@ -69,6 +91,49 @@ def test_few_frames_give_the_bits_of_all_resident(num_frames: int, num_tokens: i
     assert memory.violations() == []
     # Again, now that other experts are resident and the waves run in another order.
     assert torch.equal(run(paged, num_tokens), run(resident, num_tokens))
+
+
+@pytest.mark.parametrize("num_frames", [3, 5])
+def test_experts_that_come_while_others_compute_change_no_bit(num_frames: int) -> None:
+    resident, _ = make_experts(num_frames=9)
+    paged, memory = make_experts(num_frames, small_bytes=0)
+    for _ in range(3):
+        assert torch.equal(run(paged, num_tokens=5), run(resident, num_tokens=5))
+        assert memory.violations() == []
+
+
+class Meddler:
+    """Expects and fetches experts at random, between layers and in the middle of them."""
+
+    def __init__(self, memory: MemoryManager):
+        self._memory = memory
+        self._random = np.random.default_rng(3)
+
+    def routed(self, layer: int, routing: Routed) -> None:
+        self._meddle(-1)
+
+    def look_ahead(self) -> None:
+        self._meddle(0)
+
+    def _meddle(self, layer: int) -> None:
+        self._memory.expect(layer, self._random.random((1, NUM_EXPERTS)))
+        wanted = self._random.permutation(NUM_EXPERTS)[:3].tolist()
+        self._memory.prefetch(Wanted(0, expert, 0.5) for expert in wanted)
+
+
+@pytest.mark.parametrize("num_frames", [3, 5])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_predictions_that_mean_nothing_change_no_bit(num_frames: int, num_tokens: int) -> None:
+    resident, _ = make_experts(num_frames=9)
+    paged, memory = make_experts(num_frames, prefetches=True)
+    paged.observer = Meddler(memory)
+    for _ in range(10):
+        memory.begin_step()
+        assert torch.equal(run(paged, num_tokens), run(resident, num_tokens))
+        assert memory.violations() == []
+    snapshot = memory.snapshot(0)
+    num_ended = snapshot.prefetches_used + snapshot.prefetches_late + snapshot.prefetches_wasted
+    assert snapshot.prefetches_begun >= num_ended > 1
 
 
 def test_eight_experts_over_three_frames_take_three_waves() -> None:

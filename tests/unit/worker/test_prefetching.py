@@ -1,0 +1,298 @@
+"""What runs is told to the predictor, and what it asks for is begun: 2 layers of 4 experts, 8 frames."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from sglmoe.config import PrefetchMode
+from sglmoe.memory.arena import Geometry
+from sglmoe.memory.experts import Load
+from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.prefetch import Arrival
+from sglmoe.memory.step_times import StepTimes
+from sglmoe.prediction.advisor import Advisor
+from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
+from sglmoe.prediction.trial import Trial, Verdict
+from sglmoe.protocol import NewRequest
+from sglmoe.worker.prefetching import REPORT_STEPS, Prefetching
+from sglmoe.worker.request import WorkerRequest
+from sglmoe.worker.routed import Routed
+from sglmoe.worker.step_watch import StepCost, StepKind
+
+
+class Expert3:
+    """Is sure of expert 3, in both layers."""
+
+    wants_gate_input = True
+
+    def __init__(self) -> None:
+        self.tokens: list[StepTokens] = []
+        self.routing: list[LayerRouting] = []
+        self.forgotten: list[int] = []
+        self.heard = threading.Semaphore(0)
+        self._scores: Scores = np.zeros((2, 4), np.float32)
+        self._scores[:, 3] = 1
+
+    def begin_step(self, tokens: StepTokens) -> None:
+        self.tokens.append(tokens)
+        self.heard.release()
+
+    def observe(self, routing: LayerRouting) -> None:
+        self.routing.append(routing)
+        self.heard.release()
+
+    def scores(self) -> Scores:
+        return self._scores
+
+    def forget(self, owner: int) -> None:
+        self.forgotten.append(owner)
+        self.heard.release()
+
+
+class Background:
+    """Loads that are there as soon as somebody asks."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, int]] = []
+        self._ended: list[Arrival] = []
+
+    def begin(self, load: Load) -> None:
+        self.begun.append((load.layer, load.expert))
+        self._ended.append(Arrival(load, True))
+
+    def finished(self) -> list[Arrival]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def wait(self, load: Load) -> bool:
+        self.cancel(load)
+        return True
+
+    def cancel(self, load: Load) -> None:
+        self._ended = [its for its in self._ended if its.load != load]
+
+
+class AlwaysOn(Trial):
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_on = True
+        self.steps: list[tuple[int, float]] = []
+
+    def step_done(self, num_rows: int, seconds: float) -> Verdict | None:
+        self.steps.append((num_rows, seconds))
+        return None
+
+
+class Bench:
+    def __init__(self, mode: PrefetchMode = PrefetchMode.ON):
+        self.background = Background()
+        geometry = Geometry(
+            num_frames=8,
+            frame_bytes=100,
+            expert_bytes=90,
+            page_bytes=50,
+            page_tokens=4,
+            pages_per_frame=2,
+            page_rows=24,
+        )
+        self.memory = MemoryManager(
+            geometry,
+            num_layers=2,
+            num_experts=4,
+            floor_frames=1,
+            load_experts=lambda loads: None,
+            background=self.background,
+        )
+        self.predictor, self.bulk, self.trial = Expert3(), Expert3(), AlwaysOn()
+        advisor = Advisor({"three": self.predictor}, self.bulk, frame_table=self.memory.frame_table)
+        times = StepTimes()
+        times.note_loads(1, 0.002)
+        times.note_decode(1, 0.002)
+        self.prefetching = Prefetching(
+            self.memory,
+            advisor,
+            mode=mode,
+            times=times,
+            first_load_seconds=0.001,
+            trial=self.trial,
+        )
+
+    def begin(self, *rids: str, tokens_each: int = 1) -> None:
+        num_tokens = len(rids) * tokens_each
+        self.memory.begin_step()
+        self.prefetching.begin_step(
+            rids,
+            token_ids=np.arange(num_tokens),
+            positions=np.arange(num_tokens),
+            owners=np.repeat(np.arange(len(rids)), tokens_each),
+        )
+        self.settle()
+
+    def layer(self, layer: int, *experts: int) -> None:
+        """As the model does it."""
+        routed = Routed(layer, torch.tensor([experts]), torch.zeros(1, 4), torch.ones(1, 6))
+        self.prefetching.routed(layer, routed)
+        for _ in self.memory.waves(layer, experts):
+            self.prefetching.look_ahead()
+        self.settle()
+        self.prefetching.look_ahead()
+
+    def step(self) -> None:
+        self.begin("a")
+        self.prefetching.look_ahead()
+        self.layer(0, 3)
+        self.layer(1, 3)
+
+    def settle(self) -> None:
+        """Wait until the predictor has heard of it, and what follows from that."""
+        thread = self.prefetching._thread
+        for _ in range(1000):
+            if thread._events.empty() and thread._outlooks:
+                return
+            threading.Event().wait(0.002)
+
+    def done(self, *, num_decoding: int = 1, seconds: float = 0.5) -> None:
+        requests = [WorkerRequest(new_request(f"r{n}")) for n in range(num_decoding)]
+        kind = StepKind(requests, 0 if num_decoding else 100)
+        cost = StepCost(seconds=seconds, stall_seconds=0.0, misses=0)
+        self.report = self.prefetching.step_done(kind, self.memory.snapshot(0), cost)
+
+
+def new_request(rid: str) -> NewRequest:
+    return NewRequest(
+        rid=rid,
+        prompt_ids=b"",
+        output_ids=b"",
+        sampling=b"",
+        max_new_tokens=9,
+        namespace="",
+        logprobs=None,
+        routed_experts_start=None,
+        requires_reasoning=False,
+    )
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    its = Bench(getattr(request, "param", PrefetchMode.ON))
+    yield its
+    its.prefetching.close()
+
+
+def test_what_has_come_true_is_begun_ahead(bench: Bench) -> None:
+    for _ in range(30):
+        bench.step()
+    bench.memory.clear()
+    bench.background.begun.clear()
+    before = bench.memory.snapshot(0).prefetches_used
+    bench.begin("a")
+    bench.prefetching.look_ahead()
+    assert bench.background.begun == [(0, 3)]
+    bench.layer(0, 3)
+    assert bench.background.begun == [(0, 3), (1, 3)]
+    bench.layer(1, 3)
+    assert bench.memory.snapshot(0).prefetches_used == before + 2
+
+
+def test_after_the_last_layer_the_next_step_is_begun(bench: Bench) -> None:
+    for _ in range(30):
+        bench.step()
+    bench.begin("a")
+    bench.layer(0, 3)
+    bench.memory.clear()
+    bench.background.begun.clear()
+    before = bench.memory.snapshot(0).prefetches_used
+    bench.layer(1, 0)
+    assert bench.background.begun == [(0, 3)]
+    bench.begin("a")
+    bench.layer(0, 3)
+    assert bench.memory.snapshot(0).prefetches_used == before + 1
+
+
+@pytest.mark.parametrize("bench", [PrefetchMode.OBSERVE], indirect=True)
+def test_observing_moves_nothing_and_keeps_score(bench: Bench) -> None:
+    for _ in range(REPORT_STEPS):
+        bench.step()
+        bench.done()
+    assert bench.background.begun == []
+    assert bench.trial.steps == []
+    assert (bench.report.mode, bench.report.is_on, bench.report.predictor) == (
+        "observe",
+        False,
+        "three",
+    )
+    assert bench.report.recall > 0.8
+    assert len(bench.report.recall_by_layer) == 2
+
+
+def test_nothing_is_begun_while_a_trace_is_recorded(bench: Bench) -> None:
+    for _ in range(30):
+        bench.step()
+    bench.memory.clear()
+    bench.background.begun.clear()
+    bench.prefetching.pause(True)
+    bench.step()
+    assert bench.background.begun == []
+    bench.prefetching.pause(False)
+    bench.memory.clear()
+    bench.step()
+    assert bench.background.begun != []
+
+
+def test_a_trial_that_says_no_is_obeyed(bench: Bench) -> None:
+    bench.trial.is_on = False
+    for _ in range(30):
+        bench.step()
+    assert bench.background.begun == []
+
+
+def test_only_decode_steps_are_tried(bench: Bench) -> None:
+    bench.step()
+    bench.done(num_decoding=3, seconds=0.25)
+    bench.done(num_decoding=0)
+    assert bench.trial.steps == [(3, 0.25)]
+
+
+def test_requests_have_numbers_and_steps_their_tokens(bench: Bench) -> None:
+    bench.begin("a", "b", tokens_each=2)
+    bench.prefetching.forget("a")
+    bench.begin("c", "b")
+    first, second = bench.predictor.tokens
+    assert first.owners.tolist() == [0, 0, 1, 1]
+    assert first.token_ids.tolist() == [0, 1, 2, 3]
+    assert second.owners.tolist() == [0, 1], "the number of one that has ended is free"
+    assert bench.predictor.forgotten == [0]
+
+
+def test_the_predictor_gets_what_it_wants_of_a_layer(bench: Bench) -> None:
+    bench.begin("a")
+    bench.layer(0, 1)
+    [routing] = bench.predictor.routing
+    assert routing.expert_ids.tolist() == [[1]]
+    assert routing.probabilities.tolist() == [[0.25] * 4]
+    assert routing.gate_input is not None
+    assert routing.gate_input.tolist() == [[1.0] * 6]
+
+
+def test_of_a_long_prompt_it_gets_the_choices_alone(bench: Bench) -> None:
+    bench.begin("a", tokens_each=1000)
+    bench.layer(0, 1)
+    [routing] = bench.bulk.routing
+    assert routing.expert_ids.tolist() == [[1]]
+    assert routing.probabilities.shape == (0, 4)
+    assert routing.gate_input is None
+
+
+def test_what_was_saved_is_what_loads_would_have_taken(bench: Bench) -> None:
+    for _ in range(REPORT_STEPS - 1):
+        bench.step()
+        bench.done()
+    bench.memory.clear()
+    bench.step()
+    used = bench.memory.snapshot(0).prefetches_used
+    assert used > 1
+    bench.done()
+    assert bench.report.saved_seconds == pytest.approx(used * 0.002)
