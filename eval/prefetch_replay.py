@@ -19,12 +19,13 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from eval.oracle import oracle_counts
 from eval.prefetch_report import Outcome, plot, table
 from eval.replay import describe, frames_of
-from eval.replay_predictors import PREDICTORS, forecast_by, model_parts, predictors_by
+from eval.replay_predictors import PREDICTORS, Material, forecast_by, predictors_by
 from eval.replay_prefetcher import (
     POLICIES,
     Planner,
@@ -41,7 +42,7 @@ from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.prediction.baselines import Frequency
-from sglmoe.prediction.predictor import LayerRouting, ModelParts, StepTokens
+from sglmoe.prediction.predictor import LayerRouting, StepTokens
 from sglmoe.prediction.trace import Kind, Trace, load_trace
 from sglmoe.units import parse_bytes
 
@@ -70,6 +71,20 @@ class PrefetchReplay:
             background=self.link,
         )
         self.prefetcher: Prefetcher | None = None
+        self._gate_inputs: npt.NDArray[np.float32] | None = None  # [T, layers, hidden]
+
+    def use(self, predictor: str, material: Material, policy: Policy) -> None:
+        """Prefetch by one of PREDICTORS, by name."""
+        setting, memory = self._setting, self.memory
+        if policy.is_advised:
+            bulk = Frequency(material.parts)
+            predictors = predictors_by(predictor, material)
+            self.prefetcher = ServersPrefetcher(predictors, bulk, setting, memory=memory)
+        else:
+            forecast = forecast_by(predictor, material)
+            self.prefetcher = Planner(policy, setting, forecast, memory=memory, link=self.link)
+        if self.prefetcher.wants_gate_input:
+            self._gate_inputs = material.gate_inputs
 
     def run(self) -> None:
         for step in range(self._trace.num_steps):
@@ -87,8 +102,13 @@ class PrefetchReplay:
             )
         for layer, experts in enumerate(self._layers[step]):
             self.link.compute(setting.layer_seconds * setting.attention_ratio)
-            expert_ids = trace.expert_ids[tokens, layer]
-            routing = LayerRouting(layer, expert_ids, trace.probabilities[tokens, layer])
+            inputs = self._gate_inputs
+            routing = LayerRouting(
+                layer,
+                trace.expert_ids[tokens, layer],
+                trace.probabilities[tokens, layer],
+                inputs if inputs is None else inputs[tokens, layer],
+            )
             self._run_experts(experts, routing)
         if prefetcher is not None:
             for owner in self._released[step]:
@@ -145,27 +165,15 @@ def released_after(trace: Trace) -> dict[int, list[int]]:
 # ------------------------------------------------------------------------------------------- cells
 
 
-def replay(
-    trace: Trace, setting: Setting, parts: ModelParts, policy: str, predictor: str | None
-) -> Outcome:
+def replay(material: Material, setting: Setting, policy: str, predictor: str | None) -> Outcome:
     """One policy, with one predictor if it uses any."""
     if policy == BELADY:
-        return belady(trace, setting)
-    run = PrefetchReplay(trace, setting, POLICIES[policy].memory)
+        return belady(material.trace, setting)
+    run = PrefetchReplay(material.trace, setting, POLICIES[policy].memory)
     if predictor is not None:
-        run.prefetcher = prefetcher_for(run, setting, POLICIES[policy], (predictor, trace, parts))
+        run.use(predictor, material, POLICIES[policy])
     run.run()
     return run.outcome(policy, predictor)
-
-
-def prefetcher_for(
-    run: PrefetchReplay, setting: Setting, policy: Policy, source: tuple[str, Trace, ModelParts]
-) -> Prefetcher:
-    if policy.is_advised:
-        bulk = Frequency(source[2])
-        return ServersPrefetcher(predictors_by(*source), bulk, setting, memory=run.memory)
-    forecast = forecast_by(*source)
-    return Planner(policy, setting, forecast, memory=run.memory, link=run.link)
 
 
 def belady(trace: Trace, setting: Setting) -> Outcome:
@@ -263,10 +271,10 @@ def main(arguments: list[str] | None = None) -> None:
     outcomes: dict[str, list[Outcome]] = {}
     for path in options.traces:
         trace = load_trace(path)
-        parts = model_parts(trace, options.model_path)
+        material = Material(trace, options.model_path)
         work = [*product(settings(options, trace), cells(options))]
         progress = tqdm(work, path.stem, unit="replay")
-        outcomes[path.stem] = [replay(trace, setting, parts, *cell) for setting, cell in progress]
+        outcomes[path.stem] = [replay(material, setting, *cell) for setting, cell in progress]
         print(f"\n{describe(path, trace)}\n{table(outcomes[path.stem])}")
     if options.output is not None:
         figures = {name: [its.figures() for its in found] for name, found in outcomes.items()}

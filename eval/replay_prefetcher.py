@@ -67,6 +67,10 @@ class Prefetcher(Protocol):
 
     horizons: list[int]  # of each step
 
+    @property
+    def wants_gate_input(self) -> bool:
+        """Whether any of its predictors does."""
+
     def begin_step(self, tokens: StepTokens) -> None:
         """After memory has begun the step."""
 
@@ -111,6 +115,10 @@ class Planner:
         self._adaptive = Horizon(self._num_layers)
         self._ended = EndedPrefetches(memory)
         self.horizons: list[int] = []
+
+    @property
+    def wants_gate_input(self) -> bool:
+        return self._forecast.wants_gate_input
 
     def begin_step(self, tokens: StepTokens) -> None:
         self._forecast.begin_step(tokens)
@@ -184,6 +192,7 @@ class ServersPrefetcher:
         self._ended = EndedPrefetches(memory)
         self._step = 0
         self.horizons: list[int] = []
+        self.wants_gate_input = self._advisor.wants_gate_input
 
     def begin_step(self, tokens: StepTokens) -> None:
         late, unused = self._ended.new()

@@ -12,12 +12,12 @@ from eval.prefetch_replay import (
     PrefetchReplay,
     belady,
     main,
-    prefetcher_for,
     released_after,
     replay,
 )
+from eval.prefetch_report import Outcome
 from eval.replay import Link, replay_experts
-from eval.replay_predictors import PREDICTORS, Foreseen, uses_of, with_errors
+from eval.replay_predictors import PREDICTORS, Foreseen, Material, uses_of, with_errors
 from eval.replay_prefetcher import POLICIES, Planner, Setting
 from eval.simulated_link import LinkSpeed, SimulatedLink
 from sglmoe.config import MemoryPolicy
@@ -27,6 +27,7 @@ from sglmoe.memory.manager import MemoryManager
 from sglmoe.prediction.forecast import Forecast
 from sglmoe.prediction.predictor import LayerRouting, ModelParts, StepTokens
 from sglmoe.prediction.prefetch import PrefetchSnapshot, plan_frames
+from sglmoe.prediction.router import Router
 from sglmoe.prediction.trace import FORMAT_VERSION, Kind, Totals, Trace, TraceInfo
 
 GEOMETRY = Geometry(
@@ -38,7 +39,6 @@ GEOMETRY = Geometry(
     pages_per_frame=2,
     page_rows=16,
 )
-PARTS = ModelParts(num_layers=2, num_experts=4, top_k=1)
 SETTING = Setting(
     num_frames=8,
     expert_bytes=1000,
@@ -87,6 +87,23 @@ ONE_STEP = trace_of([[[0], [3]]])
 TWO_STEPS = trace_of([[[0], [3]], [[1], [2]]])
 
 
+class Made(Material):
+    """Of a made-up trace."""
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        num_layers, top_k = trace.expert_ids.shape[1:]
+        self.parts = ModelParts(
+            num_layers, 4, top_k, lambda ids: np.ones((len(ids), 3), np.float32)
+        )
+        self.gate_inputs = np.ones((len(trace.token_ids), num_layers, 3), np.float32)
+        self.router = Router(np.ones((num_layers, 4, 3), np.float32), top_k)
+
+
+def play(trace: Trace, setting: Setting, policy: str, predictor: str | None) -> Outcome:
+    return replay(Made(trace), setting, policy, predictor)
+
+
 def new_run(
     trace: Trace, setting: Setting, policy: str, forecast: Forecast
 ) -> tuple[PrefetchReplay, Planner]:
@@ -97,7 +114,7 @@ def new_run(
 
 
 def test_on_demand_every_load_is_waited_for() -> None:
-    its = replay(TWO_STEPS, SETTING, PARTS, "lru", None)
+    its = play(TWO_STEPS, SETTING, "lru", None)
     # Four layers of 2 s, four loads of 1 s.
     assert (its.hits, its.misses, its.seconds, its.stall_seconds) == (0, 4, 12.0, 4.0)
     assert its.stall_ratio == pytest.approx(1 / 3)
@@ -106,7 +123,7 @@ def test_on_demand_every_load_is_waited_for() -> None:
 
 
 def test_the_first_half_of_a_layer_is_time_enough_for_an_expert() -> None:
-    its = replay(TWO_STEPS, SETTING, PARTS, "cost-aware+prefetch", "oracle")
+    its = play(TWO_STEPS, SETTING, "cost-aware+prefetch", "oracle")
     assert (its.hits, its.misses, its.seconds, its.stall_seconds) == (4, 0, 8.0, 0.0)
     assert (its.prefetches_begun, its.prefetches_used, its.prefetches_wasted) == (4, 4, 0)
     assert its.bytes_moved == 4000
@@ -114,7 +131,7 @@ def test_the_first_half_of_a_layer_is_time_enough_for_an_expert() -> None:
 
 def test_what_comes_late_is_waited_for_and_counts_as_a_miss() -> None:
     slow = msgspec.structs.replace(SETTING, speed=LinkSpeed(400, 0, 250))  # 2.5 s for an expert
-    its = replay(ONE_STEP, slow, PARTS, "cost-aware+prefetch", "oracle")
+    its = play(ONE_STEP, slow, "cost-aware+prefetch", "oracle")
     # Layer 0: 1 s, then 1.5 s for the rest of its expert. Layer 1's had 2 s: half a second is left.
     assert (its.hits, its.misses, its.prefetches_late) == (0, 2, 2)
     assert its.stall_seconds == pytest.approx(1.5 + 0.5)
@@ -122,31 +139,29 @@ def test_what_comes_late_is_waited_for_and_counts_as_a_miss() -> None:
 
 def test_plans_that_wait_for_the_end_of_a_layer_lose_its_time() -> None:
     trace = trace_of([[[0, 1], [2, 3]]])
-    parts = msgspec.structs.replace(PARTS, top_k=2)
     early = msgspec.structs.replace(SETTING, attention_ratio=0.0)
     late = msgspec.structs.replace(early, applies_late=True)
     # Nothing can be there for layer 0: 2 s. Its own 2 s are enough for both of layer 1, or lost.
-    assert replay(trace, early, parts, "cost-aware+prefetch", "oracle").stall_seconds == 2.0
-    assert replay(trace, late, parts, "cost-aware+prefetch", "oracle").stall_seconds == 4.0
+    assert play(trace, early, "cost-aware+prefetch", "oracle").stall_seconds == 2.0
+    assert play(trace, late, "cost-aware+prefetch", "oracle").stall_seconds == 4.0
 
 
 def test_wrong_forecasts_cost_time_and_change_nothing_else() -> None:
     trace = trace_of([[[0], [3]], [[1], [2]], [[0], [3]]] * 5)
     setting = msgspec.structs.replace(SETTING, num_frames=3)
-    wrong = replay(trace, setting, PARTS, "cost-aware+prefetch", "adversarial-believed")
+    wrong = play(trace, setting, "cost-aware+prefetch", "adversarial-believed")
     assert wrong.hits + wrong.misses == 30
     assert wrong.prefetches_used < wrong.prefetches_wasted
     assert wrong.compute_seconds == 60.0
     # Who is never right is not believed for long.
-    calibrated = replay(trace, setting, PARTS, "cost-aware+prefetch", "adversarial")
+    calibrated = play(trace, setting, "cost-aware+prefetch", "adversarial")
     assert calibrated.prefetches_begun == 0
 
 
 def test_a_layer_that_fits_in_no_wave_is_computed_once() -> None:
     trace = trace_of([[[0, 1, 2], [0, 1, 3]]] * 4)
     setting = msgspec.structs.replace(SETTING, num_frames=2)
-    parts = msgspec.structs.replace(PARTS, top_k=3)
-    its = replay(trace, setting, parts, "cost-aware+prefetch", "oracle")
+    its = play(trace, setting, "cost-aware+prefetch", "oracle")
     assert its.hits + its.misses == 24
     assert its.compute_seconds == pytest.approx(16.0)
 
@@ -176,8 +191,8 @@ def test_what_is_expected_stays() -> None:
     # next one to use 1 and 1': only who is told evicts well.
     trace = trace_of([[[0], [0]], [[0], [1]], [[1], [1]]])
     setting = msgspec.structs.replace(SETTING, num_frames=2)
-    assert replay(trace, setting, PARTS, "cost-aware", None).hits == 1
-    assert replay(trace, setting, PARTS, "cost-aware+expect", "oracle").hits == 2
+    assert play(trace, setting, "cost-aware", None).hits == 1
+    assert play(trace, setting, "cost-aware+expect", "oracle").hits == 2
 
 
 def test_what_has_arrived_or_is_on_its_way_is_not_planned_again() -> None:
@@ -199,20 +214,19 @@ def test_the_servers_advisor_is_asked_as_in_the_server() -> None:
     """What it names is begun at once, as many as it may; its plans bring in what a step's tokens share."""
     trace = trace_of([[[0], [3]], [[1], [2]]] * 40)
     setting = msgspec.structs.replace(SETTING, num_frames=3)
-    its = replay(trace, setting, PARTS, "server", "oracle")
-    alone = replay(trace, setting, PARTS, "cost-aware", None)
+    its = play(trace, setting, "server", "oracle")
+    alone = play(trace, setting, "cost-aware", None)
     assert its.prefetches_used > 70  # of 160; only once its scores have come true are they believed
     assert its.stall_seconds < 0.5 * alone.stall_seconds
-    auto = replay(trace, setting, PARTS, "server", "auto")
+    auto = play(trace, setting, "server", "auto")
     assert auto.hits + auto.misses == 160
 
 
 def test_late_arrivals_widen_the_horizon() -> None:
     """3 layers; by the formula it is 1: a layer's expert takes 1.75 s of a layer's 2."""
     trace = trace_of([[[step % 4], [(step + 1) % 4], [(step + 2) % 4]] for step in range(12)])
-    parts = msgspec.structs.replace(PARTS, num_layers=3)
     slow = msgspec.structs.replace(SETTING, num_frames=3, speed=LinkSpeed(1000 / 1.75, 0, 1000))
-    its = replay(trace, slow, parts, "cost-aware+prefetch", "oracle")
+    its = play(trace, slow, "cost-aware+prefetch", "oracle")
     # A step's first expert has 1 s, and is late, unless it is a resident. Eight are known to have been
     # when the eleventh step begins.
     assert its.prefetches_late == 10
@@ -232,7 +246,7 @@ def test_without_prefetching_time_is_that_of_the_plain_replay() -> None:
     trace = trace_of([[[0], [3]], [[1], [2]], [[0], [3]], [[2], [2]]] * 3)
     setting = msgspec.structs.replace(SETTING, num_frames=3, speed=LinkSpeed(1000, 0.25, 250))
     for policy in ("lru", "lfu", "cost-aware"):
-        its = replay(trace, setting, PARTS, policy, None)
+        its = play(trace, setting, policy, None)
         plain = replay_experts(trace, 3, Link(1000, 0.25, 2.0), policy)
         assert (its.hits, its.misses) == (plain.hits, plain.misses)
         assert its.seconds == pytest.approx(plain.step_seconds * trace.num_steps)
@@ -252,8 +266,8 @@ def test_the_future_is_known_of_this_step_and_of_the_next_if_asked() -> None:
 def test_who_knows_the_next_step_begins_before_it() -> None:
     """With nothing to compute before its router, a step's first layer is too early for all others."""
     setting = msgspec.structs.replace(SETTING, attention_ratio=0.0)
-    this = replay(TWO_STEPS, setting, PARTS, "cost-aware+prefetch", "oracle")
-    both = replay(TWO_STEPS, setting, PARTS, "cost-aware+prefetch", "oracle-next-step")
+    this = play(TWO_STEPS, setting, "cost-aware+prefetch", "oracle")
+    both = play(TWO_STEPS, setting, "cost-aware+prefetch", "oracle-next-step")
     assert (this.stall_seconds, both.stall_seconds) == (2.0, 1.0)
 
 
@@ -317,11 +331,9 @@ def test_whatever_is_predicted(
         applies_late=applies_late,
         speed=LinkSpeed(bandwidth, 0.1, 400),
     )
-    parts = msgspec.structs.replace(PARTS, top_k=2, embed=lambda ids: np.ones((len(ids), 3)))
     run = PrefetchReplay(trace, setting, POLICIES[policy].memory)
     if POLICIES[policy].expects:
-        source = (predictor, trace, parts)
-        run.prefetcher = prefetcher_for(run, setting, POLICIES[policy], source)
+        run.use(predictor, Made(trace), POLICIES[policy])
     for step in range(trace.num_steps):
         run.step(step)
         assert run.memory.violations() == []
