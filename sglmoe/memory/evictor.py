@@ -52,7 +52,7 @@ class Evictor:
     def make_pages(self, num_pages: int, *, after: int | None) -> bool:
         """Evict until the pool has `num_pages` to hand out, near page `after` if it can choose; False,
         and nothing evicted, if it never can."""
-        num_unpinned = len(self._frames) - len(self._table.pinned)
+        num_unpinned = len(self._frames) - len(self._table.pinned) - self._table.num_awaited
         if num_pages > self._pool.most_pages(num_unpinned):
             return False
         while (num_missing := num_pages - self._pool.available_pages) > 0:
@@ -70,28 +70,33 @@ class Evictor:
     def make_frame(self, layer: int) -> bool:
         """Evict until a frame is free for an expert of this layer; False if only pinned experts and
         pages of running requests are left."""
-        while not self.make_spare_frame(layer, math.inf):
-            if not self._drop_prefetch():
-                return False
-        return True
-
-    def make_spare_frame(self, layer: int, value: float) -> bool:
-        """The same for an expert of that value: False if nothing is left that is worth less."""
         if self._is_static:
-            return self._make_frame_within(layer, value)
+            return self._make_frame_within(layer) or (
+                self._drop_prefetch() and self.make_frame(layer)
+            )
         while not self._frames.num_free:
             expert = self._next_expert()
             # With a running request in every KV frame, evicting prefixes would free none.
             leaf = self._leaves.first() if self._pool.idle_frames else None
             if leaf is not None and self._goes_before(leaf, expert):
-                if self._leaves.value(leaf) >= value:
-                    return False
-                self._empty_frame(below=min(_value(expert), value))
-            elif _value(expert) < value:
-                assert expert is not None
+                self._empty_frame(below=_value(expert))
+            elif expert is not None:
                 self._evict_expert(expert)
-            else:
+            elif not self._drop_prefetch():
                 return False
+        return True
+
+    def make_spare_frame(self, layer: int, value: float) -> bool:
+        """The same for an expert of that value which is only likely to be used: False unless a frame
+        is free or an expert is worth less. A guess costs nobody a prefix."""
+        if self._is_static:
+            return self._make_frame_within(layer, value)
+        if self._frames.num_free:
+            return True
+        expert = self._next_expert()
+        if expert is None or expert.value >= value:
+            return False
+        self._evict_expert(expert)
         return True
 
     def evict_leaf(self, leaf: RadixNode, num_pages: int) -> None:
@@ -100,7 +105,7 @@ class Evictor:
         self._pool.free(pages)
         self.pages_evicted += len(pages)
 
-    def _make_frame_within(self, layer: int, value: float) -> bool:
+    def _make_frame_within(self, layer: int, value: float = math.inf) -> bool:
         """Keep the layer within its share."""
         table = self._table
         if table.num_resident[layer] + table.num_loading[layer] < self._layer_frames:

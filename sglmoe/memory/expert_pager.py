@@ -136,7 +136,7 @@ class ExpertPager:
             load = Load(self._frames.take_for_expert(layer, expert), layer, expert)
             self._table.begin(load)
             self._loads.append(load)
-        num_begun = len(self._loads)
+        num_begun = self._table.num_awaited = len(self._loads)
         if num_begun:
             self._run(lambda: self._load_experts(self._loads))
         if self._finish is None:
@@ -159,6 +159,7 @@ class ExpertPager:
             for load in self._loads:
                 self._table.end(load, is_there=False)
             self._loads = []
+            self._table.num_awaited = 0
             self._table.unpin()
             raise
         self.stall_seconds += time.perf_counter() - started
@@ -168,3 +169,4 @@ class ExpertPager:
             self._table.end(load, is_there=True, is_used=True)
         self.misses += len(self._loads)
         self._loads = []
+        self._table.num_awaited = 0

@@ -38,13 +38,14 @@ class ExpertTable:
             (num_layers, num_experts), ABSENT, np.int32
         )
         self.num_resident = [0] * num_layers
-        self.loading: dict[tuple[int, int], Load] = {}  # prefetches on their way, the oldest first
+        self.loading: dict[tuple[int, int], Load] = {}  # those on their way, the oldest first
         self.num_loading = [0] * num_layers  # of them, in each layer
         # Residents that a prefetch has brought and nothing has used since; and how many of these were evicted.
         self.is_unused: npt.NDArray[np.bool_] = np.zeros((num_layers, num_experts), np.bool_)
         self.num_unused_evicted = 0
         self._frames = frames
         self.pinned = NO_EXPERTS  # of `_pinned_layer`
+        self.num_awaited = 0  # on their way because this layer needs them: nobody can have their frames
         self._pinned_layer = 0
 
     def pin(self, layer: int, experts: ExpertIds) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from sglmoe.memory.arena import Geometry
-from sglmoe.memory.expert_values import NextUse
+from sglmoe.memory.eviction import Clock
+from sglmoe.memory.expert_values import LastUse, NextUse, UseCount
 from sglmoe.memory.prices import Prices
 from sglmoe.memory.use_counter import HALF_LIFE_STEPS
 
@@ -78,3 +79,84 @@ def test_asking_for_demand_in_the_middle_of_a_step_changes_nothing(values: NextU
     demand = values.demand()
     assert values._steps is before
     assert demand[0, 0] > demand[0, 3]
+
+
+# ------------------------------------------------------------------------------------ what is expected
+
+
+def likely(*keys: tuple[int, int], others: float = 0.0) -> np.ndarray:
+    probabilities = np.full((2, 4), others)
+    for key in keys:
+        probabilities[key] = 1.0
+    return probabilities
+
+
+def test_an_expected_expert_is_as_far_away_as_its_layer(values: NextUse) -> None:
+    for _ in range(200):
+        step(values, [0], [0])
+    values.begin_step()
+    values.expect(-1, likely((0, 2), (1, 3), others=0.25))
+    p = values.probability()
+    steps = 2e-3 / 1000 / values.now()
+    assert steps[0, 2] == pytest.approx(0.5)
+    assert steps[1, 3] == pytest.approx(1.0)
+    # Not in this step, with a probability of 3/4; then it takes 1 / p steps, as always.
+    assert steps[0, 0] == pytest.approx(0.5 + 0.75 / p[0, 0])
+
+
+def test_what_was_expected_of_a_layer_holds_until_it_is_used(values: NextUse) -> None:
+    for _ in range(200):
+        step(values, [0], [0])
+    values.begin_step()
+    without = values.now().copy()
+    values.expect(-1, likely((0, 2), (1, 3)))
+    values.use(0, np.array([0]))
+    now = values.now()
+    assert now[1, 3] > now[1, 0], "the layer ahead"
+    assert now[0, 0] > now[0, 2], "the next step is another one"
+    values.begin_step()
+    step(values, [0], [0])
+    values.begin_step()
+    assert values.now() == pytest.approx(without, rel=0.05)
+
+
+def test_after_the_last_layer_the_next_step_is_expected(values: NextUse) -> None:
+    for _ in range(200):
+        step(values, [0], [0])
+    values.expect(1, likely((0, 2)))
+    assert values.now().argmax() == 2, "layer 1 was used, layer 0 is next"
+    values.begin_step()
+    assert values.now().argmax() == 2, "this is that step"
+    values.use(0, np.array([2]))
+    values.begin_step()
+    assert values.now().argmax() == 0
+
+
+def test_lru_has_a_tier_for_what_is_expected() -> None:
+    clock = Clock()
+    values = LastUse((2, 4), clock)
+    for layer, expert in ((0, 0), (1, 0), (1, 1)):
+        clock.tick()
+        values.use(layer, np.array([expert]))
+    values.begin_step()
+    values.expect(-1, likely((1, 2), others=0.4))
+    assert values.now()[1, 2] == clock.now
+    assert values.now()[1, :2].tolist() == [2, 3]
+    clock.tick()
+    values.use(1, np.array([0]))
+    assert values.now()[1].tolist() == [4, 3, 0, 0], "the layer has passed"
+
+
+def test_lfu_counts_an_expert_by_how_likely_it_is() -> None:
+    """FineMoE: the highest 1 / (p * freq) goes first."""
+    values = UseCount((2, 4))
+    for _ in range(4):
+        values.use(0, np.array([0, 1]))
+        values.use(1, np.array([0, 1]))
+    probabilities = np.full((2, 4), 0.5)
+    probabilities[:, 1] = 0.0
+    values.expect(-1, probabilities)
+    assert values.now()[0].tolist() == [2, pytest.approx(0, abs=1e-5), 0, 0]
+    assert values.now()[0, 1] > 0, "it comes before those that were never used"
+    values.expect(0, np.ones((2, 4)))
+    assert values.now()[:, 0].tolist() == [2, 4], "of layer 0 nothing new was said"

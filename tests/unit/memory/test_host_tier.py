@@ -209,3 +209,20 @@ def test_violations_name_what_is_broken(tier: HostTier, store: ExpertStore) -> N
     assert tier.violations() == ["an expert that is here is on its way as well"]
     tier._filling.clear()
     tier._free = [3, 2]
+
+
+@pytest.mark.parametrize("is_here", [False, True])
+def test_a_read_can_be_ended_between_two_chunks(
+    tier: HostTier, store: ExpertStore, is_here: bool
+) -> None:
+    if is_here:
+        bring_in(tier, store, 1)
+
+    def leave() -> None:
+        raise InterruptedError
+
+    frame = np.full(6, 255, np.uint8)
+    with pytest.raises(InterruptedError):
+        TieredStore(tier, store).read(0, 1, frame, before_chunk=leave)
+    assert frame.tolist() == [255] * 6
+    assert look(tier).is_evictable[0, 1] == is_here, "no pin is left"

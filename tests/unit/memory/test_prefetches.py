@@ -1,5 +1,6 @@
 """Prefetches: 8 frames, or 3 for experts; 2 layers of 4 experts. What arrives when, the test says."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ class Background:
         self.ended: list[Arrival] = []
         self.log: list[str] = []
         self.fails = False
+        self.seconds = 0.0  # that a wait takes
 
     def begin(self, load: Load) -> None:
         self.under_way.append(load)
@@ -33,6 +35,7 @@ class Background:
         return ended
 
     def wait(self, load: Load) -> bool:
+        time.sleep(self.seconds)
         self.under_way.remove(load)
         self.log.append(f"wait for {load.layer}.{load.expert}")
         return not self.fails
@@ -225,11 +228,50 @@ def test_pages_of_requests_take_frames_from_what_is_on_its_way() -> None:
     assert memory.violations() == []
 
 
+def test_a_guess_costs_nobody_a_prefix() -> None:
+    memory = Memory(num_frames=3)
+    text = np.arange(8, dtype=np.int32).tobytes()
+    memory.admit("a", text, "")
+    assert memory.extend("a", 8)
+    memory.release("a", text, 8)
+    memory.set_prices(expert_nanoseconds=10**9, token_nanoseconds=1)
+    memory.begin_step()
+    assert memory.want("1.0", "1.1", "1.2") == 2, "the free frames"
+    assert memory.probe(text, "") == 8
+    memory.run(0, 0, 1, 2)
+    assert memory.probe(text, "") == 0, "what is needed does"
+
+
+def test_leaving_a_layer_that_is_over_takes_no_pin_of_another() -> None:
+    memory = Memory(num_frames=3)
+    memory.begin_step()
+    over = memory.waves(0, [0])
+    next(over)
+    running = memory.waves(1, [0])
+    next(running)
+    over.close()
+    memory.admit("a", b"", "")
+    assert memory.extend("a", 16)
+    assert memory.residents() == ["1.0"]
+
+
+def test_time_that_late_ones_took_is_told_apart(memory: Memory) -> None:
+    memory.begin_step()
+    memory.run(0, 0)
+    assert memory.snapshot(0).late_seconds == 0
+    memory.want("1.1")
+    memory.background_loads.seconds = 0.003
+    memory.run(1, 1)
+    snapshot = memory.snapshot(0)
+    assert snapshot.stall_seconds >= snapshot.late_seconds >= 0.003
+
+
 def test_a_static_share_is_no_larger_for_prefetches() -> None:
     memory = Memory(policy=MemoryPolicy.STATIC)  # 2 frames for each layer
     memory.begin_step()
     memory.run(1, 0, 1)
     memory.run(0, 0)
+    assert memory.want("1.2", p=0.1) == 0, "it was never used, those that have the frames were"
     assert memory.want("1.2", "1.3") == 2
     assert memory.residents() == ["0.0"]
     assert memory.want("1.0") == 0, "the layer's frames are taken"
@@ -290,6 +332,16 @@ def test_residents_run_while_the_others_come() -> None:
     assert memory.snapshot(0).num_waves == 2, "both are of the same wave of loads"
 
 
+def test_what_runs_in_the_end_is_nobodys_victim() -> None:
+    memory = SlowMemory(num_frames=3)
+    memory.begin_step()
+    memory.run(1, 0)
+    waves = memory.waves(0, [0, 1])
+    assert next(waves).tolist() == [0, 1]
+    assert memory.want("1.1", "1.2", "1.3") == 1, "1.0 may give way, the others run"
+    assert memory.residents() == ["0.0", "0.1"]
+
+
 @pytest.mark.parametrize("leave", ["close", "forget"])
 def test_a_layer_that_is_left_has_its_loads_ended(leave: str) -> None:
     memory = SlowMemory()
@@ -304,6 +356,18 @@ def test_a_layer_that_is_left_has_its_loads_ended(leave: str) -> None:
     assert memory.residents() == ["0.0", "0.1"]
     assert memory.violations() == []
     assert memory.run(1, 0) == [[0]]
+
+
+def test_pages_wait_for_no_load_of_a_layer_that_was_left() -> None:
+    memory = SlowMemory(num_frames=3)
+    memory.run(0, 0)
+    waves = memory.waves(0, [0, 1])
+    next(waves)
+    memory.admit("a", b"", "")
+    assert not memory.extend("a", 16), "a frame is pinned, another one is being filled"
+    assert memory.extend("a", 8)
+    memory.begin_step()
+    assert memory.extend("a", 16)
 
 
 def test_a_load_that_fails_in_the_end_leaves_nothing() -> None:
