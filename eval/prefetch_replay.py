@@ -10,7 +10,6 @@ bound of what loads on demand.
 """
 
 import argparse
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from eval.oracle import oracle_counts
-from eval.prefetch_report import Outcome, plot, table
+from eval.prefetch_report import Outcome, plot, save, table
 from eval.replay import describe, frames_of
 from eval.replay_predictors import PREDICTORS, Material, forecast_by, predictors_by
 from eval.replay_prefetcher import (
@@ -277,8 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
         outcomes[path.stem] = [replay(material, setting, *cell) for setting, cell in progress]
         print(f"\n{describe(path, trace)}\n{table(outcomes[path.stem])}")
     if options.output is not None:
-        figures = {name: [its.figures() for its in found] for name, found in outcomes.items()}
-        options.output.write_text(json.dumps(describe_run() | {"traces": figures}, indent=1) + "\n")
+        save(outcomes, describe_run(), options.output)
     if options.plot is not None:
         plot(outcomes, options.plot)
 

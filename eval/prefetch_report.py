@@ -1,5 +1,6 @@
 """Figures of prefetch replays: tables and a plot."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class Outcome(msgspec.Struct, frozen=True):
 
     def figures(self) -> dict[str, Any]:
         derived = ("hit_ratio", "stall_ratio", "idle_ratio")
-        return msgspec.structs.asdict(self) | {name: getattr(self, name) for name in derived}
+        values = msgspec.structs.asdict(self) | {name: getattr(self, name) for name in derived}
+        return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
 
 
 COLUMNS = (
@@ -104,6 +106,16 @@ def stall_share(outcome: Outcome, outcomes: Sequence[Outcome]) -> float | None:
 
 def _place(outcome: Outcome) -> tuple[int, float]:
     return outcome.num_frames, outcome.bytes_per_second
+
+
+def save(traces: Mapping[str, Sequence[Outcome]], run: Mapping[str, Any], path: Path) -> None:
+    """As JSON, a line for each outcome."""
+    blocks = []
+    for name, found in traces.items():
+        lines = ",\n".join(json.dumps(its.figures()) for its in found)
+        blocks.append(f"{json.dumps(name)}: [\n{lines}\n]")
+    traces_text = ",\n".join(blocks)
+    path.write_text(f'{{"run": {json.dumps(run)},\n"traces": {{\n{traces_text}\n}}}}\n')
 
 
 def plot(traces: Mapping[str, Sequence[Outcome]], path: Path) -> None:
