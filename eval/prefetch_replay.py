@@ -228,6 +228,7 @@ def settings(options: argparse.Namespace, trace: Trace) -> Iterator[Setting]:
             applies_late=options.late,
             min_probability=options.min_probability,
             horizon_layers=None if horizon == ADAPTIVE else int(horizon),
+            queue_layers=options.queue_layers,
         )
 
 
@@ -252,6 +253,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--min-probability", type=float, default=0.05)
     parser.add_argument("--horizon", default=ADAPTIVE, help="layers, or adaptive")
+    parser.add_argument("--queue-layers", type=float, default=1.0, help="of time to load in")
     parser.add_argument("--model-path", type=Path, default=DEMO_MODEL, help="for its embeddings")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--plot", type=Path, help="PNG file")

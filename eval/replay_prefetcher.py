@@ -55,6 +55,7 @@ class Setting(msgspec.Struct, frozen=True):
     applies_late: bool  # plans made from a layer's routing wait until the layer has ended
     min_probability: float  # of what is prefetched
     horizon_layers: int | None  # None: as `Horizon` says
+    queue_layers: float = 1.0  # on their way are so many as the link moves while these compute
 
     @property
     def expert_seconds(self) -> float:
@@ -166,7 +167,7 @@ class Planner:
             num_loads=loads_to_begin(
                 self._link.num_queued,
                 expert_seconds=self._setting.expert_seconds,
-                layer_seconds=self._setting.layer_seconds,
+                layer_seconds=self._setting.queue_layers * self._setting.layer_seconds,
             ),
             min_probability=self._setting.min_probability,
         )
