@@ -14,12 +14,17 @@ from pathlib import Path
 
 import msgspec
 
+from sglmoe.prediction.hybrid_command import train_hybrid, with_gate_inputs
 from sglmoe.prediction.routing_path_training import train_routing_path
 from sglmoe.prediction.saved import Description, description_path, save_predictor, tensors_path
 from sglmoe.prediction.training_data import Fitted, TrainingData, load_parts, split, vocab_size_of
 from sglmoe.prediction.training_report import compare, plot, table
 
-TRAINERS: Mapping[str, Callable[[TrainingData], Fitted]] = {"routing_path": train_routing_path}
+TRAINERS: Mapping[str, Callable[[TrainingData], Fitted]] = {
+    "routing_path": train_routing_path,
+    "hybrid": train_hybrid,
+}
+WANT_GATE_INPUTS = ("hybrid",)
 
 HELD_OUT_RATIO = 0.1  # of the requests of each trace, as in He et al.
 INTERRUPTED = 130  # as of a process that SIGINT ended
@@ -28,6 +33,8 @@ INTERRUPTED = 130  # as of a process that SIGINT ended
 def run(options: argparse.Namespace) -> None:
     """Train, test and write. Raises ValueError for traces that don't go together."""
     shape, parts = load_parts([*options.trace, *options.test], vocab_size_of(options.model_path))
+    if options.predictor in WANT_GATE_INPUTS:
+        parts = with_gate_inputs(parts, options.model_path)
     taught, tests = parts[: len(options.trace)], parts[len(options.trace) :]
     train, held_out = split(taught, held_out_ratio=HELD_OUT_RATIO, seed=options.seed)
     trainer = TRAINERS[options.predictor]

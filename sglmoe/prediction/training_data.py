@@ -22,6 +22,7 @@ class TracePart(msgspec.Struct, frozen=True, eq=False):
     name: str
     trace: Trace
     requests: npt.NDArray[np.bool_]  # [R]: those that count
+    gate_inputs: npt.NDArray[np.float32] | None = None  # [T, layers, hidden], where they are wanted
 
     @property
     def num_tokens(self) -> int:

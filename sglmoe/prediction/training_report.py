@@ -103,7 +103,10 @@ def steps_of(part: TracePart) -> Iterator[Step]:
             StepTokens(trace.token_ids[places], trace.positions[places], owners),
             [
                 LayerRouting(
-                    layer, trace.expert_ids[places, layer], trace.probabilities[places, layer]
+                    layer,
+                    trace.expert_ids[places, layer],
+                    trace.probabilities[places, layer],
+                    None if part.gate_inputs is None else part.gate_inputs[places, layer],
                 )
                 for layer in range(trace.info.num_layers)
             ],
@@ -208,7 +211,7 @@ def plot(measured: Sequence[Measured], losses: Sequence[Mapping[str, float]], pa
             )
     accuracy.set(xlabel="layer", ylabel="recall, as many predicted as used", ylim=(0, 1))
     accuracy.legend(fontsize="small")
-    for name in ("train", "held_out"):
+    for name in losses[0]:
         loss.plot([epoch[name] for epoch in losses], label=name)
     loss.set(xlabel="epoch", ylabel="loss")
     loss.legend()
