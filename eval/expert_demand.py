@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eval.replay_predictors import forecast_by, model_parts
+from eval.replay_predictors import Material, forecast_by
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.prediction.horizon import covering_experts, token_distance
-from sglmoe.prediction.predictor import LayerRouting, ModelParts, StepTokens
+from sglmoe.prediction.predictor import LayerRouting, StepTokens
 from sglmoe.prediction.trace import Trace, load_trace
 
 HALF_LIFE_STEPS = 64  # Arbitrary
@@ -79,8 +79,9 @@ def steps(trace: Trace) -> Iterator[tuple[StepTokens, slice]]:
         yield StepTokens(trace.token_ids[at], trace.positions[at], trace.owners[at]), at
 
 
-def errors(trace: Trace, parts: ModelParts) -> dict[str, float]:
+def errors(material: Material) -> dict[str, float]:
     """Signal -> mean error, in experts a layer."""
+    trace, parts = material.trace, material.parts
     assert parts.embed is not None
     used = np.array([np.mean([len(its) for its in step]) for step in trace.experts_by_layer()])
     embeddings = [parts.embed(tokens.token_ids).astype(np.float64) for tokens, _ in steps(trace)]
@@ -92,14 +93,15 @@ def errors(trace: Trace, parts: ModelParts) -> dict[str, float]:
             off.append(abs(np.clip(fit.at(row), 0, parts.num_experts) - amount))
             fit.note(row, amount)
         found[name] = np.mean(off[FIRST_STEPS:])
-    for name, expected in forecasts(trace, parts).items():
+    for name, expected in forecasts(material).items():
         found[name] = np.abs(expected - used)[FIRST_STEPS:].mean()
     return {name: float(error) for name, error in found.items()}
 
 
-def forecasts(trace: Trace, parts: ModelParts) -> dict[str, Floats]:
+def forecasts(material: Material) -> dict[str, Floats]:
     """What is expected of each step before its first layer, from frequencies of use."""
-    forecast = forecast_by("frequency", trace, parts)
+    trace, parts = material.trace, material.parts
+    forecast = forecast_by("frequency", material)
     sums, counts = [], []
     for tokens, at in steps(trace):
         forecast.begin_step(tokens)
@@ -112,8 +114,9 @@ def forecasts(trace: Trace, parts: ModelParts) -> dict[str, Floats]:
     return {"frequency, sum": np.array(sums), "frequency, covering": np.array(counts)}
 
 
-def correlations(trace: Trace, parts: ModelParts) -> str:
+def correlations(material: Material) -> str:
     """Among steps of the most common number of tokens, if that is more than one."""
+    trace, parts = material.trace, material.parts
     assert parts.embed is not None
     used = np.array([np.mean([len(its) for its in step]) for step in trace.experts_by_layer()])
     sizes = np.diff(trace.step_bounds)
@@ -140,10 +143,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     columns: dict[str, dict[str, float]] = {}
     for path in options.traces:
-        trace = load_trace(path)
-        parts = model_parts(trace, options.model_path)
-        columns[path.stem] = errors(trace, parts)
-        print(f"{path.stem}: {correlations(trace, parts)}")
+        material = Material(load_trace(path), options.model_path)
+        columns[path.stem] = errors(material)
+        print(f"{path.stem}: {correlations(material)}")
     print(f"\n| signal | {' | '.join(columns)} |")
     print("|---" * (len(columns) + 1) + "|")
     for name in next(iter(columns.values())):

@@ -10,7 +10,6 @@ bound of what loads on demand.
 """
 
 import argparse
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,20 +18,30 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from eval.oracle import oracle_counts
-from eval.prefetch_report import Outcome, plot, table
+from eval.prefetch_report import Outcome, plot, save, table
 from eval.replay import describe, frames_of
-from eval.replay_predictors import PREDICTORS, forecast_by, model_parts
-from eval.replay_prefetcher import POLICIES, Policy, Prefetcher, Setting
+from eval.replay_predictors import PREDICTORS, Material, forecast_by, predictors_by
+from eval.replay_prefetcher import (
+    POLICIES,
+    Planner,
+    Policy,
+    Prefetcher,
+    ServersPrefetcher,
+    Setting,
+)
 from eval.servers import describe_run
 from eval.simulated_link import LinkSpeed, SimulatedLink
+from sglmoe.config import AUTO, MemoryPolicy
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.memory.arena import Geometry
+from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.manager import MemoryManager
-from sglmoe.prediction.forecast import Forecast
-from sglmoe.prediction.predictor import LayerRouting, ModelParts, StepTokens
+from sglmoe.prediction.baselines import Frequency
+from sglmoe.prediction.predictor import LayerRouting, StepTokens
 from sglmoe.prediction.trace import Kind, Trace, load_trace
 from sglmoe.units import parse_bytes
 
@@ -41,11 +50,9 @@ ADAPTIVE = "adaptive"
 
 
 class PrefetchReplay:
-    """A trace's steps through one memory and one link; without a forecast, on demand alone."""
+    """A trace's steps through one memory and one link. Without a `prefetcher`, on demand alone."""
 
-    def __init__(
-        self, trace: Trace, setting: Setting, policy: Policy, forecast: Forecast | None
-    ) -> None:
+    def __init__(self, trace: Trace, setting: Setting, policy: MemoryPolicy) -> None:
         info = trace.info
         geometry: Geometry = msgspec.structs.replace(info.geometry, num_frames=setting.num_frames)
         self._trace = trace
@@ -59,14 +66,24 @@ class PrefetchReplay:
             num_experts=info.num_experts,
             floor_frames=info.floor_frames,
             load_experts=self.link.load,
-            policy=policy.memory,
+            policy=policy,
             background=self.link,
         )
-        self._prefetcher: Prefetcher | None = None
-        if forecast is not None:
-            self._prefetcher = Prefetcher(
-                policy, setting, forecast, memory=self.memory, link=self.link
-            )
+        self.prefetcher: Prefetcher | None = None
+        self._gate_inputs: npt.NDArray[np.float32] | None = None  # [T, layers, hidden]
+
+    def use(self, predictor: str, material: Material, policy: Policy) -> None:
+        """Prefetch by one of PREDICTORS, by name."""
+        setting, memory = self._setting, self.memory
+        if policy.is_advised:
+            bulk = Frequency(material.parts)
+            predictors = predictors_by(predictor, material)
+            self.prefetcher = ServersPrefetcher(predictors, bulk, setting, memory=memory)
+        else:
+            forecast = forecast_by(predictor, material)
+            self.prefetcher = Planner(policy, setting, forecast, memory=memory, link=self.link)
+        if self.prefetcher.wants_gate_input:
+            self._gate_inputs = material.gate_inputs
 
     def run(self) -> None:
         for step in range(self._trace.num_steps):
@@ -74,7 +91,7 @@ class PrefetchReplay:
 
     def step(self, step: int) -> None:
         """One forward pass."""
-        trace, setting, prefetcher = self._trace, self._setting, self._prefetcher
+        trace, setting, prefetcher = self._trace, self._setting, self.prefetcher
         tokens = slice(*trace.step_bounds[step : step + 2].tolist())
         self.memory.begin_step()
         if prefetcher is not None:
@@ -84,8 +101,13 @@ class PrefetchReplay:
             )
         for layer, experts in enumerate(self._layers[step]):
             self.link.compute(setting.layer_seconds * setting.attention_ratio)
-            expert_ids = trace.expert_ids[tokens, layer]
-            routing = LayerRouting(layer, expert_ids, trace.probabilities[tokens, layer])
+            inputs = self._gate_inputs
+            routing = LayerRouting(
+                layer,
+                trace.expert_ids[tokens, layer],
+                trace.probabilities[tokens, layer],
+                inputs if inputs is None else inputs[tokens, layer],
+            )
             self._run_experts(experts, routing)
         if prefetcher is not None:
             for owner in self._released[step]:
@@ -93,20 +115,21 @@ class PrefetchReplay:
 
     def _run_experts(self, experts: Sequence[int], routing: LayerRouting) -> None:
         """What is planned from a layer's routing is begun when its last wave is."""
-        setting, prefetcher = self._setting, self._prefetcher
+        setting, prefetcher = self._setting, self.prefetcher
         seconds = setting.layer_seconds * (1 - setting.attention_ratio)
+        was_absent = self.memory.frame_table[routing.layer] == ABSENT
         num_left = len(experts)
         for wave in self.memory.waves(routing.layer, experts):
             num_left -= len(wave)
             if prefetcher is not None and not num_left and not setting.applies_late:
-                prefetcher.observe(routing, num_pinned=len(wave))
+                prefetcher.observe(routing, was_absent=was_absent, num_pinned=len(wave))
             self.link.compute(seconds * len(wave) / len(experts))
         if prefetcher is not None and setting.applies_late:
-            prefetcher.observe(routing, num_pinned=0)
+            prefetcher.observe(routing, was_absent=was_absent, num_pinned=0)
 
     def outcome(self, policy: str, predictor: str | None) -> Outcome:
         counters, link = self.memory.snapshot(0), self.link
-        horizons = self._prefetcher.horizons if self._prefetcher is not None else []
+        horizons = self.prefetcher.horizons if self.prefetcher is not None else []
         return Outcome(
             policy=policy,
             predictor=predictor,
@@ -141,14 +164,13 @@ def released_after(trace: Trace) -> dict[int, list[int]]:
 # ------------------------------------------------------------------------------------------- cells
 
 
-def replay(
-    trace: Trace, setting: Setting, parts: ModelParts, policy: str, predictor: str | None
-) -> Outcome:
+def replay(material: Material, setting: Setting, policy: str, predictor: str | None) -> Outcome:
     """One policy, with one predictor if it uses any."""
     if policy == BELADY:
-        return belady(trace, setting)
-    forecast = forecast_by(predictor, trace, parts) if predictor is not None else None
-    run = PrefetchReplay(trace, setting, POLICIES[policy], forecast)
+        return belady(material.trace, setting)
+    run = PrefetchReplay(material.trace, setting, POLICIES[policy].memory)
+    if predictor is not None:
+        run.use(predictor, material, POLICIES[policy])
     run.run()
     return run.outcome(policy, predictor)
 
@@ -173,13 +195,15 @@ def belady(trace: Trace, setting: Setting) -> Outcome:
     )
 
 
-def cells(options: argparse.Namespace) -> list[tuple[str, str | None]]:
-    """Policies, each with every predictor that it needs."""
-    found: list[tuple[str, str | None]] = []
+def cells(options: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
+    """Policies, each with every predictor that it can use."""
     for policy in options.policies.split(","):
-        expects = policy != BELADY and POLICIES[policy].expects
-        found += [(policy, name) for name in (options.predictors.split(",") if expects else [None])]
-    return found
+        if policy == BELADY or not POLICIES[policy].expects:
+            yield policy, None
+            continue
+        for predictor in options.predictors.split(","):
+            if predictor != AUTO or POLICIES[policy].is_advised:
+                yield policy, predictor
 
 
 def settings(options: argparse.Namespace, trace: Trace) -> Iterator[Setting]:
@@ -204,6 +228,7 @@ def settings(options: argparse.Namespace, trace: Trace) -> Iterator[Setting]:
             applies_late=options.late,
             min_probability=options.min_probability,
             horizon_layers=None if horizon == ADAPTIVE else int(horizon),
+            queue_layers=options.queue_layers,
         )
 
 
@@ -228,13 +253,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--min-probability", type=float, default=0.05)
     parser.add_argument("--horizon", default=ADAPTIVE, help="layers, or adaptive")
+    parser.add_argument("--queue-layers", type=float, default=1.0, help="of time to load in")
     parser.add_argument("--model-path", type=Path, default=DEMO_MODEL, help="for its embeddings")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--plot", type=Path, help="PNG file")
     options = parser.parse_args(arguments)
     for names, known in (
         (options.policies, [*POLICIES, BELADY]),
-        (options.predictors, PREDICTORS),
+        (options.predictors, [*PREDICTORS, AUTO]),
     ):
         if unknown := set(names.split(",")).difference(known):
             parser.error(f"{', '.join(unknown)}: there is {', '.join(known)}")
@@ -246,14 +272,13 @@ def main(arguments: list[str] | None = None) -> None:
     outcomes: dict[str, list[Outcome]] = {}
     for path in options.traces:
         trace = load_trace(path)
-        parts = model_parts(trace, options.model_path)
+        material = Material(trace, options.model_path)
         work = [*product(settings(options, trace), cells(options))]
         progress = tqdm(work, path.stem, unit="replay")
-        outcomes[path.stem] = [replay(trace, setting, parts, *cell) for setting, cell in progress]
+        outcomes[path.stem] = [replay(material, setting, *cell) for setting, cell in progress]
         print(f"\n{describe(path, trace)}\n{table(outcomes[path.stem])}")
     if options.output is not None:
-        figures = {name: [its.figures() for its in found] for name, found in outcomes.items()}
-        options.output.write_text(json.dumps(describe_run() | {"traces": figures}, indent=1) + "\n")
+        save(outcomes, describe_run(), options.output)
     if options.plot is not None:
         plot(outcomes, options.plot)
 

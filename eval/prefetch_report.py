@@ -1,5 +1,6 @@
 """Figures of prefetch replays: tables and a plot."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class Outcome(msgspec.Struct, frozen=True):
 
     def figures(self) -> dict[str, Any]:
         derived = ("hit_ratio", "stall_ratio", "idle_ratio")
-        return msgspec.structs.asdict(self) | {name: getattr(self, name) for name in derived}
+        values = msgspec.structs.asdict(self) | {name: getattr(self, name) for name in derived}
+        return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
 
 
 COLUMNS = (
@@ -106,6 +108,16 @@ def _place(outcome: Outcome) -> tuple[int, float]:
     return outcome.num_frames, outcome.bytes_per_second
 
 
+def save(traces: Mapping[str, Sequence[Outcome]], run: Mapping[str, Any], path: Path) -> None:
+    """As JSON, a line for each outcome."""
+    blocks = []
+    for name, found in traces.items():
+        lines = ",\n".join(json.dumps(its.figures()) for its in found)
+        blocks.append(f"{json.dumps(name)}: [\n{lines}\n]")
+    traces_text = ",\n".join(blocks)
+    path.write_text(f'{{"run": {json.dumps(run)},\n"traces": {{\n{traces_text}\n}}}}\n')
+
+
 def plot(traces: Mapping[str, Sequence[Outcome]], path: Path) -> None:
     """Share of time stalled over frames: a row for each trace, a column for each link."""
     import matplotlib
@@ -134,6 +146,6 @@ def plot(traces: Mapping[str, Sequence[Outcome]], path: Path) -> None:
     axes[-1][0].set_xlabel("expert frames")
     axes[0][0].set_ylabel("share of time stalled")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncol=4, fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,19 +1,26 @@
 """Predictors for replays, by name: those of the product, and bounds that know the trace."""
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 
+from sglmoe.config import AUTO
 from sglmoe.prediction.baselines import Frequency, LastStep, PreviousLayer
 from sglmoe.prediction.calibration import Calibration
 from sglmoe.prediction.expert_map import ExpertMap
 from sglmoe.prediction.forecast import Forecast
+from sglmoe.prediction.hybrid_command import read_embeddings
 from sglmoe.prediction.predictor import LayerRouting, ModelParts, Predictor, Scores, StepTokens
+from sglmoe.prediction.pregate import Pregate
+from sglmoe.prediction.router import Router
 from sglmoe.prediction.trace import Trace
+from sglmoe.prediction.training_data import vocab_size_of
+from sglmoe.prediction.wrong import Random
+from sglmoe.worker.predictors import Sources, predictors_for
 
 SEED = 0
 
@@ -96,78 +103,78 @@ class AlwaysWrong:
         """Nothing is kept of requests."""
 
 
-class Random:
-    """Other scores for each step, that mean nothing."""
+class Material:
+    """What predictors are made of: a trace, and what of its model they may use."""
 
-    wants_gate_input = False
+    def __init__(self, trace: Trace, model_path: Path):
+        self.trace = trace
+        self._model_path = model_path
+        self.parts = ModelParts(
+            num_layers=trace.info.num_layers,
+            num_experts=trace.info.num_experts,
+            top_k=trace.info.top_k,
+            embed=read_embeddings(model_path),
+        )
 
-    def __init__(self, parts: ModelParts):
-        self._shape = (parts.num_layers, parts.num_experts)
-        self._random = np.random.default_rng(SEED)
-        self._scores: Scores = np.zeros(self._shape, np.float32)
+    @cached_property
+    def gate_inputs(self) -> npt.NDArray[np.float32]:
+        """`[T, layers, hidden]`, computed again by transformers."""
+        from sglmoe.prediction.gate_inputs import gate_inputs  # imports torch and transformers: 5 s
 
-    def begin_step(self, tokens: StepTokens) -> None:
-        self._scores = self._random.random(self._shape, np.float32)
+        return gate_inputs(self.trace, self._model_path)
 
-    def observe(self, routing: LayerRouting) -> None:
-        """It would not know what to do with it."""
+    @cached_property
+    def router(self) -> Router:
+        from sglmoe.prediction.gate_inputs import read_router
 
-    def scores(self) -> Scores:
-        return self._scores
+        return read_router(self._model_path)
 
-    def forget(self, owner: int) -> None:
-        """Nothing is kept of requests."""
+    @cached_property
+    def sources(self) -> Sources:
+        """As a server would have them."""
+        return Sources(
+            parts=self.parts,
+            router=self.router,
+            vocab_size=vocab_size_of(self._model_path),
+            folder=self._model_path,
+        )
 
 
 class Source(msgspec.Struct, frozen=True):
     """How to make a predictor."""
 
-    make: Callable[[Trace, ModelParts], Predictor]
+    make: Callable[[Material], Predictor]
     is_calibrated: bool = True  # else its scores are probabilities
 
 
 PREDICTORS = {
-    "oracle": Source(lambda trace, _: Foreseen(trace, knows_next_step=False), False),
-    "oracle-next-step": Source(lambda trace, _: Foreseen(trace, knows_next_step=True), False),
-    "oracle-80": Source(lambda trace, _: Foreseen(trace, knows_next_step=False, share_right=0.8)),
-    "oracle-50": Source(lambda trace, _: Foreseen(trace, knows_next_step=False, share_right=0.5)),
-    "adversarial": Source(lambda trace, _: AlwaysWrong(trace)),
-    "adversarial-believed": Source(lambda trace, _: AlwaysWrong(trace), False),
-    "random": Source(lambda _, parts: Random(parts)),
-    "last-step": Source(lambda _, parts: LastStep(parts)),
-    "frequency": Source(lambda _, parts: Frequency(parts)),
-    "previous-layer": Source(lambda _, parts: PreviousLayer(parts)),
-    "expert-map": Source(lambda _, parts: ExpertMap(parts)),
+    "oracle": Source(lambda its: Foreseen(its.trace, knows_next_step=False), False),
+    "oracle-next-step": Source(lambda its: Foreseen(its.trace, knows_next_step=True), False),
+    "oracle-80": Source(lambda its: Foreseen(its.trace, knows_next_step=False, share_right=0.8)),
+    "oracle-50": Source(lambda its: Foreseen(its.trace, knows_next_step=False, share_right=0.5)),
+    "adversarial": Source(lambda its: AlwaysWrong(its.trace)),
+    "adversarial-believed": Source(lambda its: AlwaysWrong(its.trace), False),
+    "random": Source(lambda its: Random(its.parts)),
+    "last-step": Source(lambda its: LastStep(its.parts)),
+    "frequency": Source(lambda its: Frequency(its.parts)),
+    "previous-layer": Source(lambda its: PreviousLayer(its.parts)),
+    "expert-map": Source(lambda its: ExpertMap(its.parts)),
+    "pregate": Source(lambda its: Pregate(its.parts, its.router)),
 }
 
 
-def forecast_by(name: str, trace: Trace, parts: ModelParts) -> Forecast:
+def predictors_by(name: str, material: Material) -> dict[str, Predictor]:
+    """New ones for an advisor; AUTO: all that the server has, until it picks one."""
+    if name == AUTO:
+        return predictors_for(AUTO, material.sources)
+    return {name: PREDICTORS[name].make(material)}
+
+
+def forecast_by(name: str, material: Material) -> Forecast:
     """A new one, that knows nothing yet."""
     source = PREDICTORS[name]
     return Forecast(
-        source.make(trace, parts),
-        num_layers=parts.num_layers,
+        source.make(material),
+        num_layers=material.parts.num_layers,
         calibration=Calibration() if source.is_calibrated else None,
     )
-
-
-def model_parts(trace: Trace, model_path: Path) -> ModelParts:
-    """What predictors may use of the model that the trace was recorded with."""
-    embeddings = read_embeddings(model_path)
-    return ModelParts(
-        num_layers=trace.info.num_layers,
-        num_experts=trace.info.num_experts,
-        top_k=trace.info.top_k,
-        embed=lambda token_ids: embeddings[token_ids],
-    )
-
-
-def read_embeddings(model_path: Path) -> npt.NDArray[np.float32]:
-    """`[vocabulary, hidden]`. Raises ValueError where the checkpoint has none by that name."""
-    for path in sorted(model_path.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            names = [name for name in set(file.keys()) if name.endswith("embed_tokens.weight")]
-            if names:
-                found: npt.NDArray[np.float32] = file.get_tensor(names[0]).float().numpy()
-                return found
-    raise ValueError(f"{model_path} has no input embeddings: give another --model-path")

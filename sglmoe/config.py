@@ -13,8 +13,11 @@ from sglmoe.units import parse_bytes, show_bytes
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 
 AUTO = "auto"  # the predictor that does best
-# By name; beside them there may be trained ones, by the path of their file.
-PREDICTORS = (AUTO, "last_step", "previous_layer", "frequency", "expert_map", "pregate")
+# Those that need no training, trained ones that are beside the model, and two that are wrong, to compare with.
+PREDICTORS = (
+    *(AUTO, "last_step", "previous_layer", "frequency", "expert_map", "pregate"),
+    *("routing_path", "hybrid", "random", "contrary"),
+)
 
 # Arbitrary. The rest is for activations, graphs and workspaces on a GPU ...
 GPU_BUDGET_RATIO = 0.85
@@ -135,10 +138,14 @@ def parse_memory_policy(text: str | None) -> tuple[MemoryPolicy, float]:
 
 
 def parse_expert_predictor(text: str | None) -> str:
-    """Read a name, a trained predictor's path, or ``"auto"``, the default. Raises ValueError for an empty one."""
-    if text == "":
-        raise ValueError(f"--expert-predictor: '' is none of {', '.join(PREDICTORS)}, a path")
-    return text or AUTO
+    """Read a name, a trained predictor's path, or ``"auto"``, the default. Raises ValueError."""
+    if text is None:
+        return AUTO
+    if text not in PREDICTORS and not text.endswith(".json"):
+        raise ValueError(
+            f"--expert-predictor: {text!r} is none of {', '.join(PREDICTORS)}, and not a trained one's .json"
+        )
+    return text
 
 
 def _budget_bytes(text: str | None, machine: Machine) -> int:

@@ -45,7 +45,9 @@ class ExpertTable:
         self.num_unused_evicted = 0
         self._frames = frames
         self.pinned = NO_EXPERTS  # of `_pinned_layer`
-        self.num_awaited = 0  # on their way because this layer needs them: nobody can have their frames
+        self.num_awaited = (
+            0  # on their way because this layer needs them: nobody can have their frames
+        )
         self._pinned_layer = 0
 
     def pin(self, layer: int, experts: ExpertIds) -> None:

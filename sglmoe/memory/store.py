@@ -85,12 +85,12 @@ class ExpertStore:
             for start in range(0, part.nbytes, step):
                 if before_chunk is not None:
                     before_chunk()
+                if self._rate is not None and isinstance(part, Extent):
+                    self._rate.wait(min(step, part.nbytes - start))  # no byte comes before
                 try:
                     _copy(part, place[start : start + step], start)
                 except OSError as error:
                     raise _read_error(layer, expert, part, error) from error
-                if self._rate is not None and isinstance(part, Extent):
-                    self._rate.wait(min(step, part.nbytes - start))
             num_bytes += part.nbytes
         if before_chunk is None:  # else it may have waited
             seconds = self._clock() - started

@@ -19,6 +19,10 @@ class Forecast:
         self._layer = -1  # the last one observed in this step
         self._scores: list[Scores] = []  # before the first layer, after it, after the second, ...
 
+    @property
+    def wants_gate_input(self) -> bool:
+        return self._predictor.wants_gate_input
+
     def begin_step(self, tokens: StepTokens) -> None:
         """Another forward pass, over these tokens."""
         self._predictor.begin_step(tokens)

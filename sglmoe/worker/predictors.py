@@ -1,7 +1,11 @@
 """The predictors that a server can have, by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -9,27 +13,86 @@ from sglmoe.config import AUTO
 from sglmoe.prediction.advisor import Advisor
 from sglmoe.prediction.baselines import Frequency, LastStep, PreviousLayer
 from sglmoe.prediction.expert_map import ExpertMap
+from sglmoe.prediction.hybrid import Hybrid, HybridParameters
 from sglmoe.prediction.predictor import ModelParts, Predictor
+from sglmoe.prediction.pregate import Pregate
+from sglmoe.prediction.router import Router
+from sglmoe.prediction.routing_path import from_saved
+from sglmoe.prediction.saved import ServedShape, description_path, load_predictor
+from sglmoe.prediction.wrong import Contrary, Random
 
-MAKERS: Mapping[str, Callable[[ModelParts], Predictor]] = {
-    "last_step": LastStep,
-    "previous_layer": PreviousLayer,
-    "frequency": Frequency,
-    "expert_map": ExpertMap,
-}
+Maker: TypeAlias = Callable[[], Predictor]
 
-
-def make_advisor(name: str, parts: ModelParts, *, frame_table: npt.NDArray[np.int32]) -> Advisor:
-    """With the one predictor that is asked for, or with all there are. Raises ValueError for a name of none."""
-    return Advisor(predictors_for(name, parts), Frequency(parts), frame_table=frame_table)
+TRAINED = ("routing_path", "hybrid")
 
 
-def predictors_for(name: str, parts: ModelParts) -> dict[str, Predictor]:
-    """By name; `AUTO` is all of them."""
+class Sources(msgspec.Struct, frozen=True, eq=False):
+    """What predictors are made from."""
+
+    parts: ModelParts
+    router: Router | None  # None if the family's is unknown
+    vocab_size: int
+    folder: Path  # the model's: trained predictors are beside it
+
+    @property
+    def shape(self) -> ServedShape:
+        parts = self.parts
+        return ServedShape(parts.num_layers, parts.num_experts, parts.top_k, self.vocab_size)
+
+
+def make_advisor(name: str, sources: Sources, *, frame_table: npt.NDArray[np.int32]) -> Advisor:
+    """With the one predictor that is asked for, or with all there are. Raises ValueError for one that does not exist or fit."""
+    return Advisor(predictors_for(name, sources), Frequency(sources.parts), frame_table=frame_table)
+
+
+def predictors_for(name: str, sources: Sources) -> dict[str, Predictor]:
+    """By name, or by the path of what describes a trained one; `AUTO` is all of them that may be right."""
+    if name.endswith(".json"):
+        path = Path(name)
+        return {path.stem: load_trained(path.stem, path.parent, sources)}
+    makers = known_makers(sources)
     if name == AUTO:
-        return {its: make(parts) for its, make in MAKERS.items()}
-    if name not in MAKERS:
+        return {its: make() for its, make in makers.items()}
+    makers |= wrong_makers(sources)
+    if name not in makers:
         raise ValueError(
-            f"--expert-predictor: there is no {name!r}; there are {', '.join([AUTO, *MAKERS])}"
+            f"--expert-predictor: there is no {name!r} for this model; there are "
+            f"{', '.join([AUTO, *makers])}, and trained ones by the path of their .json"
         )
-    return {name: MAKERS[name](parts)}
+    return {name: makers[name]()}
+
+
+def known_makers(sources: Sources) -> dict[str, Maker]:
+    """Of those that need no training, and of the trained ones that are beside the model."""
+    parts = sources.parts
+    makers: dict[str, Maker] = {
+        "last_step": partial(LastStep, parts),
+        "previous_layer": partial(PreviousLayer, parts),
+        "frequency": partial(Frequency, parts),
+        "expert_map": partial(ExpertMap, parts),
+    }
+    if sources.router is not None:
+        makers["pregate"] = partial(Pregate, parts, sources.router)
+    for name in TRAINED:
+        if description_path(sources.folder, name).exists():
+            makers[name] = partial(load_trained, name, sources.folder, sources)
+    return makers
+
+
+def wrong_makers(sources: Sources) -> dict[str, Maker]:
+    """To be compared with: by name only."""
+    return {
+        "random": partial(Random, sources.parts),
+        "contrary": partial(Contrary, sources.parts),
+    }
+
+
+def load_trained(name: str, folder: Path, sources: Sources) -> Predictor:
+    """Raises ValueError for files that are missing or broken, or of another model."""
+    description, tensors = load_predictor(folder, name, sources.shape)
+    if description.predictor == "routing_path":
+        return from_saved(description.settings, tensors)
+    if sources.router is None:
+        raise ValueError(f"{folder / name}: this model's routers can't be read, which it needs")
+    parameters = HybridParameters.from_tensors(dict(tensors), dict(description.settings))
+    return Hybrid(sources.parts, sources.router, parameters)

@@ -37,7 +37,8 @@ from sglmoe.transport import Receiver, Sender, plans_address, results_address
 from sglmoe.units import show_bytes
 from sglmoe.worker.model_runner import ModelRunner
 from sglmoe.worker.model_runner_loading import Loaded, load_model, start_process
-from sglmoe.worker.predictors import make_advisor
+from sglmoe.worker.model_runner_routers import embedding_of, read_router
+from sglmoe.worker.predictors import Sources, make_advisor
 from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.profiler import Profiler
 from sglmoe.worker.recorder import Recorder, Recording
@@ -72,7 +73,9 @@ def run_worker(
         times = StepTimes(
             loads_overlap=False
         )  # experts travel while their layer waits, on a GPU too
-        prefetching = model.prefetching = start_prefetching(loaded, config, times)
+        prefetching = model.prefetching = start_prefetching(
+            loaded, config, times, Path(server_args.model_path)
+        )
         worker = Worker(
             memory=loaded.memory,
             model=model,
@@ -131,20 +134,30 @@ def residency_planner(
     )
 
 
-def start_prefetching(loaded: Loaded, config: EngineConfig, times: StepTimes) -> Prefetching | None:
+def start_prefetching(
+    loaded: Loaded, config: EngineConfig, times: StepTimes, folder: Path
+) -> Prefetching | None:
     """None where nothing is to be predicted. Raises ValueError for a predictor that does not exist or fit."""
     experts = loaded.experts
     if config.expert_prefetch is PrefetchMode.OFF or experts.shape is None:
         return None
+    model = loaded.runner.model
     parts = ModelParts(
         num_layers=len(experts.layer_ids),
         num_experts=experts.shape.num_experts,
         top_k=loaded.floor_frames,
+        embed=embedding_of(model),
+    )
+    sources = Sources(
+        parts=parts,
+        router=read_router(model, experts.layer_ids),
+        vocab_size=loaded.runner.model_config.vocab_size,
+        folder=folder,
     )
     frame_table = loaded.memory.frame_table
     prefetching = experts.observer = Prefetching(
         loaded.memory,
-        make_advisor(config.expert_predictor, parts, frame_table=frame_table),
+        make_advisor(config.expert_predictor, sources, frame_table=frame_table),
         mode=config.expert_prefetch,
         times=times,
         first_load_seconds=loaded.memory.prices.expert_nanoseconds / 1e9,

@@ -77,6 +77,8 @@ def model(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
         ("--quantization fp8", "quantised weights"),
         ("--page-size 0", "at least one token"),
         ("--memory-budget 900TiB", "--memory-budget: 900TiB is more than"),
+        ("--expert-prefetch maybe", "--expert-prefetch: 'maybe' is none of off, observe, on"),
+        ("--expert-predictor astrologer", "--expert-predictor: 'astrologer' is none of auto, "),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ],
 )

@@ -1,5 +1,6 @@
 """What gates read while a trace was recorded can be computed again, and that it was is checked."""
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -9,9 +10,12 @@ import torch
 from checkpoints import make_checkpoint
 from forking import run_in_fork
 
-from eval.gate_inputs import gate_inputs, read_router
+from eval.replay_predictors import Material
 from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.prediction import train
+from sglmoe.prediction.gate_inputs import gate_inputs, read_router
 from sglmoe.prediction.trace import Trace, load_trace
+from sglmoe.worker.predictors import predictors_for
 
 TRACE = Path(__file__).parents[2] / "eval" / "traces" / "python-1.npz"
 
@@ -58,3 +62,20 @@ def test_experts_in_groups_are_not_taken_for_plain_ones(tmp_path: Path) -> None:
     grouped = run_in_fork(make_checkpoint, "deepseek_v2", tmp_path)
     with pytest.raises(AssertionError, match="groups"):
         run_in_fork(read_router, grouped)
+
+
+def train_and_load(folder: Path) -> list[str]:
+    """The training command, and what a server of that model then has."""
+    torch.set_num_threads(1)
+    command = f"--model-path {DEMO_MODEL} --trace {TRACE} --predictor hybrid --epochs 1"
+    assert train.main([*command.split(), "--output", str(folder)]) == 0
+    its = Material(load_trace(TRACE), DEMO_MODEL).sources
+    return list(predictors_for(str(folder / "hybrid.json"), its))
+
+
+def test_the_hybrid_predictor_is_trained_by_command_and_loaded_by_path(tmp_path: Path) -> None:
+    assert run_in_fork(train_and_load, tmp_path) == ["hybrid"]
+    described = json.loads((tmp_path / "hybrid.json").read_text())
+    by_name = {its["predictor"] for its in described["report"]["measured"]}
+    assert by_name > {"hybrid"}
+    assert (tmp_path / "hybrid.png").exists()

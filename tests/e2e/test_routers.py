@@ -15,7 +15,7 @@ from loaded_worker import LoadedWorker
 from test_families_reference import random_prompts
 from test_parity import PAGED_FAMILIES
 
-from eval.gate_inputs import load_model, read_by_gates
+from sglmoe.prediction.gate_inputs import load_model, read_by_gates
 from sglmoe.prediction.predictor import LayerRouting
 from sglmoe.prediction.router import Router
 from sglmoe.worker.routed import Routed
@@ -100,7 +100,7 @@ def test_a_router_chooses_what_its_layer_chose(family: str, tmp_path: Path) -> N
     model_dir = run_in_fork(make_checkpoint, family, tmp_path, dtype="float32", attention_gain=1.0)
     seen = run_in_fork(observe, model_dir)
     check_choices(seen)
-    # What transformers' gates read, too: `eval.gate_inputs` completes traces with it.
+    # What transformers' gates read, too: `sglmoe.prediction.gate_inputs` completes traces with it.
     inputs, embeddings = run_in_fork(hf_gate_inputs, model_dir)
     np.testing.assert_allclose(inputs, seen.gate_inputs, atol=2e-3)
     np.testing.assert_array_equal(embeddings, seen.embeddings)

@@ -17,7 +17,7 @@ from sglmoe.prediction.trace import Kind, load_trace
 pytestmark = pytest.mark.usefixtures("preloaded")
 
 
-def record_mixed_requests(model_dir: Path, log: Path, output: Path) -> str:
+def record_mixed_requests(model_dir: Path, log: Path, output: Path, *flags: str) -> str:
     """24 requests, four at a time, half of them with a common prefix, under constant pressure."""
     rng = random.Random(1)
     prefix = [rng.randrange(5, VOCAB_SIZE) for _ in range(48)]
@@ -34,6 +34,7 @@ def record_mixed_requests(model_dir: Path, log: Path, output: Path) -> str:
         "sglmoe.launch_server",
         f"--model-path={model_dir}",
         "--memory-budget=2500KB",
+        *flags,
         log=log,
         environ={"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(output.parent)},
     ) as server:
@@ -42,11 +43,15 @@ def record_mixed_requests(model_dir: Path, log: Path, output: Path) -> str:
         return record(server.url, requests, output, concurrency=4)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
-def test_replay_gives_the_servers_counters(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "prefetch"),
+    [("qwen3_moe", "off"), ("deepseek_v2", "on")],  # which pauses while a trace is recorded
+)
+def test_replay_gives_the_servers_counters(family: str, prefetch: str, tmp_path: Path) -> None:
     model_dir = run_in_fork(make_checkpoint, family, tmp_path / "model")
     output = tmp_path / "trace.npz"
-    run_in_fork(record_mixed_requests, model_dir, tmp_path / "log", output)
+    flag = f"--expert-prefetch={prefetch}"
+    run_in_fork(record_mixed_requests, model_dir, tmp_path / "log", output, flag)
     trace = load_trace(output)
     totals = trace.info.totals
     assert totals.experts_evicted > 0

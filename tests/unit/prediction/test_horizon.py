@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -114,6 +114,7 @@ def test_each_update_is_on_record() -> None:
     assert [*horizon.history] == [HorizonRecord(2.5, 0, 3), HorizonRecord(2.0, 1, 3)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(0, 9), st.integers(0, 9))))
 def test_the_horizon_stays_within_the_model(changes: list[tuple[float, int, int]]) -> None:
     horizon = Horizon(6)
@@ -132,6 +133,7 @@ def test_distance_of_three_tokens() -> None:
     assert token_distance(np.empty((0, 3))) == 0
 
 
+@settings(deadline=None)
 @given(arrays(np.float32, (5, 3), elements=st.floats(-100, 100, width=32)))
 def test_distance_is_the_sum_over_all_pairs(embeddings: np.ndarray) -> None:
     vectors = embeddings.astype(np.float64)

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -113,6 +113,7 @@ def test_plec_begins_no_more_loads_than_it_may() -> None:
 ROWS = arrays(np.float32, (3, 4), elements=st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]))
 
 
+@settings(deadline=None)
 @given(
     ROWS,
     arrays(bool, (3, 4)),

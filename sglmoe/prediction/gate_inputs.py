@@ -83,10 +83,9 @@ def gate_weights(model: Any) -> Floats:
     return np.stack([gate.weight.detach().numpy() for gate in gates_of(model)])
 
 
-@torch.inference_mode()
 def read_by_gates(model: Any, token_ids: npt.NDArray[np.int32]) -> Floats:
     """[tokens, layers, hidden] of one sequence."""
-    with recorded_inputs(gates_of(model)) as inputs:
+    with torch.inference_mode(), recorded_inputs(gates_of(model)) as inputs:
         model(input_ids=torch.from_numpy(token_ids[None].astype(np.int64)), use_cache=False)
     read: Floats = torch.stack(inputs, dim=1).numpy()
     return read
