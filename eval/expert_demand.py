@@ -81,7 +81,7 @@ def steps(trace: Trace) -> Iterator[tuple[StepTokens, slice]]:
 
 def errors(material: Material) -> dict[str, float]:
     """Signal -> mean error, in experts a layer."""
-    trace, parts = material.trace, material.parts
+    trace, parts = material.trace, material.sources.parts
     assert parts.embed is not None
     used = np.array([np.mean([len(its) for its in step]) for step in trace.experts_by_layer()])
     embeddings = [parts.embed(tokens.token_ids).astype(np.float64) for tokens, _ in steps(trace)]
@@ -100,7 +100,7 @@ def errors(material: Material) -> dict[str, float]:
 
 def forecasts(material: Material) -> dict[str, Floats]:
     """What is expected of each step before its first layer, from frequencies of use."""
-    trace, parts = material.trace, material.parts
+    trace, parts = material.trace, material.sources.parts
     forecast = forecast_by("frequency", material)
     sums, counts = [], []
     for tokens, at in steps(trace):
@@ -116,7 +116,7 @@ def forecasts(material: Material) -> dict[str, Floats]:
 
 def correlations(material: Material) -> str:
     """Among steps of the most common number of tokens, if that is more than one."""
-    trace, parts = material.trace, material.parts
+    trace, parts = material.trace, material.sources.parts
     assert parts.embed is not None
     used = np.array([np.mean([len(its) for its in step]) for step in trace.experts_by_layer()])
     sizes = np.diff(trace.step_bounds)

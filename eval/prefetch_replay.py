@@ -24,7 +24,7 @@ from tqdm import tqdm
 from eval.oracle import oracle_counts
 from eval.prefetch_report import Outcome, plot, save, table
 from eval.replay import describe, frames_of
-from eval.replay_predictors import PREDICTORS, Material, forecast_by, predictors_by
+from eval.replay_predictors import BOUNDS, Material, forecast_by, predictors_by
 from eval.replay_prefetcher import (
     POLICIES,
     Planner,
@@ -35,7 +35,7 @@ from eval.replay_prefetcher import (
 )
 from eval.servers import describe_run
 from eval.simulated_link import LinkSpeed, SimulatedLink
-from sglmoe.config import AUTO, MemoryPolicy
+from sglmoe.config import AUTO, PREDICTORS, MemoryPolicy
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import ABSENT
@@ -73,10 +73,10 @@ class PrefetchReplay:
         self._gate_inputs: npt.NDArray[np.float32] | None = None  # [T, layers, hidden]
 
     def use(self, predictor: str, material: Material, policy: Policy) -> None:
-        """Prefetch by one of PREDICTORS, by name."""
+        """Prefetch by what has that name; see `predictors_by`."""
         setting, memory = self._setting, self.memory
         if policy.is_advised:
-            bulk = Frequency(material.parts)
+            bulk = Frequency(material.sources.parts)
             predictors = predictors_by(predictor, material)
             self.prefetcher = ServersPrefetcher(predictors, bulk, setting, memory=memory)
         else:
@@ -239,7 +239,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("traces", nargs="+", type=Path)
     parser.add_argument("--expert-frames", default="10%,25%,50%,75%")
     parser.add_argument("--policies", default=f"lru,cost-aware,{BELADY},cost-aware+prefetch")
-    parser.add_argument("--predictors", default="last-step,oracle")
+    parser.add_argument(
+        "--predictors", default="last_step,oracle", help="names, or .json of trained ones"
+    )
     # An expert of the demo model takes 4 us, 50 us or 198 us, of a layer's 200 us.
     parser.add_argument("--bandwidth", default="16GB,1GB,250MB", help="bytes a second")
     parser.add_argument("--latency", type=float, default=1e-6, help="seconds, of each transfer")
@@ -258,12 +260,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--plot", type=Path, help="PNG file")
     options = parser.parse_args(arguments)
+    predictors = [name for name in options.predictors.split(",") if not name.endswith(".json")]
     for names, known in (
-        (options.policies, [*POLICIES, BELADY]),
-        (options.predictors, [*PREDICTORS, AUTO]),
+        (options.policies.split(","), [*POLICIES, BELADY]),
+        (predictors, [*BOUNDS, *PREDICTORS]),
     ):
-        if unknown := set(names.split(",")).difference(known):
-            parser.error(f"{', '.join(unknown)}: there is {', '.join(known)}")
+        if unknown := set(names).difference(known):
+            parser.error(f"{', '.join(sorted(unknown))}: there is {', '.join(known)}")
     return options
 
 

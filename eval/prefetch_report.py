@@ -129,7 +129,11 @@ def plot(traces: Mapping[str, Sequence[Outcome]], path: Path) -> None:
         {its.bytes_per_second for found in traces.values() for its in found}, reverse=True
     )
     figure, axes = plt.subplots(
-        len(traces), len(links), figsize=(4 * len(links), 2.5 * len(traces)), squeeze=False
+        len(traces),
+        len(links),
+        figsize=(4 * len(links), 2.5 * len(traces) + 0.6),
+        squeeze=False,
+        layout="constrained",
     )
     for row, (trace, found) in zip(axes, traces.items(), strict=True):
         for axis, link in zip(row, links, strict=True):
@@ -145,7 +149,7 @@ def plot(traces: Mapping[str, Sequence[Outcome]], path: Path) -> None:
             axis.set_ylim(bottom=0)
     axes[-1][0].set_xlabel("expert frames")
     axes[0][0].set_ylabel("share of time stalled")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncol=4, fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
-    figure.savefig(path, dpi=110)
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncol=2, fontsize=8)
+    figure.savefig(path, dpi=80)
     plt.close(figure)

@@ -4,22 +4,15 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from sglmoe.config import AUTO
-from sglmoe.prediction.baselines import Frequency, LastStep, PreviousLayer
 from sglmoe.prediction.calibration import Calibration
-from sglmoe.prediction.expert_map import ExpertMap
 from sglmoe.prediction.forecast import Forecast
 from sglmoe.prediction.hybrid_command import read_embeddings
 from sglmoe.prediction.predictor import LayerRouting, ModelParts, Predictor, Scores, StepTokens
-from sglmoe.prediction.pregate import Pregate
-from sglmoe.prediction.router import Router
 from sglmoe.prediction.trace import Trace
 from sglmoe.prediction.training_data import vocab_size_of
-from sglmoe.prediction.wrong import Random
 from sglmoe.worker.predictors import Sources, predictors_for
 
 SEED = 0
@@ -109,72 +102,60 @@ class Material:
     def __init__(self, trace: Trace, model_path: Path):
         self.trace = trace
         self._model_path = model_path
-        self.parts = ModelParts(
-            num_layers=trace.info.num_layers,
-            num_experts=trace.info.num_experts,
-            top_k=trace.info.top_k,
-            embed=read_embeddings(model_path),
+
+    @cached_property
+    def sources(self) -> Sources:
+        """As the server has them."""
+        from sglmoe.prediction.gate_inputs import read_router  # imports transformers: 5 s
+
+        info = self.trace.info
+        return Sources(
+            parts=ModelParts(
+                num_layers=info.num_layers,
+                num_experts=info.num_experts,
+                top_k=info.top_k,
+                embed=read_embeddings(self._model_path),
+            ),
+            router=read_router(self._model_path),
+            vocab_size=vocab_size_of(self._model_path),
+            folder=self._model_path,
         )
 
     @cached_property
     def gate_inputs(self) -> npt.NDArray[np.float32]:
         """`[T, layers, hidden]`, computed again by transformers."""
-        from sglmoe.prediction.gate_inputs import gate_inputs  # imports torch and transformers: 5 s
+        from sglmoe.prediction.gate_inputs import gate_inputs
 
         return gate_inputs(self.trace, self._model_path)
 
-    @cached_property
-    def router(self) -> Router:
-        from sglmoe.prediction.gate_inputs import read_router
 
-        return read_router(self._model_path)
-
-    @cached_property
-    def sources(self) -> Sources:
-        """As a server would have them."""
-        return Sources(
-            parts=self.parts,
-            router=self.router,
-            vocab_size=vocab_size_of(self._model_path),
-            folder=self._model_path,
-        )
-
-
-class Source(msgspec.Struct, frozen=True):
-    """How to make a predictor."""
-
-    make: Callable[[Material], Predictor]
-    is_calibrated: bool = True  # else its scores are probabilities
-
-
-PREDICTORS = {
-    "oracle": Source(lambda its: Foreseen(its.trace, knows_next_step=False), False),
-    "oracle-next-step": Source(lambda its: Foreseen(its.trace, knows_next_step=True), False),
-    "oracle-80": Source(lambda its: Foreseen(its.trace, knows_next_step=False, share_right=0.8)),
-    "oracle-50": Source(lambda its: Foreseen(its.trace, knows_next_step=False, share_right=0.5)),
-    "adversarial": Source(lambda its: AlwaysWrong(its.trace)),
-    "adversarial-believed": Source(lambda its: AlwaysWrong(its.trace), False),
-    "random": Source(lambda its: Random(its.parts)),
-    "last-step": Source(lambda its: LastStep(its.parts)),
-    "frequency": Source(lambda its: Frequency(its.parts)),
-    "previous-layer": Source(lambda its: PreviousLayer(its.parts)),
-    "expert-map": Source(lambda its: ExpertMap(its.parts)),
-    "pregate": Source(lambda its: Pregate(its.parts, its.router)),
+# Those that know the trace.
+BOUNDS: dict[str, Callable[[Trace], Predictor]] = {
+    "oracle": lambda trace: Foreseen(trace, knows_next_step=False),
+    "oracle_next_step": lambda trace: Foreseen(trace, knows_next_step=True),
+    "oracle_80": lambda trace: Foreseen(trace, knows_next_step=False, share_right=0.8),
+    "oracle_50": lambda trace: Foreseen(trace, knows_next_step=False, share_right=0.5),
+    "adversarial": AlwaysWrong,
+    "adversarial_believed": AlwaysWrong,
 }
+BELIEVED = ("oracle", "oracle_next_step", "adversarial_believed")  # their scores are probabilities
 
 
 def predictors_by(name: str, material: Material) -> dict[str, Predictor]:
-    """New ones for an advisor; AUTO: all that the server has, until it picks one."""
-    if name == AUTO:
-        return predictors_for(AUTO, material.sources)
-    return {name: PREDICTORS[name].make(material)}
+    """One of BOUNDS, or what the server has by that name; AUTO: all of that. New ones.
+
+    Raises ValueError for one that does not exist, or does not fit the model.
+    """
+    if name in BOUNDS:
+        return {name: BOUNDS[name](material.trace)}
+    return predictors_for(name, material.sources)
 
 
 def forecast_by(name: str, material: Material) -> Forecast:
-    """A new one, that knows nothing yet."""
-    source = PREDICTORS[name]
+    """A new one, that knows nothing yet; of one predictor."""
+    (predictor,) = predictors_by(name, material).values()
     return Forecast(
-        source.make(material),
-        num_layers=material.parts.num_layers,
-        calibration=Calibration() if source.is_calibrated else None,
+        predictor,
+        num_layers=material.trace.info.num_layers,
+        calibration=None if name in BELIEVED else Calibration(),
     )

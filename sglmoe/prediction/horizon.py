@@ -1,9 +1,11 @@
 """How many layers ahead to fetch for (Shen's ExpertFlow, 2.2: its adaptive step size S).
 
 What the paper leaves open is decided here: how S is rounded and bounded, both thresholds, and how
-feedback and formula go together. On the reference traces a horizon of one layer, of all, or this
-one make little difference (`eval.prefetch_replay --horizon 1,3,5,adaptive`), as long as no more
-is begun than the link has work for (`prefetch.loads_to_begin`).
+feedback and formula go together. As long as no more is begun than the link has work for
+(`prefetch.loads_to_begin`), the horizon decides little. FineMoE's map on three reference traces, a
+quarter of the experts in frames (`eval.prefetch_replay --horizon 1,2,3,5,adaptive`): where the link
+is busy, hits differ by 1 point at most between 1 layer and all 5; where it is idle, batches lose 3 to 6
+points by looking 5 layers ahead instead of 1, and this keeps to 1.
 """
 
 import math

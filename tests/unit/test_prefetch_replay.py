@@ -19,7 +19,7 @@ from eval.prefetch_replay import (
 )
 from eval.prefetch_report import Outcome, save, stall_share
 from eval.replay import Link, replay_experts
-from eval.replay_predictors import PREDICTORS, Foreseen, Material, uses_of, with_errors
+from eval.replay_predictors import BOUNDS, Foreseen, Material, uses_of, with_errors
 from eval.replay_prefetcher import POLICIES, Planner, Setting
 from eval.simulated_link import LinkSpeed, SimulatedLink
 from sglmoe.config import MemoryPolicy
@@ -96,12 +96,10 @@ class Made(Material):
     def __init__(self, trace: Trace):
         self.trace = trace
         num_layers, top_k = trace.expert_ids.shape[1:]
-        self.parts = ModelParts(
-            num_layers, 4, top_k, lambda ids: np.ones((len(ids), 3), np.float32)
-        )
+        parts = ModelParts(num_layers, 4, top_k, lambda ids: np.ones((len(ids), 3), np.float32))
+        router = Router(np.ones((num_layers, 4, 3), np.float32), top_k)
+        self.sources = Sources(parts, router, vocab_size=8, folder=Path("none"))
         self.gate_inputs = np.ones((len(trace.token_ids), num_layers, 3), np.float32)
-        self.router = Router(np.ones((num_layers, 4, 3), np.float32), top_k)
-        self.sources = Sources(self.parts, self.router, vocab_size=9, folder=Path("nowhere"))
 
 
 def play(trace: Trace, setting: Setting, policy: str, predictor: str | None) -> Outcome:
@@ -153,7 +151,7 @@ def test_plans_that_wait_for_the_end_of_a_layer_lose_its_time() -> None:
 def test_wrong_forecasts_cost_time_and_change_nothing_else() -> None:
     trace = trace_of([[[0], [3]], [[1], [2]], [[0], [3]]] * 5)
     setting = msgspec.structs.replace(SETTING, num_frames=3)
-    wrong = play(trace, setting, "cost-aware+prefetch", "adversarial-believed")
+    wrong = play(trace, setting, "cost-aware+prefetch", "adversarial_believed")
     assert wrong.hits + wrong.misses == 30
     assert wrong.prefetches_used < wrong.prefetches_wasted
     assert wrong.compute_seconds == 60.0
@@ -271,7 +269,7 @@ def test_who_knows_the_next_step_begins_before_it() -> None:
     """With nothing to compute before its router, a step's first layer is too early for all others."""
     setting = msgspec.structs.replace(SETTING, attention_ratio=0.0)
     this = play(TWO_STEPS, setting, "cost-aware+prefetch", "oracle")
-    both = play(TWO_STEPS, setting, "cost-aware+prefetch", "oracle-next-step")
+    both = play(TWO_STEPS, setting, "cost-aware+prefetch", "oracle_next_step")
     assert (this.stall_seconds, both.stall_seconds) == (2.0, 1.0)
 
 
@@ -301,6 +299,7 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "most-recent" in capsys.readouterr().err
 
 
+UNTRAINED = ("last_step", "previous_layer", "frequency", "expert_map", "pregate", "random")
 STEPS = st.lists(
     st.lists(
         st.lists(st.integers(0, 3), min_size=2, max_size=2, unique=True), min_size=2, max_size=2
@@ -315,7 +314,7 @@ STEPS = st.lists(
     STEPS,
     st.integers(2, 8),
     st.sampled_from(sorted(POLICIES)),
-    st.sampled_from(sorted(PREDICTORS)),
+    st.sampled_from([*BOUNDS, *UNTRAINED]),
     st.booleans(),
     st.sampled_from([300, 1000, 4000]),
 )
