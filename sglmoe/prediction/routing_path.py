@@ -31,10 +31,11 @@ class Part(Enum):
 def part_of(next_position: int | None, position: int, num_tokens: int) -> Part:
     """`next_position`: behind what was seen of the request, None for a new one; `position`: the first one's.
 
-    Tokens that don't follow begin the request anew: it was preempted. A prompt's last chunk of one
-    token counts as generated.
+    Tokens from before that begin the request anew: it was preempted. Where some are missing, in a step
+    that the predictor was not told of, it goes on without. A prompt's last chunk of one token counts
+    as generated.
     """
-    if position != next_position:
+    if next_position is None or position < next_position:
         return Part.NEW_PROMPT
     return Part.MORE_PROMPT if num_tokens > 1 else Part.GENERATED
 

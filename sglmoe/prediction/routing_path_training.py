@@ -29,8 +29,9 @@ class Recipe(msgspec.Struct, frozen=True):
 
     epochs: int = 20
     seed: int = 0
-    batch_requests: int = 8
-    peak_rate: float = 1e-2
+    batch_requests: int = 4
+    peak_rate: float = 4e-3
+    table_rate: float = 0.2
     warmup_ratio: float = 0.05  # of all steps; theirs: 5,000 of 93,750
     weight_decay: float = 0.01
     max_gradient_norm: float = 0.8
@@ -159,9 +160,7 @@ def fit(
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
     model = RoutingPathModel(its)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay
-    )
+    optimizer = optimizer_for(model, recipe)
     num_batches = -(-len(examples) // recipe.batch_requests)
     num_steps = recipe.epochs * num_batches
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -184,6 +183,16 @@ def fit(
             losses.append({"train": total / num_batches, "held_out": tested})
             progress.set_postfix({name: f"{value:.4f}" for name, value in losses[-1].items()})
     return model, losses
+
+
+def optimizer_for(model: RoutingPathModel, recipe: Recipe) -> torch.optim.Optimizer:
+    """Tables, of which a token touches a row or all, take larger steps than what lies between them."""
+    tables = [*model.embedding.parameters(), *model.head.parameters()]
+    others = [its for its in model.parameters() if all(its is not table for table in tables)]
+    return torch.optim.AdamW(
+        [{"params": tables, "lr": recipe.table_rate}, {"params": others, "lr": recipe.peak_rate}],
+        weight_decay=recipe.weight_decay,
+    )
 
 
 def batches(

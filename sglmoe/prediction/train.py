@@ -32,6 +32,8 @@ INTERRUPTED = 130  # as of a process that SIGINT ended
 
 def run(options: argparse.Namespace) -> None:
     """Train, test and write. Raises ValueError for traces that don't go together."""
+    if options.epochs is not None and options.epochs < 1:
+        raise ValueError(f"--epochs {options.epochs}: at least 1")
     shape, parts = load_parts([*options.trace, *options.test], vocab_size_of(options.model_path))
     if options.predictor in WANT_GATE_INPUTS:
         parts = with_gate_inputs(parts, options.model_path)
@@ -52,7 +54,10 @@ def run(options: argparse.Namespace) -> None:
         report={"losses": fitted.losses, "measured": msgspec.to_builtins(measured)},
     )
     save_predictor(options.output, description, fitted.tensors)
-    plot(measured, fitted.losses, options.output / f"{options.predictor}.png")
+    try:
+        plot(measured, fitted.losses, options.output / f"{options.predictor}.png")
+    except ImportError as error:
+        print(f"\nno plot: {error} (pip install 'sglmoe[eval]')")
     num_bytes = tensors_path(options.output, options.predictor).stat().st_size
     print(
         f"\n{description_path(options.output, options.predictor)}, with {num_bytes:,} bytes of tensors"
@@ -77,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted; no file is half written", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -37,7 +37,7 @@ class Measured(msgspec.Struct, frozen=True):
     requests: str
     kind: str
     num_steps: int
-    overall: Figures
+    overall: Figures  # the mean over layers, however often each was predicted
     by_layer: list[Figures]
     by_distance: list[Figures]  # predicted 1, 2, ... layers ahead
 
@@ -137,13 +137,14 @@ class Counters:
 
     def measured(self, predictor: str, requests: str, kind: str) -> Measured:
         distances = range(1, min(MAX_DISTANCE, self._num_layers) + 1)
+        by_layer = [self._figures(layer=layer) for layer in range(self._num_layers)]
         return Measured(
             predictor=predictor,
             requests=requests,
             kind=kind,
             num_steps=self.num_steps,
-            overall=self._figures(),
-            by_layer=[self._figures(layer=layer) for layer in range(self._num_layers)],
+            overall=mean_of(by_layer),
+            by_layer=by_layer,
             by_distance=[self._figures(distance=distance) for distance in distances],
         )
 
@@ -156,6 +157,13 @@ class Counters:
             recall=likely.recall,
             calibration_error=likely.calibration_error,
         )
+
+
+def mean_of(figures: Sequence[Figures]) -> Figures:
+    """Of each, where there is any."""
+    columns = zip(*map(msgspec.structs.astuple, figures), strict=True)
+    known = [[figure for figure in column if figure is not None] for column in columns]
+    return Figures(*[sum(column) / len(column) if column else None for column in known])
 
 
 def table(measured: Sequence[Measured]) -> str:

@@ -104,6 +104,15 @@ def test_a_batch_of_different_lengths_equals_each_request_alone(model: RoutingPa
         assert close(predict(together, *runs), expected)
 
 
+def test_requests_may_come_in_any_order(model: RoutingPathModel) -> None:
+    predictor = RoutingPath(model)
+    for owner in range(4):
+        predict(predictor, (owner, 0, [owner, 9]))
+    expected = [whole(model, [owner, 9], [5 + owner])[1][0] for owner in range(4)]
+    scores = predict(predictor, *[(owner, 2, [5 + owner]) for owner in (0, 2, 1, 3)])
+    assert close(scores, any_of(np.stack(expected)))
+
+
 def test_prompt_and_earlier_tokens_matter_and_none_beyond_the_window(
     model: RoutingPathModel,
 ) -> None:
@@ -139,12 +148,20 @@ def test_of_a_cached_prefix_nothing_is_known(model: RoutingPathModel) -> None:
 
 
 def test_a_request_that_starts_over_is_read_again(model: RoutingPathModel) -> None:
-    # Preempted after two tokens, it comes back with these in its prompt.
+    # Preempted after two tokens, it comes back with the first of them in its prompt.
     predictor = RoutingPath(model)
-    _, generated = whole(model, [1, 2, 3, 4, 5], [6])
-    for run in [(0, 0, PROMPT), (0, 4, [5]), (0, 5, [6]), (0, 0, [1, 2, 3, 4, 5])]:
+    _, generated = whole(model, [1, 2, 5], [6])
+    for run in [(0, 0, [1, 2]), (0, 2, [5]), (0, 3, [6]), (0, 0, [1, 2, 5])]:
         predict(predictor, run)
-    assert close(predict(predictor, (0, 5, [6])), generated[0])
+    assert close(predict(predictor, (0, 3, [6])), generated[0])
+
+
+def test_tokens_of_a_step_nobody_told_of_are_gone_without(model: RoutingPathModel) -> None:
+    predictor = RoutingPath(model)
+    _, generated = whole(model, PROMPT, [5, 7])
+    for run in [(0, 0, PROMPT), (0, 4, [5])]:
+        predict(predictor, run)
+    assert close(predict(predictor, (0, 6, [7])), generated[1])
 
 
 def test_a_number_given_again_has_nothing_of_the_request_before(model: RoutingPathModel) -> None:
@@ -165,17 +182,18 @@ def test_forgotten_requests_leave_their_rows_to_others(model: RoutingPathModel) 
     assert predictor.num_rows == 4
 
 
-def test_requests_nobody_forgets_do_not_pile_up(
+def test_of_requests_nobody_forgets_the_one_idle_longest_goes(
     model: RoutingPathModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routing_path, "MAX_REQUESTS", 4)
     predictor = RoutingPath(model)
-    for owner in range(20):
+    for owner in range(4):
         predict(predictor, (owner, 0, PROMPT))
+    predict(predictor, (0, 4, [5]))
+    predict(predictor, (4, 0, PROMPT))  # takes the place of 1
     assert predictor.num_rows == 4
-    # The last one is still known; the first has become a new request.
-    assert close(predict(predictor, (19, 4, [5])), whole(model, PROMPT, [5])[1][0])
-    assert close(predict(predictor, (0, 4, [5])), whole(model, [5], [6])[0][0])
+    assert close(predict(predictor, (0, 5, [6])), whole(model, PROMPT, [5, 6])[1][1])
+    assert close(predict(predictor, (1, 4, [5])), whole(model, [5], [6])[0][0])
 
 
 def test_ids_beyond_the_vocabulary_do_no_harm(model: RoutingPathModel) -> None:

@@ -1,6 +1,7 @@
 """The command: traces in, a predictor and its report out, or a sentence that says what is wrong."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,16 @@ def test_a_predictor_and_its_report_are_written(
     }
     assert len(its.report["losses"]) == 2
     assert its.trained_on[0].startswith("a: ")
+
+
+def test_without_matplotlib_there_is_no_plot(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(folder, "--epochs=1", trace="b.npz") == 0
+    assert "no plot" in capsys.readouterr().out
+    names = sorted(path.name for path in (folder / "out").iterdir())
+    assert names == ["routing_path.json", "routing_path.safetensors"]
 
 
 def test_traces_of_different_models_are_named(
@@ -100,8 +111,13 @@ def test_interrupted_it_leaves_nothing(
 
     monkeypatch.setattr(train, "TRAINERS", {"routing_path": interrupted})
     assert run(folder) == 130
-    assert "nothing was written" in capsys.readouterr().err
+    assert "interrupted" in capsys.readouterr().err
     assert not (folder / "out").exists()
+
+
+def test_no_epochs_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "--epochs=0") == 1
+    assert "--epochs 0: at least 1" in capsys.readouterr().err
 
 
 def test_a_tenth_of_each_traces_requests_is_held_out(folder: Path) -> None:

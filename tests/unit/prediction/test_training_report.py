@@ -5,7 +5,7 @@ from tiny_traces import NUM_EXPERTS, NUM_LAYERS, experts_of, random_trace, trace
 
 from sglmoe.prediction.predictor import LayerRouting, ModelParts, Scores, StepTokens
 from sglmoe.prediction.training_data import TracePart
-from sglmoe.prediction.training_report import compare, measure, steps_of, table
+from sglmoe.prediction.training_report import Figures, compare, mean_of, measure, steps_of, table
 
 
 class Knowing:
@@ -35,6 +35,21 @@ class Knowing:
         self.forgotten.append(owner)
 
 
+class Shortsighted(Knowing):
+    """Knows the next layer only."""
+
+    def begin_step(self, tokens: StepTokens) -> None:
+        super().begin_step(tokens)
+        self._next_layer = 0
+
+    def observe(self, routing: LayerRouting) -> None:
+        self._next_layer = routing.layer + 1
+
+    def scores(self) -> Scores:
+        is_next = np.arange(NUM_LAYERS)[:, np.newaxis] == self._next_layer
+        return np.where(is_next, super().scores(), np.float32(0))
+
+
 def whole(*, num_requests: int) -> TracePart:
     trace = random_trace(num_requests, seed=3)
     return TracePart("tiny", trace, np.ones(num_requests, bool))
@@ -56,6 +71,19 @@ def test_who_is_always_wrong_is_never_right() -> None:
     figures = wrong[0].overall
     assert (figures.accuracy, figures.precision, figures.recall) == (0, 0, 0)
     assert figures.calibration_error == 1
+
+
+def test_predictions_count_by_how_many_layers_ahead_they_were_made() -> None:
+    decode, _ = measure("shortsighted", Shortsighted, whole(num_requests=4))
+    assert [its.accuracy for its in decode.by_distance] == [1, 0]
+    # Layer 1 is predicted twice: before layer 0, wrongly, and after it.
+    assert [its.accuracy for its in decode.by_layer] == [1, 0.5]
+    assert decode.overall.accuracy == 0.75
+
+
+def test_a_mean_is_of_what_there_is() -> None:
+    figures = [Figures(1.0, None, 0.5, None), Figures(0.0, None, None, 0.25)]
+    assert mean_of(figures) == Figures(0.5, None, 0.5, 0.25)
 
 
 def test_only_the_requests_that_count_are_shown_and_each_is_forgotten_once() -> None:
