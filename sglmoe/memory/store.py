@@ -31,7 +31,7 @@ class ExpertReadError(OSError):
 class ExpertStore:
     """(layer, expert) -> its tensors, in the order in which they lie in a frame.
 
-    `rate` makes the files slower than they are.
+    `rate` makes it slower than it is, whether experts are in files or in memory.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ExpertStore:
             for start in range(0, part.nbytes, step):
                 if before_chunk is not None:
                     before_chunk()
-                if self._rate is not None and isinstance(part, Extent):
+                if self._rate is not None:
                     self._rate.wait(min(step, part.nbytes - start))  # no byte comes before
                 try:
                     _copy(part, place[start : start + step], start)

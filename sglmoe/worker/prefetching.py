@@ -136,6 +136,11 @@ class Prefetching:
         """Stop the thread."""
         self._thread.close()
 
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps that the predictor was not told of, because it was behind."""
+        return self._thread.num_skipped
+
     # ------------------------------------------------------------------------------------------------ inside
 
     @property
@@ -204,6 +209,6 @@ class Prefetching:
                 advisor.quality(layer=layer).recall or 0.0 for layer in range(self._num_layers)
             ),
             saved_seconds=self._saved_seconds,
-            skipped_steps=self._thread.num_skipped,
+            skipped_steps=self.num_skipped_steps,
             failed=self._thread.failed,
         )

@@ -1,0 +1,279 @@
+"""What predicting costs a step: with the predictor thread, against the same step without.
+
+    python -m eval.prediction_overhead --output eval/results/prediction-overhead-cpu.json
+
+A step is a made-up forward pass: each layer is a few matrix products that let go of the GIL and take
+`--layer-seconds` together; memory and prefetching are called as the model calls them, loads bring
+nothing and take no time. Routing is made up too: experts with unequal chances, and tokens that choose
+two thirds of their experts again. Steps with and without take turns, `--window` at a time, and the
+ratio is of neighbours. On one core or a busy machine the thread's CPU time is the better figure: it is
+what a step is longer by where no core is left for it.
+"""
+
+import argparse
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import msgspec
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eval.servers import describe_run
+from sglmoe.config import PrefetchMode
+from sglmoe.memory.arena import plan_geometry
+from sglmoe.memory.experts import Load
+from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.prefetch import Arrival
+from sglmoe.memory.step_times import StepTimes
+from sglmoe.prediction.advisor import AUDITION_STEPS
+from sglmoe.prediction.predictor import ModelParts
+from sglmoe.worker.predictors import MAKERS, make_advisor
+from sglmoe.worker.prefetching import Prefetching
+from sglmoe.worker.request import WorkerRequest
+from sglmoe.worker.routed import Routed
+from sglmoe.worker.step_watch import StepCost, StepKind
+
+SEED = 0
+NUM_STEPS = 32  # of routing, over and over
+REPEAT_RATIO = 2 / 3  # of experts, from one step to the next
+HIDDEN = 256
+EXPERT_BYTES = 4096  # of which none is ever moved
+LOADS_PER_LAYER = 2  # that the link has time for
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """Of one predictor and one length of layers."""
+
+    predictor: str
+    layer_seconds: float
+    step_seconds: float  # median of windows, without
+    ratio: float  # median over pairs of windows: with, as a share of without
+    ratios: list[float]
+    thread_ratio: float  # the predictor thread's CPU time, as a share of a step without
+    main_ratio: float  # what the forward pass's thread spends in its calls
+    skipped_steps: int
+
+
+class NoLink:
+    """Whatever is prefetched is there at once."""
+
+    def __init__(self) -> None:
+        self._begun: list[Load] = []
+
+    def begin(self, load: Load) -> None:
+        self._begun.append(load)
+
+    def finished(self) -> list[Arrival]:
+        begun, self._begun = self._begun, []
+        return [Arrival(load, is_there=True) for load in begun]
+
+    def wait(self, load: Load) -> bool:
+        self._begun.remove(load)
+        return True
+
+    def cancel(self, load: Load) -> None:
+        self._begun.remove(load)
+
+
+class Work:
+    """Some matrix products that take so long together."""
+
+    def __init__(self, seconds: float, num_products: int):
+        self._num_products = num_products
+        self._right = torch.rand(HIDDEN, HIDDEN)
+        self._left = torch.rand(64, HIDDEN)
+        for _ in range(4):
+            num_rows = len(self._left) * seconds / self._measured()
+            self._left = torch.rand(max(1, round(num_rows)), HIDDEN)
+
+    def __call__(self) -> None:
+        for _ in range(self._num_products):
+            torch.mm(self._left, self._right)
+
+    def _measured(self) -> float:
+        times = []
+        for _ in range(20):
+            started = time.perf_counter()
+            self()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+
+class Model:
+    """Runs steps; knows what each token of each step chooses in each layer."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        random = np.random.default_rng(SEED)
+        shape = (options.layers, options.batch, options.experts)
+        self.logits = torch.from_numpy(random.standard_normal((options.layers, 1, options.experts)))
+        steps = [torch.from_numpy(random.gumbel(size=shape)) for _ in range(NUM_STEPS)]
+        for before, step in zip(steps, steps[1:], strict=False):
+            keeps = torch.from_numpy(random.random(shape) < REPEAT_RATIO)
+            step[keeps] = before[keeps]
+        self._logits = [(self.logits + step).float() for step in steps]
+        self._ids = [its.topk(options.top_k, dim=-1).indices.int() for its in self._logits]
+        self._experts = [[np.unique(ids) for ids in step.numpy()] for step in self._ids]
+        self._hidden = torch.rand(options.batch, HIDDEN)
+        self.memory = MemoryManager(
+            plan_geometry(
+                arena_bytes=options.layers * options.experts // 2 * EXPERT_BYTES,
+                expert_bytes=EXPERT_BYTES,
+                token_bytes=64,
+                token_rows=2,
+                page_tokens=None,
+            ),
+            num_layers=options.layers,
+            num_experts=options.experts,
+            floor_frames=options.top_k,
+            load_experts=lambda loads: None,
+            background=NoLink(),
+        )
+        self.main_seconds = 0.0  # in calls of prefetching
+        self._number = 0
+        self._rids = [str(number) for number in range(options.batch)]
+        self._requests: list[WorkerRequest] = [None] * options.batch  # type: ignore[list-item]
+
+    def step(self, work: Work, prefetching: Prefetching | None) -> float:
+        """Its seconds."""
+        started = time.perf_counter()
+        number = self._number = self._number + 1
+        self.memory.begin_step()
+        if prefetching is not None:
+            tokens = np.arange(len(self._rids))
+            self._call(
+                lambda: prefetching.begin_step(
+                    self._rids, token_ids=tokens, positions=tokens + number, owners=tokens
+                )
+            )
+        for layer in range(self.options.layers):
+            self._layer(layer, number % NUM_STEPS, work, prefetching)
+        seconds = time.perf_counter() - started
+        if prefetching is not None:
+            self._call(prefetching.look_ahead)
+            kind = StepKind(self._requests, 0)
+            cost = StepCost(seconds, 0.0, 0)
+            self._call(lambda: prefetching.step_done(kind, self.memory.snapshot(number), cost))
+        return time.perf_counter() - started
+
+    def _layer(self, layer: int, step: int, work: Work, prefetching: Prefetching | None) -> None:
+        """Experts run when half of the layer has."""
+        work()
+        if prefetching is not None:
+            ids, logits = self._ids[step][layer], self._logits[step][layer]
+            routed = Routed(layer, ids, logits, self._hidden)
+            self._call(lambda: prefetching.routed(layer, routed))
+        for _ in self.memory.waves(layer, self._experts[step][layer]):
+            if prefetching is not None:
+                self._call(prefetching.look_ahead)
+        work()
+        if prefetching is not None:
+            self._call(prefetching.look_ahead)
+
+    def _call(self, call: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        call()
+        self.main_seconds += time.perf_counter() - started
+
+
+def start_prefetching(model: Model, predictor: str, layer_seconds: float) -> Prefetching:
+    """As the worker does it."""
+    options = model.options
+    times = StepTimes()
+    times.note_loads(1, layer_seconds / LOADS_PER_LAYER)
+    times.note_decode(options.batch, options.layers * layer_seconds)
+    parts = ModelParts(options.layers, options.experts, options.top_k)
+    return Prefetching(
+        model.memory,
+        make_advisor(predictor, parts, frame_table=model.memory.frame_table),
+        mode=PrefetchMode(options.mode),
+        times=times,
+        first_load_seconds=0.0,
+    )
+
+
+def measure(options: argparse.Namespace, predictor: str, layer_seconds: float) -> Figures:
+    model = Model(options)
+    work = Work(layer_seconds / 2, options.products)
+    prefetching = start_prefetching(model, predictor, layer_seconds)
+    for _ in range(options.warmup):
+        model.step(work, prefetching)
+    pairs, thread_seconds, model.main_seconds = [], 0.0, 0.0
+    for _ in range(options.rounds):
+        model.step(work, None)  # meanwhile the thread catches up
+        without = [model.step(work, None) for _ in range(options.window)]
+        model.step(work, prefetching)
+        before = thread_cpu_seconds()
+        together = [model.step(work, prefetching) for _ in range(options.window)]
+        thread_seconds += thread_cpu_seconds() - before
+        pairs.append((median(without), median(together)))
+    prefetching.close()
+    step_seconds = median(without for without, _ in pairs)
+    num_steps = options.rounds * options.window
+    return Figures(
+        predictor=predictor,
+        layer_seconds=layer_seconds,
+        step_seconds=step_seconds,
+        ratio=median(together / without for without, together in pairs),
+        ratios=[round(together / without, 4) for without, together in pairs],
+        thread_ratio=thread_seconds / num_steps / step_seconds,
+        main_ratio=model.main_seconds / (num_steps + options.rounds) / step_seconds,
+        skipped_steps=prefetching.num_skipped_steps,
+    )
+
+
+def thread_cpu_seconds() -> float:
+    """Of the predictor thread, since it began."""
+    (thread,) = (its for its in threading.enumerate() if its.name == "expert-predictor")
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+
+
+def table(found: Sequence[Figures]) -> str:
+    lines = [f"{'predictor':16s} layer ms  step ms  with/without (extremes)      thread    main  skipped"]
+    for its in found:
+        extremes = f"({min(its.ratios):.3f} to {max(its.ratios):.3f})"
+        lines.append(
+            f"{its.predictor:16s} {1e3 * its.layer_seconds:8.1f} {1e3 * its.step_seconds:8.1f}  "
+            f"{its.ratio:.3f} {extremes:20s} {its.thread_ratio:9.1%} {its.main_ratio:7.1%} {its.skipped_steps:6d}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--layer-seconds", default="1e-3,4e-3")
+    parser.add_argument("--products", type=int, default=8, help="in half a layer")
+    parser.add_argument("--predictors", default=",".join(["auto", *MAKERS]))
+    parser.add_argument("--mode", default="observe", choices=["observe", "on"])
+    parser.add_argument("--warmup", type=int, default=AUDITION_STEPS + 8, help="steps")
+    parser.add_argument("--window", type=int, default=8, help="steps")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = [
+        (name, float(seconds))
+        for seconds in options.layer_seconds.split(",")
+        for name in options.predictors.split(",")
+    ]
+    found = [measure(options, *cell) for cell in tqdm(cells, unit="predictor")]
+    print(table(found))
+    if options.output is not None:
+        figures = [msgspec.structs.asdict(its) for its in found]
+        options.output.write_text(json.dumps(describe_run() | {"figures": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
