@@ -15,6 +15,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -32,7 +33,7 @@ from sglmoe.memory.prefetch import Arrival
 from sglmoe.memory.step_times import StepTimes
 from sglmoe.prediction.advisor import AUDITION_STEPS
 from sglmoe.prediction.predictor import ModelParts
-from sglmoe.worker.predictors import MAKERS, make_advisor
+from sglmoe.worker.predictors import Sources, make_advisor
 from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.request import WorkerRequest
 from sglmoe.worker.routed import Routed
@@ -113,7 +114,7 @@ class Model:
         shape = (options.layers, options.batch, options.experts)
         self.logits = torch.from_numpy(random.standard_normal((options.layers, 1, options.experts)))
         steps = [torch.from_numpy(random.gumbel(size=shape)) for _ in range(NUM_STEPS)]
-        for before, step in zip(steps, steps[1:], strict=False):
+        for before, step in pairwise(steps):
             keeps = torch.from_numpy(random.random(shape) < REPEAT_RATIO)
             step[keeps] = before[keeps]
         self._logits = [(self.logits + step).float() for step in steps]
@@ -188,9 +189,10 @@ def start_prefetching(model: Model, predictor: str, layer_seconds: float) -> Pre
     times.note_loads(1, layer_seconds / LOADS_PER_LAYER)
     times.note_decode(options.batch, options.layers * layer_seconds)
     parts = ModelParts(options.layers, options.experts, options.top_k)
+    sources = Sources(parts, router=None, vocab_size=0, folder=Path("nowhere"))
     return Prefetching(
         model.memory,
-        make_advisor(predictor, parts, frame_table=model.memory.frame_table),
+        make_advisor(predictor, sources, frame_table=model.memory.frame_table),
         mode=PrefetchMode(options.mode),
         times=times,
         first_load_seconds=0.0,
@@ -235,7 +237,9 @@ def thread_cpu_seconds() -> float:
 
 
 def table(found: Sequence[Figures]) -> str:
-    lines = [f"{'predictor':16s} layer ms  step ms  with/without (extremes)      thread    main  skipped"]
+    lines = [
+        f"{'predictor':16s} layer ms  step ms  with/without (extremes)      thread    main  skipped"
+    ]
     for its in found:
         extremes = f"({min(its.ratios):.3f} to {max(its.ratios):.3f})"
         lines.append(
@@ -255,7 +259,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--layer-seconds", default="1e-3,4e-3")
     parser.add_argument("--products", type=int, default=8, help="in half a layer")
-    parser.add_argument("--predictors", default=",".join(["auto", *MAKERS]))
+    parser.add_argument(
+        "--predictors", default="auto,last_step,previous_layer,frequency,expert_map"
+    )
     parser.add_argument("--mode", default="observe", choices=["observe", "on"])
     parser.add_argument("--warmup", type=int, default=AUDITION_STEPS + 8, help="steps")
     parser.add_argument("--window", type=int, default=8, help="steps")
@@ -272,7 +278,9 @@ def main() -> None:
     print(table(found))
     if options.output is not None:
         figures = [msgspec.structs.asdict(its) for its in found]
-        options.output.write_text(json.dumps(describe_run() | {"figures": figures}, indent=1) + "\n")
+        options.output.write_text(
+            json.dumps(describe_run() | {"figures": figures}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
