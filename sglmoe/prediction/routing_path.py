@@ -16,7 +16,8 @@ from sglmoe.prediction.routing_path_decoder import IncrementalDecoder
 from sglmoe.prediction.routing_path_model import Dimensions, RoutingPathModel
 from sglmoe.prediction.saved import Tensors
 
-# Arbitrary: of more requests that nobody has told to forget, the one idle longest is forgotten.
+# Arbitrary: of more requests that nobody has told to forget, the one idle longest is forgotten. With the
+# default dimensions each has 136 KiB of keys and values.
 MAX_REQUESTS = 1024
 
 

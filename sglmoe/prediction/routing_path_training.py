@@ -1,7 +1,7 @@
 """Trains the routing path predictor on what tokens of recorded requests did (He et al., section 3).
 
-Loss, optimizer, clipping and truncation are those of the authors' code; learning rate and number of
-epochs are for traces of some hundred requests, where theirs have ten thousand.
+Loss, optimizer, clipping and truncation are those of the authors' code. Batches, rates and epochs
+were tried on 320 requests of a small model; theirs are for ten thousand requests.
 """
 
 import random
@@ -69,6 +69,8 @@ def examples_of(part: TracePart) -> list[Example]:
         if kind is Part.NEW_PROMPT:
             finished.append((prompt, generated))
             prompt, generated = [], []
+        elif kind is Part.MORE_PROMPT:
+            generated = []  # a chunk of one token: the decoder starts anew
         (generated if kind is Part.GENERATED else prompt).extend(range(run.start, run.stop))
         seen[owner] = (position + num_tokens, prompt, generated)
     finished += [(prompt, generated) for _, prompt, generated in seen.values()]

@@ -18,7 +18,9 @@ MAX_ROWS_RATIO = 1.1
 # Steps until the next trial; twice as many after each one that ended as the last.
 HOLD_STEPS = 1024
 MAX_HOLD_STEPS = 16384
-# The same after a trial that came to nothing; what the last one came to holds meanwhile.
+# So long before a trial predictors are told of steps again.
+WARM_UP_STEPS = 64
+# The same as HOLD_STEPS after a trial that came to nothing; what the last one came to holds meanwhile.
 RETRY_STEPS = 128
 
 
@@ -73,6 +75,11 @@ class Trial:
         self._num_settled = 0
         self._hold_steps = 0  # until the next trial; 0 during one
         self._next_hold = HOLD_STEPS
+
+    @property
+    def is_resting(self) -> bool:
+        """Nothing is going to be prefetched for a while."""
+        return not self.is_on and self._hold_steps > WARM_UP_STEPS
 
     def step_done(self, num_rows: int, seconds: float) -> Verdict | None:
         """A decode step has ended; what the trial has come to, if that ends one."""

@@ -56,6 +56,9 @@ class Prefetching:
         self._step = 0
         self._layer = -1
         self._is_bulk = False
+        self._is_telling = (
+            True  # predictors of this step; where it does not pay they cost nothing either
+        )
         self._now = LinkTimes(1.0, 1.0)
         self._before = memory.snapshot(0)
         self._saved_seconds = 0.0
@@ -77,6 +80,9 @@ class Prefetching:
         """T tokens are about to be computed: `owners` [T] are indices into `rids`. Memory has begun the step."""
         self._step += 1
         self._layer = -1
+        self._is_telling = self._mode is PrefetchMode.OBSERVE or not self._trial.is_resting
+        if not self._is_telling:
+            return
         self._is_bulk = len(token_ids) > MAX_TOKENS
         self.look_ahead()
         numbers = np.array([self._number(rid) for rid in rids], np.int32)
@@ -88,6 +94,8 @@ class Prefetching:
     def routed(self, layer: int, routing: Routed) -> None:
         """The layer has chosen its experts, and has not asked memory for them."""
         self._layer = layer
+        if not self._is_telling:
+            return
         arrays = routing.arrays(
             with_probabilities=not self._is_bulk,
             with_gate_input=not self._is_bulk and self._advisor.wants_gate_input,

@@ -140,6 +140,14 @@ def test_a_prompt_in_chunks_becomes_the_same_prompt(model: RoutingPathModel) -> 
     assert close(predict(predictor, (0, 4, [5])), generated[0])
 
 
+def test_a_chunk_of_one_token_is_lost(model: RoutingPathModel) -> None:
+    predictor = RoutingPath(model)
+    _, generated = whole(model, [1, 2, 4, 5], [6])
+    for run in [(0, 0, [1, 2]), (0, 2, [3]), (0, 3, [4, 5])]:
+        predict(predictor, run)
+    assert close(predict(predictor, (0, 5, [6])), generated[0])
+
+
 def test_of_a_cached_prefix_nothing_is_known(model: RoutingPathModel) -> None:
     predictor = RoutingPath(model)
     _, generated = whole(model, PROMPT, [5])

@@ -55,6 +55,12 @@ def test_requests_are_taken_apart_as_a_server_shows_them() -> None:
         assert (its.generated_experts == experts_of(its.generated)).all()
 
 
+def test_a_chunk_of_one_token_is_taken_for_an_answer_until_the_prompt_goes_on() -> None:
+    trace = trace_of([[(0, 0, [1, 2])], [(0, 2, [3])], [(0, 3, [4, 5])], [(0, 5, [6])]])
+    (its,) = examples_of(part_of(trace, 0))
+    assert (its.prompt.tolist(), its.generated.tolist()) == ([1, 2, 4, 5], [6])
+
+
 def test_a_batch_has_ends_of_prompts_and_beginnings_of_answers() -> None:
     trace = trace_of(
         [[(0, 0, [1, 2, 3]), (1, 0, [4, 5])], *[[(0, 3 + i, [6 + i])] for i in range(4)]]

@@ -8,6 +8,7 @@ from sglmoe.prediction.trial import (
     NUM_PAIRS,
     RETRY_STEPS,
     SETTLING_STEPS,
+    WARM_UP_STEPS,
     WINDOW_STEPS,
     Trial,
     Verdict,
@@ -76,6 +77,20 @@ def test_trials_that_come_to_the_same_get_rarer() -> None:
         holds.append(num_steps + 1 - TRIAL_STEPS)
     assert holds == [HOLD_STEPS * 2**n for n in range(5)] + [MAX_HOLD_STEPS] * 2
     assert TRIAL_STEPS / 2 / MAX_HOLD_STEPS < 0.01, "so little of the time is spent on it"
+
+
+def test_it_rests_where_it_does_not_pay_until_shortly_before_the_next_trial() -> None:
+    trial = Trial()
+    assert not trial.is_resting
+    run(trial, TRIAL_STEPS, on=1.2)
+    run(trial, HOLD_STEPS - WARM_UP_STEPS - 1, on=1.2)
+    assert trial.is_resting
+    run(trial, 1, on=1.2)
+    assert not trial.is_resting
+    assert not trial.is_on
+    trial = Trial()
+    run(trial, TRIAL_STEPS, on=0.8)
+    assert not trial.is_resting, "it is on"
 
 
 def test_a_window_begins_with_steps_that_do_not_count() -> None:

@@ -276,6 +276,18 @@ def test_a_trial_that_says_no_is_obeyed(bench: Bench) -> None:
     assert bench.background.begun == []
 
 
+def test_predictors_rest_while_nothing_is_going_to_be_prefetched(bench: Bench) -> None:
+    bench.step()
+    told = len(bench.predictor.tokens), len(bench.predictor.routing)
+    bench.trial.is_on = False
+    bench.trial._hold_steps = 1000
+    bench.step()
+    assert (len(bench.predictor.tokens), len(bench.predictor.routing)) == told
+    bench.trial._hold_steps = 0
+    bench.step()
+    assert len(bench.predictor.routing) == told[1] + 2
+
+
 def test_only_decode_steps_are_tried(bench: Bench) -> None:
     bench.step()
     bench.done(num_decoding=3, seconds=0.25)
