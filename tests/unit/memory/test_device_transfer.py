@@ -4,11 +4,13 @@ Four blocks of host memory and 3 frames; experts are 6 bytes. What a CUDA device
 no test here shows.
 """
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
-from sglmoe.memory.device_transfer import DeviceCopier
+from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier
 from sglmoe.memory.experts import Load
 from sglmoe.memory.host_tier import HostTier
 from sglmoe.memory.promotion import Promotion
@@ -123,3 +125,53 @@ def test_a_read_that_fails_leaves_pins_that_end_with_their_copies(bench: Bench) 
     bench.reach()
     bench.copier.load([])
     assert bench.pins() == [0, 0, 0, 0]
+
+
+# ------------------------------------------------------------- prefetches, on a stream of their own
+
+
+class PrefetchStream:
+    """Notes what it is told."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def wait_stream(self, stream: object) -> None:
+        self._log.append(f"wait for {stream}")
+
+    def synchronize(self) -> None:
+        self._log.append("copied")
+
+
+def prefetcher(bench: Bench, log: list[str]) -> StreamCopier:
+    return StreamCopier(
+        bench.arena,
+        frame_bytes=8,
+        store=bench.store,
+        tier=bench.tier,
+        stream=PrefetchStream(log),
+        compute="compute",  # type: ignore[arg-type]
+        on_stream=lambda stream: nullcontext(),
+        lock_pages=bench.lock_pages,
+    )
+
+
+@pytest.mark.parametrize("expert", [1, 5], ids=["from host memory", "from the checkpoint"])
+def test_a_prefetch_waits_for_what_may_read_the_frame_and_says_when_it_is_there(
+    bench: Bench, expert: int
+) -> None:
+    log: list[str] = []
+    prefetcher(bench, log).copy(Load(2, 0, expert), lambda: log.append("chunk"))
+    assert bench.arena.view(3, 8)[2].tolist() == [expert] * 6 + [255] * 2
+    assert log[-3:] == ["wait for compute", "chunk", "copied"]
+    assert bench.pins() == [0] * 4
+
+
+def test_a_prefetch_that_is_given_up_leaves_no_pin(bench: Bench) -> None:
+    def leave() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        prefetcher(bench, []).copy(Load(2, 0, 1), leave)
+    assert bench.pins() == [0] * 4
+    assert bench.arena.eq(255).all()
