@@ -99,7 +99,7 @@ def test_a_router_chooses_what_its_layer_chose(family: str, tmp_path: Path) -> N
     # Red if layers come in another order, too: then inputs of one are shown to the gate of another.
     model_dir = run_in_fork(make_checkpoint, family, tmp_path, dtype="float32", attention_gain=1.0)
     seen = run_in_fork(observe, model_dir)
-    check_choices(seen)
+    run_in_fork(check_choices, seen)  # numpy starts threads, too
     # What transformers' gates read, too: `sglmoe.prediction.gate_inputs` completes traces with it.
     inputs, embeddings = run_in_fork(hf_gate_inputs, model_dir)
     np.testing.assert_allclose(inputs, seen.gate_inputs, atol=2e-3)
@@ -112,7 +112,7 @@ def test_correction_biases_decide_as_in_deepseek_v3(tmp_path: Path) -> None:
     assert seen.router is not None
     assert seen.router.scoring == "sigmoid"
     assert (seen.router.num_groups, seen.router.top_groups) == (4, 2)
-    check_choices(seen)
+    run_in_fork(check_choices, seen)  # numpy starts threads, too
 
 
 def routers_of_others(model_dir: Path) -> list[Router | None]:
