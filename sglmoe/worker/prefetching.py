@@ -61,6 +61,9 @@ class Prefetching:
         )
         self._now = LinkTimes(1.0, 1.0)
         self._before = memory.snapshot(0)
+        self._late = self._unused = (
+            0  # prefetches of the last step that came late, and that were wasted
+        )
         self._saved_seconds = 0.0
         self._num_decode_steps = 0
         self._is_paused = False
@@ -88,8 +91,7 @@ class Prefetching:
         numbers = np.array([self._number(rid) for rid in rids], np.int32)
         tokens = StepTokens(token_ids.astype(np.int32), positions.astype(np.int32), numbers[owners])
         self._now = self._link_times(len(rids))
-        late, unused = self._ended()
-        self._thread.begin_step(StepBegun(self._step, tokens, self._now, late, unused))
+        self._thread.begin_step(StepBegun(self._step, tokens, self._now, self._late, self._unused))
 
     def routed(self, layer: int, routing: Routed) -> None:
         """The layer has chosen its experts, and has not asked memory for them."""
@@ -124,6 +126,8 @@ class Prefetching:
         """To be called after every step; what is known of prefetching."""
         used = snapshot.prefetches_used - self._before.prefetches_used
         self._saved_seconds += used * self._now.expert_seconds
+        self._late = snapshot.prefetches_late - self._before.prefetches_late
+        self._unused = snapshot.prefetches_wasted - self._before.prefetches_wasted
         self._before = snapshot
         if kind.num_decoding and not self._is_paused:
             self._decode_done(kind.num_decoding, cost.seconds)
@@ -174,14 +178,6 @@ class Prefetching:
         # Before a step was measured: nothing but loads takes time.
         step_seconds = model.compute_seconds(num_rows) if model else load_seconds
         return LinkTimes(load_seconds, step_seconds / self._num_layers)
-
-    def _ended(self) -> tuple[int, int]:
-        """Prefetches of the last step that were late, and those that were wasted."""
-        now, before = self._memory.snapshot(0), self._before
-        return (
-            now.prefetches_late - before.prefetches_late,
-            now.prefetches_wasted - before.prefetches_wasted,
-        )
 
     def _decode_done(self, num_rows: int, seconds: float) -> None:
         if self._mode is PrefetchMode.ON and (verdict := self._trial.step_done(num_rows, seconds)):

@@ -15,6 +15,7 @@ from sglmoe.memory.prefetch import Arrival, Wanted
 from sglmoe.memory.step_times import StepTimes
 from sglmoe.prediction.advisor import Advisor, Outlook
 from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
+from sglmoe.prediction.thread import StepBegun
 from sglmoe.prediction.trial import Trial, Verdict
 from sglmoe.protocol import NewRequest
 from sglmoe.worker.prefetching import REPORT_STEPS, Prefetching
@@ -293,6 +294,21 @@ def test_only_decode_steps_are_tried(bench: Bench) -> None:
     bench.done(num_decoding=3, seconds=0.25)
     bench.done(num_decoding=0)
     assert bench.trial.steps == [(3, 0.25)]
+
+
+def test_a_step_begins_with_what_became_of_the_prefetches_of_the_last(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[StepBegun] = []
+    monkeypatch.setattr(bench.prefetching._thread, "begin_step", told.append)
+    bench.begin("a")
+    bench.memory.prefetch([Wanted(0, 1, 1.0), Wanted(1, 2, 1.0)])
+    bench.memory.clear()  # both are given up
+    bench.done()
+    bench.begin("a")
+    bench.done()
+    bench.begin("a")
+    assert [(its.late, its.unused) for its in told] == [(0, 0), (0, 2), (0, 0)]
 
 
 def test_requests_have_numbers_and_steps_their_tokens(bench: Bench) -> None:
