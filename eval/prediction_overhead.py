@@ -73,8 +73,10 @@ class NoLink:
         begun, self._begun = self._begun, []
         return [Arrival(load, is_there=True) for load in begun]
 
-    def wait(self, load: Load) -> bool:
+    def promote(self, load: Load) -> None:
         self._begun.remove(load)
+
+    def wait(self, load: Load) -> bool:
         return True
 
     def cancel(self, load: Load) -> None:

@@ -36,6 +36,7 @@ class Foreseen:
     """
 
     wants_gate_input = False
+    wants_probabilities = False
 
     def __init__(self, trace: Trace, *, knows_next_step: bool, share_right: float = 1.0):
         uses = uses_of(trace)
@@ -77,6 +78,7 @@ class AlwaysWrong:
     """Is sure of all that the step will not use."""
 
     wants_gate_input = False
+    wants_probabilities = False
 
     def __init__(self, trace: Trace):
         self._uses = uses_of(trace)

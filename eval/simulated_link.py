@@ -49,6 +49,7 @@ class SimulatedLink:
         self._chunk_seconds = speed.chunk_bytes / speed.bytes_per_second
         self._queue: deque[_Transfer] = deque()  # only the first may have begun
         self._ended: list[Load] = []
+        self._promoted: set[Load] = set()
         self.now = 0.0  # seconds: this and the following are totals since the start
         self.compute_seconds = 0.0
         self.busy_seconds = 0.0  # that the link was at work
@@ -99,11 +100,15 @@ class SimulatedLink:
         self.num_begun += 1
 
     def finished(self) -> list[Arrival]:
-        arrivals = [Arrival(load, is_there=True) for load in self._ended]
-        self._ended.clear()
-        return arrivals
+        told = [load for load in self._ended if load not in self._promoted]
+        self._ended = [load for load in self._ended if load in self._promoted]
+        return [Arrival(load, is_there=True) for load in told]
+
+    def promote(self, load: Load) -> None:
+        self._promoted.add(load)
 
     def wait(self, load: Load) -> bool:
+        self._promoted.remove(load)
         if not self._drop_ended(load):
             self._bring_to_front(self._find(load))
             self.now += self._advance(math.inf)

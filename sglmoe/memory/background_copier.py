@@ -44,8 +44,10 @@ class BackgroundCopier:
         self._prefetch = prefetch
         self._changed = threading.Condition()  # over all that follows
         self._queue: deque[_Job] = deque()
+        self._urgent: deque[_Job] = deque()  # before those
         self._running: _Job | None = None
-        self._ended: list[_Job] = []
+        self._ended: list[_Job] = []  # not yet told of
+        self._promoted: dict[Load, _Job] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="expert-prefetch", daemon=True)
         self._thread.start()
@@ -61,59 +63,73 @@ class BackgroundCopier:
             ended, self._ended = self._ended, []
         return [Arrival(job.load, bool(job.is_there)) for job in ended]
 
+    def promote(self, load: Load) -> None:
+        with self._changed:
+            job = self._promoted[load] = self._take(load)
+            job.is_demanded = True
+            if job in self._queue:
+                self._queue.remove(job)
+                self._urgent.append(job)
+
     def wait(self, load: Load) -> bool:
-        job, was_queued = self._claim(load)
-        job.is_demanded = True
-        if was_queued:
-            with self._demand.closed():
-                return self._try_copy(job)
-        return self._result(job)
+        with self._changed:
+            job = self._promoted.pop(load)
+            if has_begun := job not in self._urgent:
+                self._changed.wait_for(lambda: job.is_there is not None)
+            else:
+                self._urgent.remove(job)
+        return bool(job.is_there) if has_begun else self._copy_now(job)
 
     def cancel(self, load: Load) -> None:
-        job, was_queued = self._claim(load)
-        job.is_cancelled = True
-        if not was_queued:
-            self._result(job)
+        with self._changed:
+            job = self._take(load)
+            job.is_cancelled = True
+            if job in self._queue:
+                self._queue.remove(job)
+            else:
+                self._changed.wait_for(lambda: job.is_there is not None)
 
     def close(self) -> None:
         """Stop, in the middle of an expert if need be."""
         with self._changed:
             self._closing = True
-            for job in (*self._queue, *filter(None, [self._running])):
+            jobs = (*self._queue, *filter(None, [self._running]), *self._promoted.values())
+            for job in jobs:
                 job.is_cancelled = True
             self._changed.notify_all()
         self._thread.join()
 
-    def _claim(self, load: Load) -> tuple[_Job, bool]:
-        """Its job, taken out of the queue or of those that have ended; whether it was queued."""
-        with self._changed:
-            for jobs in (self._queue, self._ended):
-                for job in jobs:
-                    if job.load == load:
-                        jobs.remove(job)
-                        return job, jobs is self._queue
-            running, self._running = self._running, None
-            assert running is not None, f"{load} was not begun"
-            assert running.load == load, f"{load} was not begun"
-            return running, False
+    def _take(self, load: Load) -> _Job:
+        """Its job, which will not be among those that have ended."""
+        running = [self._running] if self._running else []
+        job = next(
+            (job for job in (*self._queue, *running, *self._ended) if job.load == load), None
+        )
+        assert job is not None, f"{load} was not begun"
+        if job in self._ended:
+            self._ended.remove(job)
+        elif job is self._running:
+            self._running = None
+        return job
 
-    def _result(self, job: _Job) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: job.is_there is not None)
-            return bool(job.is_there)
+    def _copy_now(self, job: _Job) -> bool:
+        """In this thread, while all others give way."""
+        with self._demand.closed():
+            return self._try_copy(job)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing)
+                self._changed.wait_for(lambda: self._urgent or self._queue or self._closing)
                 if self._closing:
                     return
-                job = self._running = self._queue.popleft()
+                job = (self._urgent or self._queue).popleft()
+                self._running = None if job.is_demanded else job
             with self._prefetch.closed():
                 is_there = self._try_copy(job)
             with self._changed:
                 job.is_there = is_there
-                if self._running is job:  # nobody claimed it
+                if self._running is job:  # else somebody waits for it
                     self._ended.append(job)
                     self._running = None
                 self._changed.notify_all()

@@ -1,7 +1,7 @@
 """Brings the experts of a layer in, wave by wave."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import suppress
 
 import numpy as np
@@ -37,6 +37,7 @@ class ExpertPager:
         self._load_experts = load_experts
         self._num_experts = table.frame_table.shape[1]
         self._loads: list[Load] = []  # demand loads under way
+        self._late: list[Load] = []  # prefetches under way that the layer needs now
         self._finish: Finish | None = None  # what ends them
         self.hits = 0  # totals since the start: these and the following
         self.misses = 0
@@ -60,14 +61,17 @@ class ExpertPager:
             if len(ready):
                 yield from self._lend(ready)
             if len(coming):
-                self._end_loads()
-                self._table.pin(layer, coming)
-                yield from self._lend(coming)
+                failed = self._end_loads()
+                came = coming[~np.isin(coming, failed)]
+                waiting = np.concatenate([failed, waiting])
+                self._table.pin(layer, came)
+                if len(came):
+                    yield from self._lend(came)
             self.settle()
 
     def settle(self) -> None:
         """Take pins away, and end the loads of a layer that was left in the middle."""
-        if self._loads:
+        if self._loads or self._late:
             with suppress(OSError):  # nobody waits for them any more
                 self._end_loads()
         self._table.unpin()
@@ -93,17 +97,18 @@ class ExpertPager:
         self._table.pin(layer, ready)
         self._prefetches.use(layer, ready)
         self.hits += len(ready)
-        if len(missing) and (late := self._prefetches.on_their_way(layer, missing)):
-            ready, missing = self._claim(layer, ready, missing, late)
         if not len(missing):
             return ready, missing, missing
-        num_begun = self._begin_loads(layer, missing)
-        coming, waiting = missing[:num_begun], missing[num_begun:]
-        assert len(ready) or num_begun, "not one expert of a layer fits: floor_frames was broken"
+        late, absent = self._promote(layer, missing)
+        num_begun = self._begin_loads(layer, absent) if len(absent) else 0
+        begun, waiting = absent[:num_begun], absent[num_begun:]
+        assert len(ready) or len(late) or num_begun, (
+            "not one expert of a layer fits: floor_frames was broken"
+        )
         if not self._loads:  # they are there already
-            ready, coming = np.concatenate([ready, coming]), NO_EXPERTS
+            ready, begun = np.concatenate([ready, begun]), NO_EXPERTS
             self._table.pin(layer, ready)
-        return ready, coming, waiting
+        return ready, np.concatenate([late, begun]), waiting
 
     def _split(self, layer: int, experts: ExpertIds) -> tuple[ExpertIds, ExpertIds]:
         """The residents among them, and those that are missing."""
@@ -114,19 +119,14 @@ class ExpertPager:
             return experts, NO_EXPERTS
         return experts[is_resident], experts[~is_resident]
 
-    def _claim(
-        self, layer: int, ready: ExpertIds, missing: ExpertIds, late: Sequence[Load]
-    ) -> tuple[ExpertIds, ExpertIds]:
-        """Wait for prefetches that are late: what is there then, and what is missing still."""
-        started = time.perf_counter()
-        came = [load.expert for load in late if self._prefetches.claim(load)]
-        seconds = time.perf_counter() - started
-        self.stall_seconds += seconds
-        self.late_seconds += seconds
-        self.misses += len(came)
-        ready = np.concatenate([ready, np.array(came, np.intp)])
-        self._table.pin(layer, ready)
-        return ready, missing[~np.isin(missing, came)]
+    def _promote(self, layer: int, missing: ExpertIds) -> tuple[ExpertIds, ExpertIds]:
+        """Those of the missing that a prefetch brings, from now on before others; and the rest."""
+        self._late = self._prefetches.promote(layer, missing)
+        if not self._late:
+            return NO_EXPERTS, missing
+        self._table.num_awaited = len(self._late)
+        late = np.array([load.expert for load in self._late], np.intp)
+        return late, missing[~np.isin(missing, late)]
 
     def _begin_loads(self, layer: int, missing: ExpertIds) -> int:
         """Begin to bring in as many of the missing as fit, the first of them; how many."""
@@ -136,18 +136,31 @@ class ExpertPager:
             load = Load(self._frames.take_for_expert(layer, expert), layer, expert)
             self._table.begin(load)
             self._loads.append(load)
-        num_begun = self._table.num_awaited = len(self._loads)
+        num_begun = len(self._loads)
+        self._table.num_awaited += num_begun
         if num_begun:
             self._run(lambda: self._load_experts(self._loads))
         if self._finish is None:
             self._place()
         return num_begun
 
-    def _end_loads(self) -> None:
-        """Wait until those that were begun are there."""
-        assert self._finish is not None
-        self._run(self._finish)
-        self._place()
+    def _end_loads(self) -> ExpertIds:
+        """Wait until all that were begun have ended; the experts of prefetches that have failed."""
+        if self._finish is not None:
+            self._run(self._finish)
+            self._place()
+        return self._end_late()
+
+    def _end_late(self) -> ExpertIds:
+        started = time.perf_counter()
+        failed = [load.expert for load in self._late if not self._prefetches.wait(load)]
+        seconds = time.perf_counter() - started
+        self.stall_seconds += seconds
+        self.late_seconds += seconds
+        self.misses += len(self._late) - len(failed)
+        self._table.num_awaited -= len(self._late)
+        self._late = []
+        return np.array(failed, np.intp)
 
     def _run(self, work: Callable[[], Finish | None]) -> None:
         """Begin or end the loads. If that fails, they have never been."""
@@ -158,8 +171,8 @@ class ExpertPager:
             self._finish = None
             for load in self._loads:
                 self._table.end(load, is_there=False)
-            self._loads = []
-            self._table.num_awaited = 0
+            self._forget_loads()
+            self._end_late()
             self._table.unpin()
             raise
         self.stall_seconds += time.perf_counter() - started
@@ -168,5 +181,8 @@ class ExpertPager:
         for load in self._loads:
             self._table.end(load, is_there=True, is_used=True)
         self.misses += len(self._loads)
+        self._forget_loads()
+
+    def _forget_loads(self) -> None:
+        self._table.num_awaited -= len(self._loads)
         self._loads = []
-        self._table.num_awaited = 0

@@ -25,7 +25,8 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
 class BackgroundLoader(Protocol):
     """Moves experts at lower priority than demand loads: those wait for a chunk of it at most.
 
-    Each load that was begun ends once: in `finished`, by `wait` or by `cancel`. Main thread only.
+    Each load that was begun ends once: in `finished`, by `cancel`, or, once promoted, by `wait`. Main
+    thread only.
     """
 
     def begin(self, load: Load) -> None:
@@ -34,8 +35,11 @@ class BackgroundLoader(Protocol):
     def finished(self) -> list[Arrival]:
         """Those that have ended since this was last asked."""
 
+    def promote(self, load: Load) -> None:
+        """From now on it has the priority of a demand load, and is not among `finished`."""
+
     def wait(self, load: Load) -> bool:
-        """Bring it in at the priority of a demand load; whether its bytes are there."""
+        """Until one that was promoted has ended; whether its bytes are there."""
 
     def cancel(self, load: Load) -> None:
         """Return when no byte of it will be written any more."""

@@ -1,6 +1,6 @@
 """Experts that are brought in before their layer asks for them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -21,7 +21,7 @@ class PrefetchCounters(msgspec.Struct):
 
 
 class Prefetches:
-    """Begins them where they are worth it, and ends each: landed, claimed by its layer, or dropped.
+    """Begins them where they are worth it, and ends each: landed, waited for by its layer, or dropped.
 
     `make_frame(layer, value)` frees a frame for an expert of that layer and value, or says that
     nothing there is worth less. Without `background` nothing is ever begun.
@@ -44,7 +44,9 @@ class Prefetches:
         self._num_layers = len(table.num_resident)
         self._step = 0
         self._position = -1  # layers that have begun since the start, of all steps
-        self._due: dict[tuple[int, int], int] = {}  # on its way -> the position that it is for
+        self._due: dict[
+            tuple[int, int], int
+        ] = {}  # on its way, and may be dropped -> the position that it is for
         self.counters = PrefetchCounters()
 
     @property
@@ -89,17 +91,23 @@ class Prefetches:
         """Make residents of those that have arrived."""
         if self._background is not None and self._due:
             for arrival in self._background.finished():
+                del self._due[arrival.load.layer, arrival.load.expert]
                 self._end(arrival.load, is_there=arrival.is_there)
 
-    def on_their_way(self, layer: int, experts: ExpertIds) -> Sequence[Load]:
-        """Those of a layer's experts that have been begun and have not arrived."""
+    def promote(self, layer: int, experts: ExpertIds) -> list[Load]:
+        """Those of a layer's experts that are on their way: it needs them now. Each is to be waited for."""
         if not self._table.num_loading[layer]:
             return []
+        assert self._background is not None
         loading = self._table.loading
-        return [loading[layer, e] for e in experts.tolist() if (layer, e) in loading]
+        late = [loading[layer, e] for e in experts.tolist() if (layer, e) in loading]
+        for load in late:
+            del self._due[load.layer, load.expert]
+            self._background.promote(load)
+        return late
 
-    def claim(self, load: Load) -> bool:
-        """Wait for one whose layer needs it now; whether it is there."""
+    def wait(self, load: Load) -> bool:
+        """Until one that was promoted has ended; whether it is there."""
         assert self._background is not None
         is_there = self._background.wait(load)
         self._end(load, is_there=is_there, is_used=True)
@@ -122,6 +130,7 @@ class Prefetches:
         """Give up one on its way: `(layer, expert)`."""
         assert self._background is not None
         load = self._table.loading[key]
+        del self._due[key]
         self._background.cancel(load)
         self._end(load, is_there=False)
 
@@ -131,7 +140,6 @@ class Prefetches:
             pass
 
     def _end(self, load: Load, *, is_there: bool, is_used: bool = False) -> None:
-        del self._due[load.layer, load.expert]
         self._table.end(load, is_there=is_there, is_used=is_used)
         self.counters.landed += is_there
         self.counters.dropped += not is_there

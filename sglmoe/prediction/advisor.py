@@ -114,6 +114,11 @@ class Advisor:
         """Whether anyone who is listened to does."""
         return any(its.predictor.wants_gate_input for its in self._heard().values())
 
+    @property
+    def wants_probabilities(self) -> bool:
+        """The same of the router's."""
+        return any(its.predictor.wants_probabilities for its in self._heard().values())
+
     # ---------------------------------------------------------------------------------------- events
 
     def begin_step(

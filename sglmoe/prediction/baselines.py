@@ -23,6 +23,7 @@ class LastStep:
     """
 
     wants_gate_input = False
+    wants_probabilities = False
 
     def __init__(self, parts: ModelParts):
         self._shape = (parts.num_layers, parts.num_experts)
@@ -76,6 +77,7 @@ class Frequency:
     """A token uses an expert as often as tokens lately did: f; one of a step's T does with 1 - (1 - f)^T."""
 
     wants_gate_input = False
+    wants_probabilities = False
 
     def __init__(self, parts: ModelParts, *, half_life_tokens: float = 256):
         self._uses: Scores = np.zeros((parts.num_layers, parts.num_experts), np.float32)
@@ -119,6 +121,7 @@ class PreviousLayer:
     """
 
     wants_gate_input = False
+    wants_probabilities = False
 
     def __init__(self, parts: ModelParts, *, max_distance: int = 8):
         count_bytes = parts.num_layers * parts.num_experts**2 * np.dtype(np.uint16).itemsize

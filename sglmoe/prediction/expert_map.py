@@ -162,6 +162,7 @@ class ExpertMap:
     (section 4.3). Without `ModelParts.embed` those first layers have no prediction."""
 
     wants_gate_input = False
+    wants_probabilities = True
 
     def __init__(
         self,

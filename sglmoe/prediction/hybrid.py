@@ -136,6 +136,7 @@ class Hybrid:
     """
 
     wants_gate_input = True
+    wants_probabilities = False
 
     def __init__(
         self,

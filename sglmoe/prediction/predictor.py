@@ -33,14 +33,16 @@ class LayerRouting(msgspec.Struct, frozen=True, eq=False):
 
     layer: int  # among those with experts
     expert_ids: npt.NDArray[Any]  # [T, top_k], some integers
-    probabilities: npt.NDArray[Any]  # [T, num_experts], some floats: softmax over all experts
+    # [T, num_experts], some floats: softmax over all experts, where the predictor wants it
+    probabilities: npt.NDArray[Any]
     gate_input: npt.NDArray[Any] | None = None  # [T, hidden], where the predictor wants it
 
 
 class Predictor(Protocol):
     """For each step: `begin_step`, then `observe` for each layer in ascending order; `scores` at any time."""
 
-    wants_gate_input: bool
+    wants_gate_input: bool  # these two: without, `observe` may be given those of no token
+    wants_probabilities: bool
 
     def begin_step(self, tokens: StepTokens) -> None:
         """Another forward pass, over these tokens."""

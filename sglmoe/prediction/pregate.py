@@ -29,6 +29,7 @@ class Pregate:
     """
 
     wants_gate_input = True
+    wants_probabilities = False
 
     def __init__(
         self,

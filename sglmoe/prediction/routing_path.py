@@ -66,6 +66,7 @@ class RoutingPath:
     """
 
     wants_gate_input = False
+    wants_probabilities = False
 
     def __init__(self, model: RoutingPathModel):
         its = model.dimensions

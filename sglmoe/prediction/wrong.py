@@ -12,6 +12,7 @@ class Random:
     """Other scores for each step, that mean nothing."""
 
     wants_gate_input = False
+    wants_probabilities = False
 
     def __init__(self, parts: ModelParts):
         self._shape = (parts.num_layers, parts.num_experts)
@@ -35,6 +36,7 @@ class Contrary:
     """Expects what `LastStep` does not: the experts that no request used in its last token."""
 
     wants_gate_input = False
+    wants_probabilities = False
 
     def __init__(self, parts: ModelParts):
         self._last_step = LastStep(parts)

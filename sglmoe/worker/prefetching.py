@@ -99,7 +99,7 @@ class Prefetching:
         if not self._is_telling:
             return
         arrays = routing.arrays(
-            with_probabilities=not self._is_bulk,
+            with_probabilities=not self._is_bulk and self._advisor.wants_probabilities,
             with_gate_input=not self._is_bulk and self._advisor.wants_gate_input,
         )
         was_absent = self._memory.frame_table[layer] == ABSENT

@@ -73,9 +73,9 @@ class StepWatch:
         self._times.note_loads(cost.misses - cost.num_late, cost.stall_seconds - cost.late_seconds)
         compute_seconds = cost.seconds - cost.stall_seconds
         if kind.num_decoding:
-            self._times.note_decode(kind.num_decoding, compute_seconds)
+            self._times.note_decode(kind.num_decoding, compute_seconds, cost.misses)
         elif not kind.decoding:
-            self._times.note_prefill(kind.num_prefill_tokens, compute_seconds)
+            self._times.note_prefill(kind.num_prefill_tokens, compute_seconds, cost.misses)
         return cost
 
     def new_price(self) -> Price | None:

@@ -15,6 +15,11 @@ def new_link(speed: LinkSpeed = SPEED) -> SimulatedLink:
     return SimulatedLink(speed, expert_bytes=2000)
 
 
+def claim(link: SimulatedLink, load: Load) -> bool:
+    link.promote(load)
+    return link.wait(load)
+
+
 def loads(link: SimulatedLink) -> list[Load]:
     return [arrival.load for arrival in link.finished()]
 
@@ -78,7 +83,7 @@ def test_what_is_needed_now_overtakes() -> None:
     for load in (A, B, C):
         link.begin(load)
     link.compute(1.4)  # A is 0.1 s before the end of a chunk
-    assert link.wait(C)
+    assert claim(link, C)
     assert link.now == pytest.approx(1.4 + 0.1 + 3.0)
     assert loads(link) == []  # C has been handed over
     link.compute(1.5)
@@ -91,15 +96,26 @@ def test_waiting_for_the_one_that_moves_takes_what_is_left_of_it() -> None:
     link = new_link()
     link.begin(A)
     link.compute(2.75)
-    assert link.wait(A)
+    assert claim(link, A)
     assert (link.now, link.delay_seconds) == (3.0, 0.0)
+
+
+def test_one_that_was_promoted_is_told_only_to_who_waits_for_it() -> None:
+    link = new_link()
+    link.begin(A)
+    link.begin(B)
+    link.promote(A)
+    link.compute(6.0)
+    assert loads(link) == [B]
+    assert link.wait(A)
+    assert (link.now, loads(link)) == (6.0, [])
 
 
 def test_waiting_for_what_is_there_takes_no_time() -> None:
     link = new_link()
     link.begin(A)
     link.compute(4.0)
-    assert link.wait(A)
+    assert claim(link, A)
     assert link.now == 4.0
     assert loads(link) == []
 
@@ -175,7 +191,7 @@ def test_whatever_happens(
                     under_way.remove(arrival.load)  # once: else it isn't in the list
                     num_delivered += 1
             case "wait" if under_way:
-                assert link.wait(under_way.pop(number % len(under_way)))
+                assert claim(link, under_way.pop(number % len(under_way)))
                 num_delivered += 1
             case "cancel" if under_way:
                 link.cancel(under_way.pop(number % len(under_way)))

@@ -43,6 +43,10 @@ class Bench:
         self.at_chunk = at_chunk
         return there, go_on
 
+    def claim(self, load: Load) -> bool:
+        self.copier.promote(load)
+        return self.copier.wait(load)
+
     def eventually_finished(self, count: int) -> list[Arrival]:
         found: list[Arrival] = []
         for _ in range(1000):
@@ -85,7 +89,7 @@ def test_one_that_its_layer_waits_for_is_held_up_no_more(bench: Bench) -> None:
     assert there.wait(WAIT_SECONDS)
     with bench.demand.closed():
         go_on.set()
-        assert bench.copier.wait(A)
+        assert bench.claim(A)
     assert bench.chunks == [(0, 0), (0, 1)]
     assert bench.copier.finished() == []
 
@@ -95,10 +99,28 @@ def test_waiting_for_one_in_the_queue_brings_it_in_before_the_others(bench: Benc
     for load in (A, B, C):
         bench.copier.begin(load)
     assert there.wait(WAIT_SECONDS)
-    assert bench.copier.wait(C)
+    assert bench.claim(C)
     assert bench.chunks == [(2, 0), (2, 1)]
     go_on.set()
     assert bench.eventually_finished(2) == [Arrival(A, True), Arrival(B, True)]
+
+
+def test_what_is_promoted_comes_next_even_while_demand_loads_move(bench: Bench) -> None:
+    there, go_on = bench.stop_at(A, 0)
+    for load in (A, B, C):
+        bench.copier.begin(load)
+    assert there.wait(WAIT_SECONDS)
+    bench.copier.promote(A)
+    bench.copier.promote(C)
+    with bench.demand.closed():
+        go_on.set()
+        while len(bench.chunks) < 4:
+            threading.Event().wait(0.001)
+        assert bench.chunks == [(0, 0), (0, 1), (2, 0), (2, 1)], "nobody waits for C yet"
+    assert bench.eventually_finished(1) == [Arrival(B, True)]
+    assert bench.copier.wait(C)
+    assert bench.copier.wait(A)
+    assert bench.copier.finished() == []
 
 
 def test_waiting_for_one_that_has_arrived(bench: Bench) -> None:
@@ -106,7 +128,7 @@ def test_waiting_for_one_that_has_arrived(bench: Bench) -> None:
     bench.copier.begin(B)
     while len(bench.chunks) < 4:
         threading.Event().wait(0.001)
-    assert bench.copier.wait(B)
+    assert bench.claim(B)
     assert bench.eventually_finished(1) == [Arrival(A, True)]
 
 

@@ -87,6 +87,7 @@ class Background:
     def __init__(self, arena: np.ndarray, read: Callable[[Load], None]):
         self.under_way: list[Load] = []
         self.ended: list[Arrival] = []
+        self.promoted: dict[Load, bool | None] = {}  # None: they have not ended
         self._arena = arena
         self._read = read
 
@@ -102,13 +103,18 @@ class Background:
         ended, self.ended = self.ended, []
         return ended
 
-    def wait(self, load: Load) -> bool:
+    def promote(self, load: Load) -> None:
         for arrival in self.ended:
             if arrival.load == load:
                 self.ended.remove(arrival)
-                return arrival.is_there
+                self.promoted[load] = arrival.is_there
+                return
         self.under_way.remove(load)
-        return self._try_read(load)
+        self.promoted[load] = None
+
+    def wait(self, load: Load) -> bool:
+        is_there = self.promoted.pop(load)
+        return self._try_read(load) if is_there is None else is_there
 
     def cancel(self, load: Load) -> None:
         self.ended = [arrival for arrival in self.ended if arrival.load != load]

@@ -18,6 +18,7 @@ class Background:
 
     def __init__(self) -> None:
         self.under_way: list[Load] = []
+        self.promoted: list[Load] = []
         self.ended: list[Arrival] = []
         self.log: list[str] = []
         self.fails = False
@@ -34,9 +35,13 @@ class Background:
         ended, self.ended = self.ended, []
         return ended
 
+    def promote(self, load: Load) -> None:
+        self.under_way.remove(load)
+        self.promoted.append(load)
+
     def wait(self, load: Load) -> bool:
         time.sleep(self.seconds)
-        self.under_way.remove(load)
+        self.promoted.remove(load)
         self.log.append(f"wait for {load.layer}.{load.expert}")
         return not self.fails
 
@@ -141,7 +146,7 @@ def test_a_layer_waits_for_what_is_on_its_way_and_loads_the_rest(memory: Memory)
     memory.run(1, 3)
     memory.begin_step()
     memory.want("1.1")
-    assert memory.run(1, 0, 1, 3) == [[3, 1, 0]]
+    assert memory.run(1, 0, 1, 3) == [[3, 0], [1]]
     assert memory.background_loads.log == ["wait for 1.1"]
     assert memory.demand == ["1.3", "1.0"]
     assert memory.counts() == (1, 0, 1, 0)
@@ -153,7 +158,7 @@ def test_a_prefetch_that_fails_leaves_the_expert_to_a_demand_load(memory: Memory
     memory.background_loads.fails = True
     memory.want("1.1", "1.2")
     memory.background_loads.arrive(is_there=False)
-    assert memory.run(1, 1, 2) == [[1, 2]]
+    assert memory.run(1, 1, 2) == [[1], [2]]
     assert memory.background_loads.log == ["wait for 1.2"]
     assert memory.demand == ["1.1", "1.2"]
     assert memory.counts() == (2, 0, 0, 2)
@@ -275,8 +280,8 @@ def test_a_static_share_is_no_larger_for_prefetches() -> None:
     assert memory.want("1.2", "1.3") == 2
     assert memory.residents() == ["0.0"]
     assert memory.want("1.0") == 0, "the layer's frames are taken"
-    assert memory.run(1, 0, 2) == [[2, 0]]
-    assert memory.background_loads.log == ["wait for 1.2", "cancel 1.3"]
+    assert memory.run(1, 0, 2) == [[0], [2]]
+    assert memory.background_loads.log == ["cancel 1.3", "wait for 1.2"]
 
 
 def test_clearing_gives_up_what_is_on_its_way(memory: Memory) -> None:
@@ -330,6 +335,72 @@ def test_residents_run_while_the_others_come() -> None:
     assert memory.demand == ["0.0", "there"]
     assert next(waves, None) is None
     assert memory.snapshot(0).num_waves == 2, "both are of the same wave of loads"
+
+
+def test_residents_run_while_late_prefetches_and_loads_come() -> None:
+    memory = SlowMemory()
+    memory.begin_step()
+    memory.run(1, 3)
+    memory.demand.clear()
+    memory.want("1.1")
+    waves = memory.waves(1, [0, 1, 3])
+    assert next(waves).tolist() == [3]
+    assert memory.demand == ["1.0"]
+    assert memory.background_loads.promoted == [Load(1, 1, 1)]
+    assert memory.background_loads.log == []
+    assert memory.violations() == []
+    assert next(waves).tolist() == [1, 0]
+    assert memory.demand == ["1.0", "there"]
+    assert memory.background_loads.log == ["wait for 1.1"]
+    assert next(waves, None) is None
+    assert memory.counts() == (1, 0, 1, 0)
+
+
+def test_nobody_takes_the_frame_of_a_late_prefetch() -> None:
+    memory = SlowMemory(num_frames=3)
+    memory.begin_step()
+    memory.want("0.0", "1.0", "1.1")
+    waves = memory.waves(0, [0, 1])  # takes the frame of 1.1
+    assert next(waves).tolist() == [0, 1]
+    assert memory.background_loads.log == ["cancel 1.1", "wait for 0.0"]
+    assert memory.want("1.1", "1.2") == 0, "1.0 is on its way, the others run"
+    memory.begin_step()
+    memory.run(1, 0, 2)
+    memory.want("0.3")
+    waves = memory.waves(0, [2, 3])
+    assert memory.want("1.3") == 0
+    assert sorted(next(waves).tolist()) == [2, 3]
+    assert memory.violations() == []
+
+
+def test_a_load_that_fails_leaves_no_late_prefetch_behind() -> None:
+    memory = SlowMemory()
+    memory.begin_step()
+    memory.want("0.0")
+    memory.fails = True
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(memory.waves(0, [0, 1]))
+    assert memory.background_loads.log == ["wait for 0.0"]
+    assert memory.residents() == ["0.0"]
+    assert memory.violations() == []
+    assert memory.counts() == (1, 0, 1, 0)
+
+
+@pytest.mark.parametrize("leave", ["close", "forget"])
+def test_a_layer_that_is_left_has_its_late_prefetches_ended(leave: str) -> None:
+    memory = SlowMemory()
+    memory.run(0, 1)
+    memory.begin_step()
+    memory.want("0.0")
+    waves = memory.waves(0, [0, 1])
+    assert next(waves).tolist() == [1]
+    if leave == "close":
+        waves.close()
+    else:
+        memory.begin_step()
+    assert memory.background_loads.log == ["wait for 0.0"]
+    assert memory.residents() == ["0.0", "0.1"]
+    assert memory.violations() == []
 
 
 def test_what_runs_in_the_end_is_nobodys_victim() -> None:

@@ -9,9 +9,11 @@ from sglmoe.memory.step_times import DecayedRatio, DecodeFit, StepTimes
 def fitted(*steps: tuple[int, float], half_life: int = 256) -> tuple[float, float]:
     fit = DecodeFit(half_life)
     for num_rows, seconds in steps:
-        fit.note(num_rows, seconds)
+        fit.note(num_rows, 0, seconds)
     assert fit.line is not None
-    return fit.line
+    fixed, slope, load_slope = fit.line
+    assert load_slope == 0
+    return fixed, slope
 
 
 def test_steps_on_a_line_give_that_line() -> None:
@@ -47,6 +49,42 @@ def test_neither_part_is_negative() -> None:
     assert slope > 0
 
 
+def test_loads_that_come_while_a_step_computes_make_it_slower() -> None:
+    # 10 ms, 2 ms for each row, half a millisecond for each load.
+    generator = np.random.default_rng(0)
+    fit = DecodeFit()
+    for _ in range(50):
+        rows, loads = generator.integers(1, 9), generator.integers(0, 60)
+        fit.note(rows, loads, 0.010 + 0.002 * rows + 0.0005 * loads)
+    assert fit.line == pytest.approx((0.010, 0.002, 0.0005), rel=0.01)
+
+
+def test_loads_that_change_nothing_cost_nothing() -> None:
+    generator = np.random.default_rng(0)
+    fit = DecodeFit()
+    for _ in range(2000):
+        fit.note(8, generator.integers(0, 60), generator.normal(0.1, 0.01))
+    assert fit.line == pytest.approx((0.1, 0, 0), abs=0.002)
+    assert fit.line is not None
+    assert fit.line[2] < 0.0001
+
+
+def test_a_row_costs_no_more_for_the_loads_it_brings() -> None:
+    # More rows, more loads, in steps of two sizes; each row takes 2 ms, loads nothing.
+    fit = DecodeFit()
+    for step in range(500):
+        rows = 1 + 7 * (step % 2)
+        fit.note(rows, 5 * rows + step % 3, 0.010 + 0.002 * rows)
+    assert fit.line == pytest.approx((0.010, 0.002, 0), rel=0.05, abs=1e-5)
+
+
+def test_no_part_of_the_plane_is_negative() -> None:
+    fit = DecodeFit()
+    for rows, loads, seconds in ((4, 10, 0.001), (8, 40, 0.03), (4, 20, 0.010), (8, 0, 0.002)):
+        fit.note(rows, loads, seconds)
+        assert min(fit.line or ()) >= 0
+
+
 def test_nothing_is_known_before_it_was_measured() -> None:
     times = StepTimes()
     assert (times.load_seconds, times.prefill_token_seconds, times.model) == (None, None, None)
@@ -74,6 +112,21 @@ def test_loads_and_prompts_count_by_their_number_not_by_step() -> None:
     times.note_prefill(100, 0.1)
     times.note_prefill(300, 0.6)
     assert times.prefill_token_seconds == pytest.approx(0.7 / 400, rel=0.01)
+
+
+def test_what_a_load_costs_is_the_wait_and_what_it_slows_down() -> None:
+    times = StepTimes()
+    for loads in (0, 10, 0, 10):  # each waits for 1 ms, and computing takes 2 ms longer
+        times.note_loads(loads, 0.001 * loads)
+        times.note_decode(1, 0.05 + 0.002 * loads, loads)
+    assert times.load_seconds == pytest.approx(0.003)
+    assert times.model is not None
+    assert times.model.step_seconds(1, 10) == pytest.approx(0.05 + 0.03)
+    times.note_prefill(100, 0.3, 50)  # 0.1 of it for loads
+    assert times.prefill_token_seconds == pytest.approx(0.002)
+    for _ in range(1000):
+        times.note_prefill(100, 0.2, 5000)
+    assert times.prefill_token_seconds == pytest.approx(0.001), "half of it, whatever was loaded"
 
 
 def test_short_prefills_say_nothing_about_tokens() -> None:

@@ -16,7 +16,7 @@ class Fixed:
     """Always says the same, and keeps what it is told."""
 
     def __init__(self, *likely: tuple[int, int], wants_gate_input: bool = False):
-        self.wants_gate_input = wants_gate_input
+        self.wants_gate_input = self.wants_probabilities = wants_gate_input
         self.log: list[str] = []
         self._scores: Scores = np.full((2, 4), 0.01, np.float32)
         for key in likely:
@@ -111,10 +111,12 @@ def test_the_one_whose_plans_were_most_use_is_picked() -> None:
     bench.steps(AUDITION_STEPS)
     assert bench.advisor.picked is None
     assert bench.advisor.wants_gate_input
+    assert bench.advisor.wants_probabilities
     heard = len(wrong.log)
     bench.steps(1)
     assert bench.advisor.picked == "right"
     assert not bench.advisor.wants_gate_input
+    assert not bench.advisor.wants_probabilities
     assert len(wrong.log) == heard, "nobody listens to it any more"
     assert bench.advisor.pick_reason.startswith("misses that plans would have prevented: wrong 0%")
     scores = bench.advisor.scores()

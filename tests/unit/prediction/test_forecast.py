@@ -1,10 +1,12 @@
 """A predictor's scores become probabilities: 2 layers of 2 experts, a token a step."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from sglmoe.prediction.calibration import Calibration
-from sglmoe.prediction.forecast import Forecast
+from sglmoe.prediction.forecast import FIRST_STEPS, Forecast
 from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
 
 TOKEN = StepTokens(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32))
@@ -14,6 +16,7 @@ class Scripted:
     """Scores as given, one array for before each layer and one for after the last."""
 
     wants_gate_input = False
+    wants_probabilities = False
 
     def __init__(self, *scores: list[list[float]]) -> None:
         self.script = [np.array(rows, np.float32) for rows in scores]
@@ -74,3 +77,20 @@ def test_after_the_last_layer_the_first_is_one_layer_ahead() -> None:
     for _ in range(200):
         run_step(forecast, 0, 0)  # 0.5 for layer 0 was always right, one layer ahead
     assert forecast.probabilities()[0].tolist() == pytest.approx([0, 1], abs=0.1)
+
+
+def test_after_a_while_one_of_eight_steps_tells_how_good_the_scores_are() -> None:
+    noted: list[int] = []
+    steps: list[int] = []
+
+    class Noting(Calibration):
+        def note(self, *what: Any) -> None:
+            noted.append(steps[-1])
+
+    scores = [[0.5, 0], [0.5, 0]], [[0, 0], [0.5, 0]], [[0, 0], [0, 0]]
+    forecast = Forecast(Scripted(*scores), num_layers=2, calibration=Noting())
+    for step in range(FIRST_STEPS + 16):
+        steps.append(step)
+        run_step(forecast, 0, 1)
+    assert noted[::2] == [*range(FIRST_STEPS), FIRST_STEPS, FIRST_STEPS + 8]
+    assert noted[1::2] == noted[::2], "both layers"

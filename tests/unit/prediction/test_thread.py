@@ -18,6 +18,7 @@ class Slow:
     """Waits for permission at each event."""
 
     wants_gate_input = False
+    wants_probabilities = False
 
     def __init__(self) -> None:
         self.log: list[str] = []

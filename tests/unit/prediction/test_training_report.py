@@ -12,6 +12,7 @@ class Knowing:
     """Scores of 1 for what the step will use; reversed: for what it won't."""
 
     wants_gate_input = False
+    wants_probabilities = False
 
     def __init__(self, parts: ModelParts, *, is_wrong: bool = False):
         self._is_wrong = is_wrong

@@ -28,6 +28,7 @@ class Expert3:
     """Is sure of expert 3, in both layers."""
 
     wants_gate_input = True
+    wants_probabilities = True
 
     def __init__(self) -> None:
         self.tokens: list[StepTokens] = []
@@ -64,8 +65,10 @@ class Background:
         ended, self._ended = self._ended, []
         return ended
 
-    def wait(self, load: Load) -> bool:
+    def promote(self, load: Load) -> None:
         self.cancel(load)
+
+    def wait(self, load: Load) -> bool:
         return True
 
     def cancel(self, load: Load) -> None:
@@ -330,6 +333,15 @@ def test_the_predictor_gets_what_it_wants_of_a_layer(bench: Bench) -> None:
     assert routing.probabilities.tolist() == [[0.25] * 4]
     assert routing.gate_input is not None
     assert routing.gate_input.tolist() == [[1.0] * 6]
+
+
+def test_what_it_does_not_want_is_not_copied(bench: Bench) -> None:
+    bench.predictor.wants_probabilities = bench.predictor.wants_gate_input = False
+    bench.begin("a")
+    bench.layer(0, 1)
+    [routing] = bench.predictor.routing
+    assert routing.probabilities.shape == (0, 4)
+    assert routing.gate_input is None
 
 
 def test_of_a_long_prompt_it_gets_the_choices_alone(bench: Bench) -> None:
