@@ -188,7 +188,8 @@ def start_prefetching(model: Model, predictor: str, layer_seconds: float) -> Pre
     """As the worker does it."""
     options = model.options
     times = StepTimes()
-    times.note_loads(1, layer_seconds / LOADS_PER_LAYER)
+    load_seconds = layer_seconds / LOADS_PER_LAYER
+    times.note_loads(1, waited_seconds=load_seconds, link_seconds=load_seconds)
     times.note_decode(options.batch, options.layers * layer_seconds)
     parts = ModelParts(options.layers, options.experts, options.top_k)
     sources = Sources(parts, router=None, vocab_size=0, folder=Path("nowhere"))

@@ -13,6 +13,7 @@ import argparse
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.prediction.advisor import Advisor
 from sglmoe.prediction.baselines import Frequency
 from sglmoe.prediction.predictor import LayerRouting, StepTokens
 from sglmoe.prediction.trace import Kind, Trace, load_trace
@@ -76,9 +78,14 @@ class PrefetchReplay:
         """Prefetch by what has that name; see `predictors_by`."""
         setting, memory = self._setting, self.memory
         if policy.is_advised:
-            bulk = Frequency(material.sources.parts)
-            predictors = predictors_by(predictor, material)
-            self.prefetcher = ServersPrefetcher(predictors, bulk, setting, memory=memory)
+            frequency = partial(Frequency, material.sources.parts)
+            advisor = Advisor(
+                predictors_by(predictor, material),
+                frequency(),
+                frame_table=memory.frame_table,
+                fallback=frequency,
+            )
+            self.prefetcher = ServersPrefetcher(advisor, setting, memory=memory)
         else:
             forecast = forecast_by(predictor, material)
             self.prefetcher = Planner(policy, setting, forecast, memory=memory, link=self.link)

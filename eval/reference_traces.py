@@ -63,7 +63,8 @@ def main() -> None:
     by_domain = prompts_by_domain(48)
     mixed = [prompt for group in zip(*by_domain.values(), strict=True) for prompt in group]
     runs = {f"{domain}-1": (prompts[:6], 1) for domain, prompts in by_domain.items()}
-    runs |= {"mixed-8": (mixed[24:48], 8), "mixed-32": (mixed[48:88], 32)}
+    runs |= {"mixed-4": (mixed[24:36], 4), "mixed-8": (mixed[24:48], 8)}
+    runs |= {"mixed-16": (mixed[24:56], 16), "mixed-32": (mixed[48:88], 32)}
     runs |= {"turns-4": (conversations(by_domain), 4)}
     runs = {name: run for name, run in runs.items() if options.only in (None, name)}
     with tempfile.TemporaryDirectory() as folder:

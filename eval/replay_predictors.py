@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sglmoe.prediction.calibration import Calibration
-from sglmoe.prediction.forecast import Forecast
+from sglmoe.prediction.baselines import Frequency
+from sglmoe.prediction.forecast import Forecast, calibrated
 from sglmoe.prediction.hybrid_command import read_embeddings
 from sglmoe.prediction.predictor import LayerRouting, ModelParts, Predictor, Scores, StepTokens
 from sglmoe.prediction.trace import Trace
@@ -156,8 +156,8 @@ def predictors_by(name: str, material: Material) -> dict[str, Predictor]:
 def forecast_by(name: str, material: Material) -> Forecast:
     """A new one, that knows nothing yet; of one predictor."""
     (predictor,) = predictors_by(name, material).values()
-    return Forecast(
-        predictor,
-        num_layers=material.trace.info.num_layers,
-        calibration=None if name in BELIEVED else Calibration(),
-    )
+    num_layers = material.trace.info.num_layers
+    if name in BELIEVED:
+        return Forecast(predictor, num_layers=num_layers, calibration=None)
+    fallback = None if name in BOUNDS else Frequency(material.sources.parts)
+    return calibrated(predictor, num_layers=num_layers, fallback=fallback)

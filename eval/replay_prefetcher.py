@@ -1,6 +1,6 @@
 """Who tells memory what to expect and what to prefetch, in a replay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -15,7 +15,7 @@ from sglmoe.memory.prefetch import Wanted
 from sglmoe.prediction.advisor import Advisor, LinkTimes
 from sglmoe.prediction.forecast import Forecast
 from sglmoe.prediction.horizon import Horizon, expected_loads
-from sglmoe.prediction.predictor import LayerRouting, Predictor, Scores, StepTokens
+from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
 from sglmoe.prediction.prefetch import PrefetchSnapshot, loads_to_begin, plan_frames, plan_prefetch
 
 Mask = npt.NDArray[np.bool_]
@@ -179,16 +179,9 @@ class Planner:
 class ServersPrefetcher:
     """What the server does, if its predictor thread needs no time."""
 
-    def __init__(
-        self,
-        predictors: Mapping[str, Predictor],
-        bulk: Predictor,
-        setting: Setting,
-        *,
-        memory: MemoryManager,
-    ):
+    def __init__(self, advisor: Advisor, setting: Setting, *, memory: MemoryManager):
         self._memory = memory
-        self._advisor = Advisor(predictors, bulk, frame_table=memory.frame_table)
+        self._advisor = advisor
         self._times = LinkTimes(setting.expert_seconds, setting.layer_seconds)
         self._ended = EndedPrefetches(memory)
         self._step = 0

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Struct(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -184,6 +184,7 @@ class MemorySnapshot(Struct, frozen=True):
     prefill_tokens: int
     ghost_hit_tokens: int  # that would have been found cached had they not been evicted
     late_seconds: float = 0.0  # of stall_seconds, for experts that a prefetch was bringing already
+    load_seconds: float = 0.0  # that loads on demand took, some of it while others computed
     prefetches_begun: int = 0
     prefetches_used: int = 0  # were resident when their layer asked
     prefetches_late: int = 0  # were on their way; these are misses

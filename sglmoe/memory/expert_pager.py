@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from sglmoe.memory.expert_order import ExpertOrder
 from sglmoe.memory.experts import ABSENT, NO_EXPERTS, ExpertIds, ExpertTable, Load
 from sglmoe.memory.link_gate import Finish, LoadExperts
 from sglmoe.memory.prefetches import Prefetches
+
+T = TypeVar("T")
 
 
 class ExpertPager:
@@ -45,6 +48,7 @@ class ExpertPager:
         self.num_split_layers = 0
         self.stall_seconds = 0.0
         self.late_seconds = 0.0  # of these, for prefetches that came late
+        self.load_seconds = 0.0  # that demand loads took, whether anybody waited or not
 
     def waves(self, layer: int, experts: ExpertIds) -> Generator[ExpertIds, None, None]:
         """See `MemoryManager.waves`."""
@@ -139,16 +143,17 @@ class ExpertPager:
         num_begun = len(self._loads)
         self._table.num_awaited += num_begun
         if num_begun:
-            self._run(lambda: self._load_experts(self._loads))
-        if self._finish is None:
-            self._place()
+            started = time.perf_counter()
+            self._finish = self._try(lambda: self._load_experts(self._loads))
+            if self._finish is None:
+                self._place(time.perf_counter() - started)
         return num_begun
 
     def _end_loads(self) -> ExpertIds:
         """Wait until all that were begun have ended; the experts of prefetches that have failed."""
-        if self._finish is not None:
-            self._run(self._finish)
-            self._place()
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            self._place(self._try(finish))
         return self._end_late()
 
     def _end_late(self) -> ExpertIds:
@@ -162,13 +167,12 @@ class ExpertPager:
         self._late = []
         return np.array(failed, np.intp)
 
-    def _run(self, work: Callable[[], Finish | None]) -> None:
+    def _try(self, work: Callable[[], T]) -> T:
         """Begin or end the loads. If that fails, they have never been."""
         started = time.perf_counter()
         try:
-            self._finish = work()
+            result = work()
         except BaseException:
-            self._finish = None
             for load in self._loads:
                 self._table.end(load, is_there=False)
             self._forget_loads()
@@ -176,11 +180,13 @@ class ExpertPager:
             self._table.unpin()
             raise
         self.stall_seconds += time.perf_counter() - started
+        return result
 
-    def _place(self) -> None:
+    def _place(self, seconds: float) -> None:
         for load in self._loads:
             self._table.end(load, is_there=True, is_used=True)
         self.misses += len(self._loads)
+        self.load_seconds += seconds
         self._forget_loads()
 
     def _forget_loads(self) -> None:

@@ -7,9 +7,9 @@ from typing import TypeAlias
 
 from sglmoe.memory.experts import Load
 
-Finish: TypeAlias = Callable[[], None]
+Finish: TypeAlias = Callable[[], float]
 # Begins to bring experts into their frames. None: they are there. Else what returns when they are,
-# or raises. If either raises, none of the frames may be used.
+# with the seconds that took since it began, or raises. If either raises, none of the frames may be used.
 LoadExperts: TypeAlias = Callable[[Sequence[Load]], Finish | None]
 
 
@@ -56,8 +56,8 @@ class LinkGate:
 
         return load_first
 
-    def _finish(self, finish: Finish) -> None:
+    def _finish(self, finish: Finish) -> float:
         try:
-            finish()
+            return finish()
         finally:
             self._open.set()

@@ -349,6 +349,7 @@ class MemoryManager:
             * geometry.expert_bytes,
             stall_seconds=pager.stall_seconds,
             late_seconds=pager.late_seconds,
+            load_seconds=pager.load_seconds,
             num_waves=pager.num_waves,
             num_split_layers=pager.num_split_layers,
             experts_evicted=evictor.experts_evicted,

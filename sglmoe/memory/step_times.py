@@ -96,7 +96,8 @@ class StepTimes:
         self._loads_overlap = loads_overlap
         self._decode = DecodeFit()
         self._prefill = DecayedRatio(PREFILL_HALF_LIFE)
-        self._loads = DecayedRatio(LOAD_HALF_LIFE)
+        self._waits = DecayedRatio(LOAD_HALF_LIFE)
+        self._links = DecayedRatio(LOAD_HALF_LIFE)
 
     def note_decode(self, num_rows: int, compute_seconds: float, num_loads: int = 0) -> None:
         """A step that decoded `num_rows` requests and did nothing else."""
@@ -108,10 +109,11 @@ class StepTimes:
             slowed = min(self._slowdown * num_loads, compute_seconds * MOST_SLOWED)
             self._prefill.note(compute_seconds - slowed, num_tokens)
 
-    def note_loads(self, num_experts: int, seconds: float) -> None:
-        """A step that loaded experts, and how long that took in all."""
+    def note_loads(self, num_experts: int, *, waited_seconds: float, link_seconds: float) -> None:
+        """A step that loaded experts on demand: how long it waited for them, and how long they took."""
         if num_experts:
-            self._loads.note(seconds, num_experts)
+            self._waits.note(waited_seconds, num_experts)
+            self._links.note(link_seconds, num_experts)
 
     @property
     def load_seconds(self) -> float | None:
@@ -121,8 +123,13 @@ class StepTimes:
         Two cores that compute share them and their memory's bandwidth with whoever copies: of a load
         of the random model's 3 MB there, the step waits for 0.2 ms and takes 0.6 ms longer.
         """
-        waited = self._loads.ratio
+        waited = self._waits.ratio
         return None if waited is None else waited + self._slowdown
+
+    @property
+    def link_seconds(self) -> float | None:
+        """What the link takes for an expert, among others of its layer; None before one was loaded."""
+        return self._links.ratio
 
     @property
     def prefill_token_seconds(self) -> float | None:

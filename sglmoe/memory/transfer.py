@@ -4,6 +4,7 @@ Knows no order of eviction and no table: it is told frame, layer and expert, and
 bytes are there.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
@@ -59,11 +60,13 @@ class HostCopier:
     def load(self, loads: Sequence[Load]) -> Finish | None:
         """See `LoadExperts`."""
         if len(loads) * self._frames.shape[1] <= self._small_bytes:
-            self.bytes_moved += self._copy(loads)
+            num_bytes, _ = self._copy(loads)
+            self.bytes_moved += num_bytes
             return None
+        started = time.perf_counter()
         shares = (loads[start :: self._num_threads] for start in range(self._num_threads))
         copies = [self._threads.submit(self._copy, share) for share in shares if share]
-        return lambda: self._finish(copies)
+        return lambda: self._finish(copies) - started
 
     def copy_in_background(self, load: Load, before_chunk: Callable[[], None]) -> None:
         """Return when the expert is in its frame. What `before_chunk` raises ends it in the middle."""
@@ -71,15 +74,19 @@ class HostCopier:
         target = self._frames[load.frame]
         self._store.read(load.layer, load.expert, target, before_chunk=before_chunk)
 
-    def _finish(self, copies: Sequence[Future[int]]) -> None:
+    def _finish(self, copies: Sequence[Future[tuple[int, float]]]) -> float:
+        """When the last of them was there."""
         wait(copies)  # even if one fails: nothing may write into a frame once this has raised
-        self.bytes_moved += sum(copy.result() for copy in copies)
+        results = [copy.result() for copy in copies]
+        self.bytes_moved += sum(num_bytes for num_bytes, _ in results)
+        return max(ended_at for _, ended_at in results)
 
     def close(self) -> None:
         """Stop the threads."""
         self._threads.shutdown()
 
-    def _copy(self, loads: Sequence[Load]) -> int:
+    def _copy(self, loads: Sequence[Load]) -> tuple[int, float]:
+        """How many bytes, and when that was done."""
         num_bytes = 0
         for load in loads[:READ_AHEAD]:
             self._store.will_read(load.layer, load.expert)
@@ -87,4 +94,4 @@ class HostCopier:
             for ahead in loads[index + READ_AHEAD : index + READ_AHEAD + 1]:
                 self._store.will_read(ahead.layer, ahead.expert)
             num_bytes += self._store.read(load.layer, load.expert, self._frames[load.frame])
-        return num_bytes
+        return num_bytes, time.perf_counter()

@@ -1,6 +1,6 @@
 """What to bring in next, and how good such advice has been: one step after the other, one layer after the other."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 import numpy as np
@@ -8,8 +8,7 @@ import numpy.typing as npt
 
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.prefetch import Wanted
-from sglmoe.prediction.calibration import Calibration
-from sglmoe.prediction.forecast import Forecast
+from sglmoe.prediction.forecast import Forecast, calibrated
 from sglmoe.prediction.horizon import Horizon, expected_loads
 from sglmoe.prediction.predictor import LayerRouting, Predictor, Scores, StepTokens
 from sglmoe.prediction.prefetch import PrefetchSnapshot, loads_to_begin, plan_prefetch
@@ -56,9 +55,9 @@ class Score(msgspec.Struct):
 class _Candidate:
     """A predictor, what it expects, and what it would have brought in."""
 
-    def __init__(self, predictor: Predictor, shape: tuple[int, int]):
+    def __init__(self, predictor: Predictor, fallback: Predictor | None, shape: tuple[int, int]):
         self.predictor = predictor
-        self.forecast = Forecast(predictor, num_layers=shape[0], calibration=Calibration())
+        self.forecast = calibrated(predictor, num_layers=shape[0], fallback=fallback)
         self.score = Score()
         self._planned: npt.NDArray[np.bool_] = np.zeros(shape, np.bool_)
 
@@ -80,8 +79,9 @@ class _Candidate:
 class Advisor:
     """Owns the predictors. Hears all of them for a while, then the one whose plans were the most use.
 
-    `predictors` has at least one, by name; `bulk` speaks for steps of many tokens. `frame_table` is
-    memory's: it changes meanwhile, and what it says may be out of date by a layer.
+    `predictors` has at least one, by name; where one says nothing of a layer, a `fallback` of its own
+    speaks. `bulk` speaks for steps of many tokens. `frame_table` is memory's: it changes meanwhile,
+    and what it says may be out of date by a layer.
     """
 
     def __init__(
@@ -90,11 +90,15 @@ class Advisor:
         bulk: Predictor,
         *,
         frame_table: npt.NDArray[np.int32],
+        fallback: Callable[[], Predictor] | None = None,
     ):
         self._shape = frame_table.shape[0], frame_table.shape[1]
         self._frame_table = frame_table
-        self._candidates = {n: _Candidate(p, self._shape) for n, p in predictors.items()}
-        self._bulk = Forecast(bulk, num_layers=self._shape[0], calibration=Calibration())
+        self._candidates = {
+            name: _Candidate(its, fallback() if fallback else None, self._shape)
+            for name, its in predictors.items()
+        }
+        self._bulk = calibrated(bulk, num_layers=self._shape[0])
         self._picked = next(iter(predictors)) if len(predictors) == 1 else None
         self._speaks = self._first
         self._heard_steps = 0  # in which all were heard

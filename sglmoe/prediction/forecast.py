@@ -14,19 +14,27 @@ NOTED_STEPS = 8
 class Forecast:
     """One predictor, told of every step, and how often its scores came true.
 
-    Without `calibration` its scores are taken for probabilities.
+    Without `calibration` its scores are taken for probabilities. Of layers that it says nothing of,
+    all scores are 0, `fallback` has an opinion.
     """
 
-    def __init__(self, predictor: Predictor, *, num_layers: int, calibration: Calibration | None):
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        num_layers: int,
+        calibration: Calibration | None,
+        fallback: "Forecast | None" = None,
+    ):
         self._predictor = predictor
+        self._fallback = fallback
         self._calibration = calibration
         self._num_layers = num_layers
         self._layer = -1  # the last one observed in this step
         self._num_steps = 0
-        self._noted: Calibration | None = None  # what becomes of this step's scores goes there,
-        self._scores: list[
-            Scores
-        ] = []  # those before the first layer, after it, after the second, ...
+        # In a step that is noted: where to, and the scores before the first layer, after it, ...
+        self._noted: Calibration | None = None
+        self._scores: list[Scores] = []
 
     @property
     def wants_gate_input(self) -> bool:
@@ -34,6 +42,8 @@ class Forecast:
 
     def begin_step(self, tokens: StepTokens) -> None:
         """Another forward pass, over these tokens."""
+        if self._fallback is not None:
+            self._fallback.begin_step(tokens)
         self._predictor.begin_step(tokens)
         self._layer = -1
         is_noted = self._num_steps < FIRST_STEPS or self._num_steps % NOTED_STEPS == 0
@@ -43,6 +53,8 @@ class Forecast:
 
     def observe(self, routing: LayerRouting) -> None:
         """The next layer has chosen its experts."""
+        if self._fallback is not None:
+            self._fallback.observe(routing)
         if self._noted is not None:
             self._note_outcome(self._noted, routing)
         self._predictor.observe(routing)
@@ -56,14 +68,25 @@ class Forecast:
         A new array each time; other rows mean nothing.
         """
         scores = self._predictor.scores()
-        if self._calibration is None:
-            return scores.copy()
-        is_over = self._layer + 1 == self._num_layers
-        return self._calibration.probabilities(scores, -1 if is_over else self._layer)
+        first = (self._layer + 1) % self._num_layers
+        probabilities = self._probabilities(scores, first)
+        if self._fallback is not None:
+            is_silent = ~scores[first:].any(axis=1)
+            if is_silent.any():
+                probabilities[first:][is_silent] = self._fallback.probabilities()[first:][is_silent]
+        return probabilities
 
     def forget(self, owner: int) -> None:
         """The request has ended."""
+        if self._fallback is not None:
+            self._fallback.forget(owner)
         self._predictor.forget(owner)
+
+    def _probabilities(self, scores: Scores, first: int) -> Scores:
+        """Of the layers from `first` on."""
+        if self._calibration is None:
+            return scores.copy()
+        return self._calibration.probabilities(scores, first - 1)
 
     def _note_outcome(self, calibration: Calibration, routing: LayerRouting) -> None:
         """Everything that was predicted of this layer in this step, the latest last."""
@@ -71,3 +94,15 @@ class Forecast:
         is_used = np.zeros(predicted.shape[1], np.bool_)
         is_used[routing.expert_ids.ravel()] = True
         calibration.note(predicted, np.arange(len(predicted), 0, -1), is_used)
+
+
+def calibrated(
+    predictor: Predictor, *, num_layers: int, fallback: Predictor | None = None
+) -> Forecast:
+    """As served: both by how often their scores came true."""
+    return Forecast(
+        predictor,
+        num_layers=num_layers,
+        calibration=Calibration(),
+        fallback=calibrated(fallback, num_layers=num_layers) if fallback else None,
+    )

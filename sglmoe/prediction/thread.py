@@ -5,6 +5,7 @@ no outlook, or one from a layer ago.
 """
 
 import logging
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Arbitrary: a thread that is behind by more events is told of no other step until it has caught up.
 MAX_WAITING = 256
+# So long at most does the forward pass wait for the interpreter when this thread has it; Python's own 5 ms are several layers.
+SWITCH_SECONDS = 1e-4
 
 
 class StepBegun(msgspec.Struct, frozen=True, eq=False):
@@ -63,6 +66,7 @@ class PredictorThread:
         self._thread = threading.Thread(target=self._run, name="expert-predictor", daemon=True)
 
     def start(self) -> None:
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         self._thread.start()
 
     def close(self) -> None:

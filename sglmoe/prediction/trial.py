@@ -18,8 +18,8 @@ MAX_ROWS_RATIO = 1.1
 # Steps until the next trial; twice as many after each one that ended as the last.
 HOLD_STEPS = 1024
 MAX_HOLD_STEPS = 16384
-# So long before a trial predictors are told of steps again.
-WARM_UP_STEPS = 64
+# So long before a trial predictors are told of steps; before the first one, until one of them is picked.
+WARM_UP_STEPS = 72
 # The same as HOLD_STEPS after a trial that came to nothing; what the last one came to holds meanwhile.
 RETRY_STEPS = 128
 
@@ -64,7 +64,10 @@ def judge(pairs: Sequence[tuple[Window, Window]]) -> tuple[Verdict, float]:
 
 class Trial:
     """Says for each decode step whether to prefetch. Begins with a trial; later ones are rarer as
-    long as they come to the same."""
+    long as they come to the same.
+
+    What is compared is with prediction and prefetching against without both: predicting takes time too.
+    """
 
     def __init__(self) -> None:
         self.is_on = False
@@ -73,13 +76,14 @@ class Trial:
         self._windows: list[Window] = []
         self._window = Window()
         self._num_settled = 0
-        self._hold_steps = 0  # until the next trial; 0 during one
+        self._hold_steps = WARM_UP_STEPS  # until the next trial; 0 during one
         self._next_hold = HOLD_STEPS
 
     @property
     def is_resting(self) -> bool:
-        """Nothing is going to be prefetched for a while."""
-        return not self.is_on and self._hold_steps > WARM_UP_STEPS
+        """Nobody needs a prediction of this step, nor one soon."""
+        is_warming_up = 0 < self._hold_steps <= WARM_UP_STEPS
+        return not self.is_on and not is_warming_up
 
     def step_done(self, num_rows: int, seconds: float) -> Verdict | None:
         """A decode step has ended; what the trial has come to, if that ends one."""

@@ -318,6 +318,7 @@ COUNTERS = {
         "Those given up, or evicted before anything used them.",
         "prefetches_wasted",
     ),
+    "sglmoe_load_seconds": ("Time that loads on demand took.", "load_seconds"),
     "sglmoe_late_seconds": ("Of the stall, that for late ones.", "late_seconds"),
     "sglmoe_host_hits": ("Missed experts that were in host memory.", "host_hits"),
     "sglmoe_disk_reads": ("Missed experts that were read from the checkpoint.", "disk_reads"),

@@ -45,7 +45,10 @@ class Sources(msgspec.Struct, frozen=True, eq=False):
 
 def make_advisor(name: str, sources: Sources, *, frame_table: npt.NDArray[np.int32]) -> Advisor:
     """With the one predictor that is asked for, or with all there are. Raises ValueError for one that does not exist or fit."""
-    return Advisor(predictors_for(name, sources), Frequency(sources.parts), frame_table=frame_table)
+    frequency = partial(Frequency, sources.parts)
+    return Advisor(
+        predictors_for(name, sources), frequency(), frame_table=frame_table, fallback=frequency
+    )
 
 
 def predictors_for(name: str, sources: Sources) -> dict[str, Predictor]:

@@ -125,7 +125,7 @@ class Prefetching:
     def step_done(self, kind: StepKind, snapshot: MemorySnapshot, cost: StepCost) -> PrefetchReport:
         """To be called after every step; what is known of prefetching."""
         used = snapshot.prefetches_used - self._before.prefetches_used
-        self._saved_seconds += used * self._now.expert_seconds
+        self._saved_seconds += used * (self._times.load_seconds or self._first_load_seconds)
         self._late = snapshot.prefetches_late - self._before.prefetches_late
         self._unused = snapshot.prefetches_wasted - self._before.prefetches_wasted
         self._before = snapshot
@@ -173,11 +173,11 @@ class Prefetching:
         return self._owners[rid]
 
     def _link_times(self, num_rows: int) -> LinkTimes:
-        load_seconds = self._times.load_seconds or self._first_load_seconds
+        link_seconds = self._times.link_seconds or self._first_load_seconds
         model = self._times.model
         # Before a step was measured: nothing but loads takes time.
-        step_seconds = model.compute_seconds(num_rows) if model else load_seconds
-        return LinkTimes(load_seconds, step_seconds / self._num_layers)
+        step_seconds = model.compute_seconds(num_rows) if model else link_seconds
+        return LinkTimes(link_seconds, step_seconds / self._num_layers)
 
     def _decode_done(self, num_rows: int, seconds: float) -> None:
         if self._mode is PrefetchMode.ON and (verdict := self._trial.step_done(num_rows, seconds)):

@@ -37,6 +37,7 @@ class StepCost(NamedTuple):
     misses: int
     late_seconds: float = 0.0  # of the wait, for experts that were on their way already
     num_late: int = 0  # of the misses
+    load_seconds: float = 0.0  # that loads of the others took, whether the step waited or not
 
 
 class Price(NamedTuple):
@@ -62,6 +63,7 @@ class StepWatch:
             misses=snapshot.expert_misses - self._before.misses,
             late_seconds=snapshot.late_seconds - self._before.late_seconds,
             num_late=snapshot.prefetches_late - self._before.num_late,
+            load_seconds=snapshot.load_seconds - self._before.load_seconds,
         )
         self._before = StepCost(
             seconds=0.0,
@@ -69,8 +71,13 @@ class StepWatch:
             misses=snapshot.expert_misses,
             late_seconds=snapshot.late_seconds,
             num_late=snapshot.prefetches_late,
+            load_seconds=snapshot.load_seconds,
         )
-        self._times.note_loads(cost.misses - cost.num_late, cost.stall_seconds - cost.late_seconds)
+        self._times.note_loads(
+            cost.misses - cost.num_late,
+            waited_seconds=cost.stall_seconds - cost.late_seconds,
+            link_seconds=cost.load_seconds,
+        )
         compute_seconds = cost.seconds - cost.stall_seconds
         if kind.num_decoding:
             self._times.note_decode(kind.num_decoding, compute_seconds, cost.misses)

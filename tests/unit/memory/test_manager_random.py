@@ -229,9 +229,10 @@ class MemoryMachine(RuleBasedStateMachine):
             self.arena[load.frame] = 97
         return lambda: self.read_all(loads)
 
-    def read_all(self, loads: Sequence[Load]) -> None:
+    def read_all(self, loads: Sequence[Load]) -> float:
         for load in loads:
             self.read(load)
+        return 0.0
 
     def read(self, load: Load) -> None:
         self.tiered.read(load.layer, load.expert, self.arena[load.frame].view(np.uint8))

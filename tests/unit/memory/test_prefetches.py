@@ -317,10 +317,11 @@ class SlowMemory(Memory):
         super()._demand(loads)
         return self._finish
 
-    def _finish(self) -> None:
+    def _finish(self) -> float:
         self.demand.append("there")
         if self.fails:
             raise OSError("the disk is gone")
+        return 0.25
 
 
 def test_residents_run_while_the_others_come() -> None:
@@ -334,7 +335,10 @@ def test_residents_run_while_the_others_come() -> None:
     assert next(waves).tolist() == [0]
     assert memory.demand == ["0.0", "there"]
     assert next(waves, None) is None
-    assert memory.snapshot(0).num_waves == 2, "both are of the same wave of loads"
+    snapshot = memory.snapshot(0)
+    assert snapshot.num_waves == 2, "both are of the same wave of loads"
+    assert snapshot.load_seconds == pytest.approx(0.5), "twice"
+    assert snapshot.stall_seconds < 0.25, "nobody waited"
 
 
 def test_residents_run_while_late_prefetches_and_loads_come() -> None:

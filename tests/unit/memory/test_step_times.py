@@ -97,8 +97,8 @@ def test_a_model_has_what_was_measured() -> None:
     model = times.model
     assert model is not None
     assert (model.loads_overlap, model.load_seconds) == (True, 0), "no expert was ever loaded"
-    times.note_loads(3, 0.012)
-    times.note_loads(0, 0.0)
+    times.note_loads(3, waited_seconds=0.012, link_seconds=0.0)
+    times.note_loads(0, waited_seconds=0.0, link_seconds=0.0)
     assert times.model is not None
     assert times.model.load_seconds == pytest.approx(0.004)
     assert times.model.compute_seconds(10) == pytest.approx(0.030)
@@ -106,8 +106,8 @@ def test_a_model_has_what_was_measured() -> None:
 
 def test_loads_and_prompts_count_by_their_number_not_by_step() -> None:
     times = StepTimes()
-    times.note_loads(1, 0.010)  # one alone waits for the disk
-    times.note_loads(99, 0.090)
+    times.note_loads(1, waited_seconds=0.010, link_seconds=0.0)  # one alone waits for the disk
+    times.note_loads(99, waited_seconds=0.090, link_seconds=0.0)
     assert times.load_seconds == pytest.approx(0.001, rel=0.01)
     times.note_prefill(100, 0.1)
     times.note_prefill(300, 0.6)
@@ -117,7 +117,7 @@ def test_loads_and_prompts_count_by_their_number_not_by_step() -> None:
 def test_what_a_load_costs_is_the_wait_and_what_it_slows_down() -> None:
     times = StepTimes()
     for loads in (0, 10, 0, 10):  # each waits for 1 ms, and computing takes 2 ms longer
-        times.note_loads(loads, 0.001 * loads)
+        times.note_loads(loads, waited_seconds=0.001 * loads, link_seconds=0.0)
         times.note_decode(1, 0.05 + 0.002 * loads, loads)
     assert times.load_seconds == pytest.approx(0.003)
     assert times.model is not None
@@ -127,6 +127,13 @@ def test_what_a_load_costs_is_the_wait_and_what_it_slows_down() -> None:
     for _ in range(1000):
         times.note_prefill(100, 0.2, 5000)
     assert times.prefill_token_seconds == pytest.approx(0.001), "half of it, whatever was loaded"
+
+
+def test_the_link_is_busy_whether_anybody_waits_or_not() -> None:
+    times = StepTimes()
+    times.note_loads(4, waited_seconds=0.001, link_seconds=0.020)
+    assert times.link_seconds == pytest.approx(0.005)
+    assert times.load_seconds == pytest.approx(0.00025)
 
 
 def test_short_prefills_say_nothing_about_tokens() -> None:

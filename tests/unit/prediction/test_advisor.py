@@ -1,12 +1,14 @@
 """Advice on 2 layers of 4 experts: who is heard, whose plans are given, what is said of them."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.prefetch import Wanted
 from sglmoe.prediction.advisor import AUDITION_STEPS, MAX_TOKENS, Advisor, LinkTimes
-from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
+from sglmoe.prediction.predictor import LayerRouting, Predictor, Scores, StepTokens
 
 TIMES = LinkTimes(expert_seconds=0.0015, layer_seconds=0.001)  # one load a plan
 ALL_ABSENT = np.ones(4, np.bool_)
@@ -41,10 +43,12 @@ def tokens(num_tokens: int = 1) -> StepTokens:
 
 
 class Bench:
-    def __init__(self, **predictors: Fixed):
+    def __init__(self, *, fallback: Callable[[], Predictor] | None = None, **predictors: Predictor):
         self.frame_table = np.full((2, 4), ABSENT, np.int32)
         self.bulk = Fixed((0, 3))
-        self.advisor = Advisor(predictors, self.bulk, frame_table=self.frame_table)
+        self.advisor = Advisor(
+            predictors, self.bulk, frame_table=self.frame_table, fallback=fallback
+        )
         self.num_steps = 0
 
     def begin(self, num_tokens: int = 1) -> None:
@@ -103,6 +107,17 @@ def test_after_the_last_layer_it_is_of_the_next_step() -> None:
     bench.observe(0, 3)
     bench.observe(1, 3)
     assert bench.wanted() == [(0, 3)]
+
+
+def test_of_a_layer_that_one_says_nothing_of_the_fallback_speaks() -> None:
+    silent = Fixed((1, 3))
+    silent._scores[0] = 0  # like a gate that has no layer before it
+    bench = Bench(only=silent, fallback=lambda: Fixed((0, 3), (1, 2)))
+    bench.steps(50)
+    bench.begin()
+    assert bench.wanted() == [(0, 3)]
+    bench.observe(0, 3)
+    assert bench.wanted() == [(1, 3)]
 
 
 def test_the_one_whose_plans_were_most_use_is_picked() -> None:

@@ -94,3 +94,29 @@ def test_after_a_while_one_of_eight_steps_tells_how_good_the_scores_are() -> Non
         run_step(forecast, 0, 1)
     assert noted[::2] == [*range(FIRST_STEPS), FIRST_STEPS, FIRST_STEPS + 8]
     assert noted[1::2] == noted[::2], "both layers"
+
+
+def test_where_one_says_nothing_another_one_does() -> None:
+    """Like a gate that knows the next layer only: not the first one, and not the one after the next."""
+    main = Scripted([[0, 0], [0, 0]], [[0, 0], [0.5, 0]], [[0, 0], [0, 0]])
+    counts = Scripted(*[[[0.25, 0.75], [0.75, 0.25]]] * 3)
+    fallback = Forecast(counts, num_layers=2, calibration=None)
+    forecast = Forecast(main, num_layers=2, calibration=None, fallback=fallback)
+    forecast.begin_step(TOKEN)
+    assert forecast.probabilities().tolist() == [[0.25, 0.75], [0.75, 0.25]]
+    forecast.observe(uses(0, 0))
+    assert forecast.probabilities()[1].tolist() == [0.5, 0]
+    forecast.observe(uses(1, 0))
+    assert forecast.probabilities().tolist() == [[0.25, 0.75], [0.75, 0.25]], "of the next step"
+    forecast.forget(7)
+    assert counts.told == main.told == ["step", 0, 1, "forget 7"]
+
+
+def test_one_that_is_always_wrong_is_not_silent() -> None:
+    main = Scripted(*[[[0, 0.5], [0, 0.5]]] * 3)
+    counts = Scripted(*[[[0.75, 0.25], [0.75, 0.25]]] * 3)
+    fallback = Forecast(counts, num_layers=2, calibration=None)
+    forecast = Forecast(main, num_layers=2, calibration=Calibration(), fallback=fallback)
+    for _ in range(200):
+        run_step(forecast, 0, 0)
+    assert forecast.probabilities()[0].tolist() == pytest.approx([0, 0], abs=0.01)

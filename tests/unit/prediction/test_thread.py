@@ -1,5 +1,6 @@
 """The predictor's thread: in order, never waited for, and no harm when it is slow or fails."""
 
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -8,7 +9,13 @@ import pytest
 
 from sglmoe.prediction.advisor import Advisor, LinkTimes, Outlook
 from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
-from sglmoe.prediction.thread import MAX_WAITING, LayerRouted, PredictorThread, StepBegun
+from sglmoe.prediction.thread import (
+    MAX_WAITING,
+    SWITCH_SECONDS,
+    LayerRouted,
+    PredictorThread,
+    StepBegun,
+)
 
 WAIT_SECONDS = 10
 ABSENT = np.ones(4, np.bool_)
@@ -89,6 +96,11 @@ def test_an_outlook_is_there_once(bench: Bench) -> None:
     bench.thread.routed(routed(1))
     bench.eventually(1, 1)
     assert bench.predictor.log == ["step 1", "layer 0", "forget 1", "layer 1"]
+
+
+def test_it_gives_the_interpreter_back_long_before_a_layer_is_over(bench: Bench) -> None:
+    assert sys.getswitchinterval() <= SWITCH_SECONDS
+    assert SWITCH_SECONDS <= 1e-4
 
 
 def test_a_slow_one_says_only_what_is_new(bench: Bench) -> None:

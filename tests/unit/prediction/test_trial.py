@@ -2,6 +2,7 @@
 
 import pytest
 
+from sglmoe.prediction.advisor import AUDITION_STEPS
 from sglmoe.prediction.trial import (
     HOLD_STEPS,
     MAX_HOLD_STEPS,
@@ -29,6 +30,13 @@ def run(trial: Trial, num_steps: int, *, off: float = 1.0, on: float) -> list[Ve
     return [verdict for verdict in verdicts if verdict is not None]
 
 
+def warm_trial() -> Trial:
+    """One that begins with the next step."""
+    trial = Trial()
+    assert run(trial, WARM_UP_STEPS, on=9.0) == []
+    return trial
+
+
 def test_the_median_pair_decides() -> None:
     faster, slower = (window(1.0), window(0.9)), (window(1.0), window(5.0))
     assert judge([faster, slower, faster]) == (Verdict.PAYS, pytest.approx(0.9))
@@ -45,7 +53,7 @@ def test_windows_of_other_loads_are_not_compared() -> None:
 
 
 def test_steps_with_and_without_take_turns() -> None:
-    trial = Trial()
+    trial = warm_trial()
     seen = []
     for _ in range(TRIAL_STEPS):
         seen.append(trial.is_on)
@@ -55,7 +63,7 @@ def test_steps_with_and_without_take_turns() -> None:
 
 
 def test_it_stays_on_where_it_pays_and_is_tried_again_later() -> None:
-    trial = Trial()
+    trial = warm_trial()
     assert run(trial, TRIAL_STEPS, on=0.8) == [Verdict.PAYS]
     assert trial.ratio == pytest.approx(0.8)
     for _ in range(HOLD_STEPS):
@@ -67,7 +75,7 @@ def test_it_stays_on_where_it_pays_and_is_tried_again_later() -> None:
 
 
 def test_trials_that_come_to_the_same_get_rarer() -> None:
-    trial = Trial()
+    trial = warm_trial()
     run(trial, TRIAL_STEPS, on=1.2)
     holds = []
     for _ in range(7):
@@ -80,22 +88,35 @@ def test_trials_that_come_to_the_same_get_rarer() -> None:
 
 
 def test_it_rests_where_it_does_not_pay_until_shortly_before_the_next_trial() -> None:
-    trial = Trial()
-    assert not trial.is_resting
+    trial = warm_trial()
     run(trial, TRIAL_STEPS, on=1.2)
     run(trial, HOLD_STEPS - WARM_UP_STEPS - 1, on=1.2)
     assert trial.is_resting
     run(trial, 1, on=1.2)
     assert not trial.is_resting
     assert not trial.is_on
-    trial = Trial()
+    trial = warm_trial()
     run(trial, TRIAL_STEPS, on=0.8)
     assert not trial.is_resting, "it is on"
 
 
+def test_windows_without_are_without_predictions_too() -> None:
+    trial = Trial()
+    for _ in range(WARM_UP_STEPS):
+        assert (trial.is_on, trial.is_resting) == (False, False), "one is to be picked first"
+        trial.step_done(4, 1.0)
+    for _ in range(TRIAL_STEPS):
+        assert trial.is_resting is not trial.is_on
+        trial.step_done(4, 1.0)
+
+
+def test_one_is_picked_before_the_first_trial() -> None:
+    assert AUDITION_STEPS < WARM_UP_STEPS
+
+
 def test_a_window_begins_with_steps_that_do_not_count() -> None:
     """They run on what the window before has left in memory."""
-    trial = Trial()
+    trial = warm_trial()
     since_change = 0
     was_on = False
     verdict = None
@@ -108,7 +129,7 @@ def test_a_window_begins_with_steps_that_do_not_count() -> None:
 
 
 def test_a_load_that_changes_all_the_time_decides_nothing() -> None:
-    trial = Trial()
+    trial = warm_trial()
     run(trial, TRIAL_STEPS, on=0.8)
     run(trial, HOLD_STEPS, on=0.8)
     rows = 0

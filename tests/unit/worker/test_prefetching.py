@@ -109,7 +109,7 @@ class Bench:
         self.predictor, self.bulk, self.trial = Expert3(), Expert3(), AlwaysOn()
         advisor = Advisor({"three": self.predictor}, self.bulk, frame_table=self.memory.frame_table)
         times = StepTimes()
-        times.note_loads(1, 0.002)
+        times.note_loads(1, waited_seconds=0.002, link_seconds=0.002)
         times.note_decode(1, 0.002)
         self.prefetching = Prefetching(
             self.memory,
@@ -287,7 +287,7 @@ def test_predictors_rest_while_nothing_is_going_to_be_prefetched(bench: Bench) -
     bench.trial._hold_steps = 1000
     bench.step()
     assert (len(bench.predictor.tokens), len(bench.predictor.routing)) == told
-    bench.trial._hold_steps = 0
+    bench.trial._hold_steps = 1  # the next trial is near
     bench.step()
     assert len(bench.predictor.routing) == told[1] + 2
 

@@ -37,11 +37,12 @@ class Watched:
         self.snapshot = NOTHING
 
     def step(self, kind: StepKind, *, seconds: float, misses: int = 0) -> StepCost:
-        """Each miss takes 5 ms of the step."""
+        """Each miss takes 5 ms of the step, and keeps the link busy for 4."""
         self.snapshot = msgspec.structs.replace(
             self.snapshot,
             expert_misses=self.snapshot.expert_misses + misses,
             stall_seconds=self.snapshot.stall_seconds + 0.005 * misses,
+            load_seconds=self.snapshot.load_seconds + 0.004 * misses,
         )
         return self.watch.step_done(kind, self.snapshot, seconds)
 
@@ -59,9 +60,10 @@ def test_rows_that_have_sampled_decode_and_others_prefill() -> None:
 def test_waiting_for_experts_is_no_computing() -> None:
     its = Watched()
     decode = StepKind([request("a")], 0)
-    assert its.step(decode, seconds=0.02, misses=2) == pytest.approx((0.02, 0.01, 2, 0, 0))
-    assert its.step(decode, seconds=0.01) == pytest.approx((0.01, 0, 0, 0, 0))
+    assert its.step(decode, seconds=0.02, misses=2) == pytest.approx((0.02, 0.01, 2, 0, 0, 0.008))
+    assert its.step(decode, seconds=0.01) == pytest.approx((0.01, 0, 0, 0, 0, 0))
     assert its.times.load_seconds == pytest.approx(0.005)
+    assert its.times.link_seconds == pytest.approx(0.004)
     assert its.times.model is not None
     assert its.times.model.compute_seconds(1) == pytest.approx(0.01)
 
