@@ -20,8 +20,10 @@ MIN_PREFILL_TOKENS = 32
 MIN_VARIANCE = 0.25
 # Arbitrary: of each step. More would change nothing but the first steps.
 SWEEPS = 4
-# Arbitrary: of a prefill's computing, so much at most is blamed on loads.
+# Arbitrary: of computing, so much at most is blamed on loads, and nothing in so many first steps, which load the most
+# and are slow for other reasons.
 MOST_SLOWED = 0.5
+MIN_STEPS = 32
 
 
 @dataclass(slots=True)
@@ -56,9 +58,11 @@ class DecodeFit:
         self._mean: npt.NDArray[np.float64] = np.zeros(3)  # rows, loads, seconds
         self._products: npt.NDArray[np.float64] = np.zeros((3, 3))  # covariance times the weight
         self._slopes = [0.0, 0.0]  # seconds for each row, and for each load
+        self._num_steps = 0
 
     def note(self, num_rows: int, num_loads: int, seconds: float) -> None:
         """Weighted incremental update: West, Updating mean and variance estimates (1979)."""
+        self._num_steps += 1
         old_weight = self._decay * self._weight
         self._weight = old_weight + 1
         off = np.array([num_rows, num_loads, seconds]) - self._mean
@@ -83,7 +87,9 @@ class DecodeFit:
         if not self._weight:
             return None
         rows, loads, seconds = self._mean.tolist()
-        load_slope = min(self._slopes[1], seconds / loads) if loads else self._slopes[1]
+        load_slope = self._slopes[1] if self._num_steps > MIN_STEPS else 0.0
+        if loads:
+            load_slope = min(load_slope, MOST_SLOWED * seconds / loads)
         seconds -= load_slope * loads
         row_slope = min(self._slopes[0], seconds / rows)
         return seconds - row_slope * rows, row_slope, load_slope

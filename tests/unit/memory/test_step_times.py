@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sglmoe.memory.step_times import DecayedRatio, DecodeFit, StepTimes
+from sglmoe.memory.step_times import MIN_STEPS, DecayedRatio, DecodeFit, StepTimes
 
 
 def fitted(*steps: tuple[int, float], half_life: int = 256) -> tuple[float, float]:
@@ -57,6 +57,18 @@ def test_loads_that_come_while_a_step_computes_make_it_slower() -> None:
         rows, loads = generator.integers(1, 9), generator.integers(0, 60)
         fit.note(rows, loads, 0.010 + 0.002 * rows + 0.0005 * loads)
     assert fit.line == pytest.approx((0.010, 0.002, 0.0005), rel=0.01)
+
+
+def test_the_first_steps_blame_nothing_on_loads_and_later_ones_half_at_most() -> None:
+    fit = DecodeFit()
+    for step in range(MIN_STEPS):
+        loads = 20 if step % 2 else 10
+        fit.note(1, loads, 0.001 * loads)  # as if nothing else took any time
+    assert fit.line is not None
+    assert fit.line[2] == 0
+    for loads in (20, 10):
+        fit.note(1, loads, 0.001 * loads)
+    assert fit.line == pytest.approx((0.0075, 0, 0.0005), rel=0.02)
 
 
 def test_loads_that_change_nothing_cost_nothing() -> None:
@@ -116,7 +128,7 @@ def test_loads_and_prompts_count_by_their_number_not_by_step() -> None:
 
 def test_what_a_load_costs_is_the_wait_and_what_it_slows_down() -> None:
     times = StepTimes()
-    for loads in (0, 10, 0, 10):  # each waits for 1 ms, and computing takes 2 ms longer
+    for loads in (0, 10) * MIN_STEPS:  # each waits for 1 ms, and computing takes 2 ms longer
         times.note_loads(loads, waited_seconds=0.001 * loads, link_seconds=0.0)
         times.note_decode(1, 0.05 + 0.002 * loads, loads)
     assert times.load_seconds == pytest.approx(0.003)
