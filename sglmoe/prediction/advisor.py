@@ -16,7 +16,7 @@ from sglmoe.prediction.quality import Quality, QualityCounter, at_least
 
 # Arbitrary, these four. So many decode steps in which all predictors are heard before one is picked,
 AUDITION_STEPS = 64
-# and every so many steps quality is measured, which takes longer than the advice.
+# and then one of so many steps tells how good the advice is, which takes longer than to give it.
 QUALITY_STEPS = 8
 # Steps of more tokens use most experts of every layer: how often each is used tells enough of them.
 MAX_TOKENS = 256
@@ -102,6 +102,7 @@ class Advisor:
         self._picked = next(iter(predictors)) if len(predictors) == 1 else None
         self._speaks = self._first
         self._heard_steps = 0  # in which all were heard
+        self._keeps_score = True  # in this step
         self._step = self._layer = -1
         self._times = LinkTimes(1.0, 1.0)
         self.horizon = Horizon(self._shape[0])
@@ -133,9 +134,10 @@ class Advisor:
         is_bulk = tokens.num_tokens > MAX_TOKENS
         if self._picked is None and not is_bulk:
             self._pick_in_time()
+        self._keeps_score = self._picked is None or step % QUALITY_STEPS == 0
         for its in self._heard().values():
             its.forecast.begin_step(tokens)
-            if is_bulk:
+            if is_bulk or not self._keeps_score:
                 its.forget_plans()
         self._speaks = self._bulk if is_bulk else self._first
         if is_bulk:
@@ -150,10 +152,11 @@ class Advisor:
         if self._speaks is self._bulk:
             self._bulk.observe(routing)
             return
-        if self._step % QUALITY_STEPS == 0:
+        if self._keeps_score:
             self._measure(routing.layer, used, was_absent)
+            for its in self._heard().values():
+                its.note_layer(routing.layer, used & was_absent)
         for its in self._heard().values():
-            its.note_layer(routing.layer, used & was_absent)
             its.forecast.observe(routing)
 
     def forget(self, owner: int) -> None:
@@ -167,7 +170,7 @@ class Advisor:
         is_here = self._frame_table != ABSENT
         probabilities = self._speaks.probabilities()
         wanted = self._plan(probabilities, is_here)
-        if self._speaks is not self._bulk:
+        if self._speaks is not self._bulk and self._keeps_score:
             for its in self._heard().values():
                 forecast = its.forecast
                 is_speaker = forecast is self._speaks

@@ -20,11 +20,16 @@ PRIOR_SCORES = 8.0
 HALF_LIFE_LAYERS = 512
 
 
+# Of distances of 0 layers (there is none), 1 and so on, as many as a model may have layers.
+BUCKETS: npt.NDArray[np.intp] = (
+    np.ceil(np.log2(np.arange(1024).clip(1))).clip(max=NUM_BUCKETS - 1).astype(np.intp)
+)
+
+
 def bucket_of(layer_distance: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
     """0 to 4, of distances of 1 layer and more."""
-    # log2 is exact at powers of two.
-    buckets: npt.NDArray[np.intp] = np.ceil(np.log2(layer_distance)).astype(np.intp)
-    return buckets.clip(max=NUM_BUCKETS - 1)
+    buckets: npt.NDArray[np.intp] = BUCKETS[layer_distance]
+    return buckets
 
 
 def _bins_of_scores() -> npt.NDArray[np.intp]:
@@ -86,7 +91,7 @@ class Calibration:
         if self._rates is None:
             self._rates = self._new_rates()
         ahead = scores[layer + 1 :]
-        buckets = bucket_of(np.arange(1, len(ahead) + 1))
+        buckets = BUCKETS[1 : len(ahead) + 1]
         result = np.zeros(scores.shape, np.float32)
         result[layer + 1 :] = self._rates.ravel()[_cells(ahead, buckets)]
         result[layer + 1 :] *= ahead.any(1, keepdims=True)
