@@ -126,7 +126,7 @@ def serve(model_dir: Path, budget: int, log: Path) -> tuple[list[list[int]], dic
         for prompt in TOGETHER:
             body = {
                 "input_ids": prompt,
-                "sampling_params": {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True},
+                "sampling_params": {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True},
             }
             answer = requests.post(f"{server.url}/generate", json=body, timeout=120)
             answers.append(answer.json()["output_ids"][:NUM_TOKENS])
@@ -140,7 +140,7 @@ def test_a_server_says_what_comes_of_prefetching(asked: Asked, tmp_path: Path) -
     assert answers == [output.tokens for output in asked.answers.together]
     assert state["prefetch"]["mode"] == "on"
     assert state["prefetch"]["predictor"] == "last_step"
-    # 368 decode steps, and a report after 320: the first trial has ended, and half of it ran with prefetching.
+    # 496 decode steps, and a report after 448: the first trial has ended, and half of it ran with prefetching.
     assert state["prefetch"]["verdict"] in ("pays", "does not pay")
     assert state["memory"]["prefetches_used"] > 0
     values = {
