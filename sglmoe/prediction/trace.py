@@ -6,6 +6,7 @@ follow from the token ids and the model.
 """
 
 import json
+import zipfile
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
@@ -105,10 +106,13 @@ class Trace(msgspec.Struct, frozen=True, eq=False):
 def save_trace(trace: Trace, path: Path) -> None:
     """Write the file whole or not at all."""
     arrays = {name: getattr(trace, name) for name in ARRAYS}
-    info = np.frombuffer(msgspec.json.encode(trace.info), np.uint8)
+    arrays["info"] = np.frombuffer(msgspec.json.encode(trace.info), np.uint8)
     unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        np.savez_compressed(file, info=info, **arrays)
+    # As `np.savez_compressed`, but a tenth smaller; `np.load` reads it.
+    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_LZMA) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
     unfinished.replace(path)
 
 
