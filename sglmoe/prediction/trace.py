@@ -112,7 +112,7 @@ def save_trace(trace: Trace, path: Path) -> None:
     with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_LZMA) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
+                np.lib.format.write_array(file, array, allow_pickle=False)  # type: ignore[no-untyped-call]
     unfinished.replace(path)
 
 
