@@ -6,6 +6,7 @@ page-locked, are copied from there; others pass through page-locked staging bloc
 for the whole device. Tested on streams that are simulated (tests/unit/memory/test_device_protocol.py); no GPU has run it.
 """
 
+import queue
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -89,7 +90,9 @@ class StreamCopier:
         self._stream: Any = stream or torch.cuda.Stream()
         self._compute: Any = compute or torch.cuda.current_stream()
         self._on_stream = on_stream
-        self._staging = list(staging_blocks(self._expert_bytes, lock_pages))  # those not in use
+        self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()  # those not in use
+        for block in staging_blocks(self._expert_bytes, lock_pages):
+            self._staging.put(block)
 
     def copy(self, load: Load, before_chunk: Callable[[], None]) -> None:
         """Return when the expert is in its frame; a demand load waits for one chunk at most."""
@@ -104,7 +107,7 @@ class StreamCopier:
             self._tier.unpin(block)
 
     def _stage(self, load: Load, target: torch.Tensor, before_chunk: Callable[[], None]) -> None:
-        staging = self._staging.pop()
+        staging = self._staging.get_nowait()
         try:
             num_bytes = self._store.read(
                 load.layer, load.expert, staging.numpy(), before_chunk=before_chunk
@@ -112,7 +115,7 @@ class StreamCopier:
             self._tier.count_disk_read(load.layer, load.expert, num_bytes)
             self._copy(staging, target, before_chunk)
         finally:
-            self._staging.append(staging)
+            self._staging.put(staging)
 
     def _copy(
         self, source: torch.Tensor, target: torch.Tensor, before_chunk: Callable[[], None]

@@ -146,7 +146,7 @@ class Device:
 
     def work_some(self) -> None:
         """Do as much of what is queued as is drawn."""
-        while self._draw(3) and self._work():
+        while not self._draw(3) and self._work():
             pass
 
     def work_until(self, is_done: Callable[[], bool]) -> None:

@@ -1,13 +1,15 @@
 """Threads that take turns: one runs at a time, and who goes on is drawn where they synchronise.
 
-`TakenTurns` stands in for the module `threading` in code under test. Everything a thread does is stamped with a vector clock, which
+`TakenTurns` stands in for the modules `threading` and `queue` in code under test. Everything a thread does is stamped with a vector clock, which
 locks, conditions, events, starts and joins hand on: that is what "happens before" means for the host.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from random import Random
 from types import TracebackType
+from typing import Any
 
 Times = dict[str, int]  # actor -> how many of its acts have happened before
 
@@ -36,7 +38,7 @@ class TakenTurns:
         self.failures: list[BaseException] = []  # what ended a thread other than the first
         self._is_stuck = False
 
-    # ------------------------------------------------------------------- what `threading` offers
+    # --------------------------------------------------------- what `threading` and `queue` offer
 
     def Thread(self, target: Callable[[], None], name: str, daemon: bool) -> "TurnsThread":
         return TurnsThread(self, target, name)
@@ -50,24 +52,28 @@ class TakenTurns:
     def Event(self) -> "TurnsEvent":
         return TurnsEvent(self)
 
+    def SimpleQueue(self) -> "TurnsQueue":
+        return TurnsQueue(self)
+
     # -------------------------------------------------------------------------------- turns, times
 
     def turn(self, is_ready: Callable[[], bool] = lambda: True) -> None:
         """Another may go on here; the current one does when it is ready and its turn has come."""
         me = self.current
         me.is_ready = is_ready
-        self._pass_on()
-        if self.current is not me:
+        if self._pass_on() is not me:  # by now others may have passed it on again
             me.may_go.acquire()
         assert not self._is_stuck, "deadlock: no thread is ready"
 
-    def _pass_on(self) -> None:
+    def _pass_on(self) -> HostThread:
+        """Who goes on, from this moment."""
         ready = [its for its in self._threads if not its.is_over and its.is_ready()]
         self._is_stuck = not ready
         chosen = self._random.choice(ready) if ready else self._first
         if chosen is not self.current:
             self.current = chosen
             chosen.may_go.release()
+        return chosen
 
     def begin(self, thread: HostThread, target: Callable[[], None]) -> None:
         def run() -> None:
@@ -161,3 +167,19 @@ class TurnsEvent:
         if self._is_set:
             self._turns.take(self._times)
         return self._is_set
+
+
+class TurnsQueue:
+    def __init__(self, turns: TakenTurns):
+        self._turns = turns
+        self._items: deque[tuple[Any, Times]] = deque()
+
+    def put(self, item: Any) -> None:
+        times: Times = {}
+        self._turns.give(times)
+        self._items.append((item, times))
+
+    def get_nowait(self) -> Any:
+        item, times = self._items.popleft()
+        self._turns.take(times)
+        return item

@@ -2,7 +2,7 @@
 
 Memory manager, pager, prefetches, copiers, link gates, host memory and its promoter are the product's; `threading` and torch.cuda
 are stand-ins that draw who goes on next and find races (`taken_turns.py`, `simulated_device.py`). Two layers of four experts of 12
-bytes, in chunks of 4; five frames of two KV pages; three blocks of host memory. A kernel reads its expert's frame, or a request's
+bytes, in chunks of 4; seven frames of two KV pages; three blocks of host memory. A kernel reads its expert's frame, or a request's
 pages, and says whether it found what should be there.
 """
 
@@ -33,7 +33,7 @@ from sglmoe.memory.store import PARTS, Bytes, ExpertReadError, ExpertStore
 
 NUM_LAYERS, NUM_EXPERTS, PAGE_TOKENS = 2, 4, 4
 GEOMETRY = Geometry(
-    num_frames=5,
+    num_frames=7,
     frame_bytes=16,
     expert_bytes=12,
     page_bytes=8,
@@ -209,6 +209,7 @@ def stand_ins(server: Server) -> Generator[None, None, None]:
     with ExitStack() as stack:
         for module in (background_copier, host_tier, link_gate, promoter):
             stack.enter_context(patch.object(module, "threading", server.turns))
+        stack.enter_context(patch.object(device_transfer, "queue", server.turns))
         for module in (store, device_transfer):
             stack.enter_context(patch.object(module, "CHUNK_BYTES", 4))
         stack.enter_context(patch.object(store, "_copy", copy))
@@ -219,7 +220,7 @@ def run(seed: int, **faults: type) -> Server:
     server = Server(Random(seed), **faults)
     with stand_ins(server):
         server.build()
-        server.serve(num_steps=4)
+        server.serve(num_steps=5)
     assert server.turns.failures == []
     return server
 
