@@ -1,12 +1,12 @@
 """Grouped GEMM out of frames: SGLang's own kernel, told frames where it expects experts.
 
-SGLang sorts (token, expert) pairs by expert, fills each expert's run up with padding to whole blocks of `block_tokens` rows, and
-hands its GEMM one expert id a block. The GEMM takes that expert's matrix at `id * stride(0)`, in 64 bits, so ids of frames and a
-view of the arena whose stride is a frame make it read frames: the same compiled code, the same sums, the same bits.
+SGLang sorts (token, expert) pairs by expert, fills each expert's run up with padding to whole blocks of `block_tokens` rows,
+and hands its GEMM one expert id a block. The GEMM takes that expert's matrix at `id * stride(0)`, in 64 bits, so ids of
+frames and a view of the arena whose stride is a frame make it read frames: the same compiled code, the same sums, the same
+bits.
 
 The functions here translate the ids on the device. T tokens, k experts a token, B blocks, E experts.
 """
-
 
 import torch
 import triton
@@ -79,9 +79,9 @@ def map_blocks(
 ) -> torch.Tensor:
     """The frame of each block's expert: int32 `[B]`, to be given to SGLang's GEMM for `expert_ids`.
 
-    `expert_ids`: int32 `[B]`, of which the first `num_padded / block_tokens` are in use and the rest means nothing; `num_padded`:
-    int32 `[1]`; `frame_table`: int32 `[E]`, one layer's. A block whose expert is absent, or is none (a negative id), is ABSENT.
-    No host synchronisation; may be captured in a graph.
+    `expert_ids`: int32 `[B]`, of which the first `num_padded / block_tokens` are in use and the rest means nothing;
+    `num_padded`: int32 `[1]`; `frame_table`: int32 `[E]`, one layer's. A block whose expert is absent, or is none (a negative
+    id), is ABSENT. No host synchronisation; may be captured in a graph.
     """
     frame_ids = torch.empty_like(expert_ids)
     chunk = 256  # arbitrary

@@ -1,7 +1,7 @@
 """Compiles every kernel ahead of time for the GPUs we name, on a machine without one: `python -m sglmoe.kernels.compile`.
 
-Prints what each takes (registers a thread, shared memory, local memory) and exits with 1 where one spills registers to memory or
-does not compile. Shows that the compiler takes them, not that they run.
+Prints what each takes (registers a thread, shared memory, local memory) and exits with 1 where one spills registers to memory
+or does not compile. Shows that the compiler takes them, not that they run.
 """
 
 import itertools
@@ -65,7 +65,11 @@ class Figures(msgspec.Struct, frozen=True):
 # The sizes of large models: blocks of 16 and 128 rows; 128 to 512 experts, sets of as many frames.
 SPECIMENS = (
     *(
-        Specimen(blocks.map_blocks_kernel, "*i32 *i32 *i32 *i32 i32 i32", {"BLOCK_TOKENS": rows, "CHUNK": 256})
+        Specimen(
+            blocks.map_blocks_kernel,
+            "*i32 *i32 *i32 *i32 i32 i32",
+            {"BLOCK_TOKENS": rows, "CHUNK": 256},
+        )
         for rows in (16, 128)
     ),
     *(
@@ -103,7 +107,9 @@ SPECIMENS = (
 def compile_for(specimen: Specimen, capability: int) -> Any:
     """The compiled kernel, with its code in all stages as `asm`."""
     target = GPUTarget("cuda", capability, WARP_SIZE)
-    return triton.compile(specimen.source(), target=target, options={"num_warps": specimen.num_warps})
+    return triton.compile(
+        specimen.source(), target=target, options={"num_warps": specimen.num_warps}
+    )
 
 
 def figures(compiled: Any) -> Figures:

@@ -1,11 +1,11 @@
 """How a prefetched expert joins its layer in the middle of a step, without the host.
 
-Before a step the host takes a frame out of every set, so that no table names it and nothing of the step touches it. The prefetch
-stream copies the expert there, and behind the copy runs `post`: it writes a letter, then counts it with a release. At the layer's
-boundary the compute stream runs `commit`: it reads the count with an acquire, and whoever sees a letter counted sees the letter and
-all bytes that were copied before it. A letter that comes too late for this step is found in the next.
+Before a step the host takes a frame out of every set, so that no table names it and nothing of the step touches it. The
+prefetch stream copies the expert there, and behind the copy runs `post`: it writes a letter, then counts it with a release.
+At the layer's boundary the compute stream runs `commit`: it reads the count with an acquire, and whoever sees a letter
+counted sees the letter and all bytes that were copied before it. A letter that comes too late for this step is found in the
+next.
 """
-
 
 import msgspec
 import torch
@@ -34,7 +34,12 @@ class Mailbox(msgspec.Struct, frozen=True, eq=False):
 
 @triton.jit(do_not_specialize=["layer", "expert", "frame", "room"])
 def post_kernel(
-    letters: tl.tensor, posted: tl.tensor, layer: tl.tensor, expert: tl.tensor, frame: tl.tensor, room: tl.tensor
+    letters: tl.tensor,
+    posted: tl.tensor,
+    layer: tl.tensor,
+    expert: tl.tensor,
+    frame: tl.tensor,
+    room: tl.tensor,
 ) -> None:
     """Write the letter, then count it."""
     number = tl.load(posted + layer)

@@ -4,7 +4,6 @@ The device reads host memory over the link itself, so which experts come and how
 host, and a captured graph moves what each replay has decided.
 """
 
-
 import torch
 import triton
 import triton.language as tl
@@ -53,8 +52,9 @@ def page_in(
 ) -> None:
     """Copy block `sources[i]` to the start of frame `frames[i]`, for i < `count[0]`; in any order, and no frame twice.
 
-    `blocks`: uint8 `[num_blocks, expert_bytes]`, page-locked, with `expert_bytes` a multiple of 16, and unchanged until the copy is
-    done; `arena`: uint8 `[num_frames * frame_bytes]`; `sources`, `frames`: int32 `[n]`; `count`: int32 `[1]`. May be captured.
+    `blocks`: uint8 `[num_blocks, expert_bytes]`, page-locked, with `expert_bytes` a multiple of 16, and unchanged until the
+    copy is done; `arena`: uint8 `[num_frames * frame_bytes]`; `sources`, `frames`: int32 `[n]`; `count`: int32 `[1]`. May be
+    captured.
     """
     expert_bytes = blocks.shape[1]
     assert expert_bytes % VECTOR_BYTES == 0

@@ -4,7 +4,6 @@ A layer's frame set is the frames that the host has lent it. During a step only 
 only the host, which may take frames out of sets, put others in, and read what the device has made of them.
 """
 
-
 import msgspec
 import torch
 import triton
@@ -17,7 +16,9 @@ class DeviceResidency(msgspec.Struct, frozen=True, eq=False):
     """The state of all L layers, int32, at addresses that never change. E experts; a set has at most F frames."""
 
     frame_table: torch.Tensor  # [L, E], the frame of each expert, -1: absent
-    block_of: torch.Tensor  # [L, E], the block of host memory with its bytes, -1: none; written by the host
+    block_of: (
+        torch.Tensor
+    )  # [L, E], the block of host memory with its bytes, -1: none; written by the host
     set_frames: torch.Tensor  # [L, F], the frames of the set; the first `set_sizes` count
     set_owners: torch.Tensor  # [L, F], the expert in each of them, -1: none
     set_used: torch.Tensor  # [L, F], the step in which it was last used
@@ -61,6 +62,20 @@ def num_warps(num_experts: int) -> int:
     return 4 if num_experts <= 256 else 8
 
 
+@triton.jit
+def is_among(
+    values: tl.tensor, topk_ids: tl.tensor, num_ids: tl.tensor, IDS: tl.constexpr
+) -> tl.tensor:
+    """Which of the values are routed ids; a negative one is none."""
+    found = values < values
+    for start in range(0, num_ids, IDS):
+        at = start + tl.arange(0, IDS)
+        ids = tl.load(topk_ids + at, mask=at < num_ids, other=-1)
+        is_same = (values[:, None] == ids[None, :]) & (ids >= 0)[None, :]
+        found |= tl.max(is_same.to(tl.int32), axis=1) != 0
+    return found
+
+
 @triton.jit(do_not_specialize=["layer", "num_ids", "num_experts", "max_frames"])
 def decide_kernel(
     topk_ids: tl.tensor,
@@ -98,19 +113,12 @@ def decide_kernel(
     owner = tl.load(set_owners + place, mask=is_place, other=-1)
     used = tl.load(set_used + place, mask=is_place, other=0)
 
-    is_needed = tl.zeros([EXPERTS], tl.int32)
-    is_kept = tl.zeros([FRAMES], tl.int32)
-    for start in range(0, num_ids, IDS):
-        at = start + tl.arange(0, IDS)
-        ids = tl.load(topk_ids + at, mask=at < num_ids, other=-1)
-        ids = tl.where(ids < 0, num_experts + EXPERTS, ids)  # padding: nobody's, an empty place's neither
-        is_needed |= tl.max((expert[:, None] == ids[None, :]).to(tl.int32), axis=1)
-        is_kept |= tl.max((owner[:, None] == ids[None, :]).to(tl.int32), axis=1)
-
+    is_needed = is_expert & is_among(expert, topk_ids, num_ids, IDS)
+    is_kept = is_among(owner, topk_ids, num_ids, IDS)
     now = tl.load(step)
-    used = tl.where(is_kept != 0, now, used)
-    is_missing = (is_needed != 0) & is_expert & is_absent
-    is_free = is_place & (is_kept == 0)
+    used = tl.where(is_kept, now, used)
+    is_missing = is_needed & is_absent
+    is_free = is_place & ~is_kept
     num_missing = tl.sum(is_missing.to(tl.int32), axis=0)
     is_served = is_missing & has_block
     num_served = tl.minimum(
@@ -120,6 +128,7 @@ def decide_kernel(
     # Empty places first, then the least recently used; of equals the first.
     age = tl.where(owner < 0, 0, used + 1).to(tl.int64)
     key = tl.where(is_free, age * FRAMES + place, 2**62)
+    tl.debug_barrier()  # the loads of all warps come before the first store
     for index in range(num_served):
         newcomer = tl.min(next_expert, axis=0)
         victim = (tl.min(key, axis=0) % FRAMES).to(tl.int32)
@@ -143,9 +152,10 @@ def decide(
 ) -> None:
     """Make every routed expert of the layer a resident: the table says so at once, and `page_in` must follow before it is read.
 
-    `topk_ids`: int32, any shape, contiguous; negative ids are padding. An expert that is needed now is never a victim; victims are
-    the set's empty places and then its least recently used. What finds no place, or has no block in host memory, stays absent
-    and is added to `state.shortfall`. Missing experts go by their ids, so the result depends on nothing but its arguments.
+    `topk_ids`: int32, any shape, contiguous; negative ids are padding. An expert that is needed now is never a victim;
+    victims are the set's empty places and then its least recently used. What finds no place, or has no block in host memory,
+    stays absent and is added to `state.shortfall`. Missing experts go by their ids, so the result depends on nothing but its
+    arguments.
     """
     num_experts, max_frames = state.frame_table.shape[1], state.set_frames.shape[1]
     width = triton.next_power_of_2(max(num_experts, max_frames))

@@ -1,9 +1,10 @@
 """Moves experts' bytes from the host into frames of an arena on a CUDA device.
 
-Three streams: what computes, what a layer waits for (demand), what comes ahead of its layer (prefetch). A copy waits on the device
-for whatever may still read the frame's last tenant; what reads the newcomer waits for the copy. Experts in host memory, which is
-page-locked, are copied from there; others pass through page-locked staging blocks, each of exactly one expert. Nothing here waits
-for the whole device. Tested on streams that are simulated (tests/unit/memory/test_device_protocol.py); no GPU has run it.
+Three streams: what computes, what a layer waits for (demand), what comes ahead of its layer (prefetch). A copy waits on the
+device for whatever may still read the frame's last tenant; what reads the newcomer waits for the copy. Experts in host
+memory, which is page-locked, are copied from there; others pass through page-locked staging blocks, each of exactly one
+expert. Nothing here waits for the whole device. Tested on streams that are simulated
+(tests/unit/memory/test_device_protocol.py); no GPU has run it.
 """
 
 import queue
@@ -66,8 +67,8 @@ def staging_blocks(expert_bytes: int, lock_pages: Callable[[Bytes], None]) -> to
 class StreamCopier:
     """Copies for prefetches, one at a time, on a stream of their own. `arena` and `tier` as below.
 
-    `compute` is the stream that reads the frames; `on_stream` makes its argument the thread's current one. Two threads may copy at
-    a time: the one that prefetches, held up between two chunks, and the one that needs another expert now.
+    `compute` is the stream that reads the frames; `on_stream` makes its argument the thread's current one. Two threads may
+    copy at a time: the one that prefetches, held up between two chunks, and the one that needs another expert now.
     """
 
     def __init__(
@@ -133,8 +134,8 @@ class StreamCopier:
 class DeviceCopier:
     """Copies for layers that wait, on a stream of their own: residents compute meanwhile.
 
-    `arena` is uint8 ``[num_frames * frame_bytes]`` on the device; the tier's blocks are page-locked. `compute` and `on_stream` as
-    above.
+    `arena` is uint8 ``[num_frames * frame_bytes]`` on the device; the tier's blocks are page-locked. `compute` and
+    `on_stream` as above.
     """
 
     def __init__(

@@ -19,6 +19,18 @@ pytestmark = [
 EXPERTS, TOP_K, HIDDEN, INNER = 32, 8, 2048, 768
 EXPERT_ELEMENTS = 3 * HIDDEN * INNER
 FRAME_ELEMENTS = EXPERT_ELEMENTS + 128  # what lies behind an expert is not its own
+# What SGLang's sequence wants to be told that it has not got, and that it is not to do.
+SCALES = ("w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale")
+NOTHING = ("b1", "b2", *SCALES, "block_shape", "gemm1_alpha", "gemm1_limit")
+QUANTISED = ("use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16")
+OFF = (
+    *QUANTISED,
+    "per_channel_quant",
+    "no_combine",
+    "inplace",
+    "apply_router_weight_on_input",
+    "filter_expert",
+)
 
 
 def ints(values: object) -> torch.Tensor:
@@ -26,7 +38,9 @@ def ints(values: object) -> torch.Tensor:
 
 
 def to_cpu(state: msgspec.Struct) -> msgspec.Struct:
-    return type(state)(**{name: its.cpu().clone() for name, its in msgspec.structs.asdict(state).items()})
+    return type(state)(
+        **{name: its.cpu().clone() for name, its in msgspec.structs.asdict(state).items()}
+    )
 
 
 def assert_same(state: msgspec.Struct, expected: msgspec.Struct) -> None:
@@ -71,7 +85,11 @@ def test_decide(seed: int) -> None:
     state.set_frames.copy_(torch.randperm(2 * max_frames, generator=random).view(2, -1))
     state.set_sizes.copy_(torch.tensor([max_frames, max_frames // 2]))
     state.block_of.copy_(torch.randperm(2 * num_experts, generator=random).view(2, -1))
-    expected, out, expected_out = to_cpu(state), new_page_ins(max_frames), new_page_ins(max_frames, "cpu")
+    expected, out, expected_out = (
+        to_cpu(state),
+        new_page_ins(max_frames),
+        new_page_ins(max_frames, "cpu"),
+    )
     for _ in range(6):
         state.step.add_(1)
         expected.step.add_(1)
@@ -119,7 +137,7 @@ class Layer:
 
     def __init__(self, num_frames: int, num_tokens: int):
         random = torch.Generator(device=DEVICE).manual_seed(3)
-        shape = dict(generator=random, device=DEVICE, dtype=torch.bfloat16)
+        shape = {"generator": random, "device": DEVICE, "dtype": torch.bfloat16}
         self.w13 = torch.randn(EXPERTS, 2 * INNER, HIDDEN, **shape) * 0.02
         self.w2 = torch.randn(EXPERTS, HIDDEN, INNER, **shape) * 0.02
         self.hidden = torch.randn(num_tokens, HIDDEN, **shape)
@@ -150,30 +168,26 @@ class Layer:
         """SGLang's whole sequence: with the stock weights, or with frames where block ids are mapped."""
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
-        config, down_config, down_tma, up_tma, rows, experts, padded = fused_moe._prepare_fused_moe_run(
-            self.hidden,
-            self.w13,
-            self.w2,
-            ids,
-            use_fp8_w8a8=False,
-            use_int8_w8a8=False,
-            use_int8_w8a16=False,
-            use_int4_w4a16=False,
-            per_channel_quant=False,
-            block_shape=None,
+        config, down_config, down_tma, up_tma, rows, experts, padded = (
+            fused_moe._prepare_fused_moe_run(
+                self.hidden,
+                self.w13,
+                self.w2,
+                ids,
+                use_fp8_w8a8=False,
+                use_int8_w8a8=False,
+                use_int8_w8a16=False,
+                use_int4_w4a16=False,
+                per_channel_quant=False,
+                block_shape=None,
+            )
         )
         w13, w2 = self.w13, self.w2
         if map_ids is not None:
             experts = map_ids(experts, padded, config["BLOCK_SIZE_M"])
             w13, w2 = self.frames13, self.frames2
-        nothing = dict.fromkeys(
-            "b1 b2 w1_scale w2_scale w1_zp w2_zp a1_scale a2_scale block_shape gemm1_alpha gemm1_limit".split()
-        )
-        off = dict.fromkeys(
-            "use_fp8_w8a8 use_int8_w8a8 use_int8_w8a16 use_int4_w4a16 per_channel_quant no_combine inplace "
-            "apply_router_weight_on_input filter_expert".split(),
-            False,
-        )
+        nothing = dict.fromkeys(NOTHING)
+        off = dict.fromkeys(OFF, False)
         return fused_moe._fused_moe_kernel_sequence(
             self.hidden,
             w13,
@@ -244,7 +258,9 @@ def test_a_captured_layer_pages_in_what_each_replay_needs() -> None:
         )
         table = state.frame_table[0]
         return layer.compute(
-            weights, ids, lambda experts, padded, rows: blocks.map_blocks(experts, padded, table, rows)
+            weights,
+            ids,
+            lambda experts, padded, rows: blocks.map_blocks(experts, padded, table, rows),
         )
 
     step()  # compiles
@@ -282,7 +298,7 @@ def test_copiers_bring_experts_on_real_streams() -> None:
         block = tier.begin(Promotion(0, expert))
         tier.finish(block, store.read(0, expert, tier_blocks[block]))
     arena = torch.zeros(6 * 3 * part_bytes, dtype=torch.uint8, device=DEVICE)
-    arguments = dict(frame_bytes=3 * part_bytes, store=store, tier=tier)
+    arguments = {"frame_bytes": 3 * part_bytes, "store": store, "tier": tier}
     demand, prefetch = DeviceCopier(arena, **arguments), StreamCopier(arena, **arguments)
     for expert in range(3):  # the third comes from the store
         prefetch.copy(Load(expert, 0, expert), lambda: None)

@@ -43,7 +43,9 @@ def test_a_wave_sees_its_own_blocks_only() -> None:
 @st.composite
 def tables(draw: st.DrawFn, num_experts: int) -> torch.Tensor:
     """Frames of some experts, beyond 16 bits too."""
-    return ints(*draw(st.lists(st.integers(-1, 2**31 - 1), min_size=num_experts, max_size=num_experts)))
+    return ints(
+        *draw(st.lists(st.integers(-1, 2**31 - 1), min_size=num_experts, max_size=num_experts))
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,14 +59,16 @@ def test_any_routing_is_mapped_as_the_reference_does(data: st.DataObject, routed
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), routed=routings())
 def test_any_wave_is_cut_out_as_the_reference_does(data: st.DataObject, routed: Aligned) -> None:
-    arguments = dict(
-        frame_table=data.draw(tables(routed.num_experts)),
-        block_tokens=routed.block_tokens,
-        num_pairs=routed.num_pairs,
-    )
+    arguments = {
+        "frame_table": data.draw(tables(routed.num_experts)),
+        "block_tokens": routed.block_tokens,
+        "num_pairs": routed.num_pairs,
+    }
     routed_blocks = (routed.sorted_ids, routed.expert_ids, routed.num_padded)
     got = blocks.wave_blocks(*routed_blocks, **arguments)
-    for result, expected in zip(got, reference.wave_blocks(*routed_blocks, **arguments), strict=True):
+    for result, expected in zip(
+        got, reference.wave_blocks(*routed_blocks, **arguments), strict=True
+    ):
         assert torch.equal(result, expected)
 
 

@@ -132,7 +132,13 @@ def test_frames_beyond_2_31_elements_are_read() -> None:
     frames[table.long()] = layer.weights
     ids = map_blocks(routed.expert_ids, routed.num_padded, table, 16)
     output = torch.zeros(2, N, dtype=torch.bfloat16)
-    gemm(layer.hidden, frames, routed, blocks=(routed.sorted_ids, ids, routed.num_padded), output=output)
+    gemm(
+        layer.hidden,
+        frames,
+        routed,
+        blocks=(routed.sorted_ids, ids, routed.num_padded),
+        output=output,
+    )
     assert torch.equal(output, layer.stock(routed))
 
 

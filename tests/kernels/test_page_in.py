@@ -17,7 +17,9 @@ def test_the_first_count_experts_arrive_and_nothing_else_changes() -> None:
     # Three blocks of 16 bytes, four frames of 32; block 1 goes to frame 3 and block 0 to frame 0.
     blocks = torch.arange(48, dtype=torch.uint8).view(3, 16)
     arena = torch.full((4 * 32,), 255, dtype=torch.uint8)
-    page_in(blocks, arena, frame_bytes=32, sources=ints(1, 0, 2), frames=ints(3, 0, 1), count=ints(2))
+    page_in(
+        blocks, arena, frame_bytes=32, sources=ints(1, 0, 2), frames=ints(3, 0, 1), count=ints(2)
+    )
     frames = arena.view(4, 32)
     assert frames[3, :16].tolist() == list(range(16, 32))
     assert frames[0, :16].tolist() == list(range(16))
@@ -69,12 +71,12 @@ def test_any_loads_move_as_the_reference_does(data: st.DataObject) -> None:
     )
     blocks = torch.randint(0, 256, (num_blocks, expert_bytes), dtype=torch.uint8)
     arenas = [torch.full((num_frames * frame_bytes,), 255, dtype=torch.uint8) for _ in range(2)]
-    arguments = dict(
-        frame_bytes=frame_bytes,
-        sources=ints(*sources),
-        frames=ints(*frames),
-        count=ints(data.draw(st.integers(0, num_frames))),
-    )
+    arguments = {
+        "frame_bytes": frame_bytes,
+        "sources": ints(*sources),
+        "frames": ints(*frames),
+        "count": ints(data.draw(st.integers(0, num_frames))),
+    }
     page_in(blocks, arenas[0], **arguments, num_programs=data.draw(st.sampled_from([1, 3, 64])))
     reference.page_in(blocks, arenas[1], **arguments)
     assert torch.equal(*arenas)

@@ -17,7 +17,9 @@ def page_ins(num_frames: int) -> PageIns:
 
 
 def copy_of(state: DeviceResidency) -> DeviceResidency:
-    return DeviceResidency(**{name: its.clone() for name, its in msgspec.structs.asdict(state).items()})
+    return DeviceResidency(
+        **{name: its.clone() for name, its in msgspec.structs.asdict(state).items()}
+    )
 
 
 class Bench:

@@ -1,12 +1,12 @@
 """A device whose streams do their work late, in any order that events allow, and that finds races.
 
-Copies and kernels are queued and done later, one at a time, on whichever stream is drawn; so who reads too early reads the wrong
-bytes. Besides, each access to memory gets a vector clock: two accesses to the same bytes, one of them a write, of which neither
-happens before the other, are a race, even if this run came to no harm.
+Copies and kernels are queued and done later, one at a time, on whichever stream is drawn; so who reads too early reads the
+wrong bytes. Besides, each access to memory gets a vector clock: two accesses to the same bytes, one of them a write, of which
+neither happens before the other, are a race, even if this run came to no harm.
 
-Stands in for torch.cuda. Streams, events and host threads are the actors. What CUDA promises and this assumes: work of one stream
-is done in order; work that is queued happens after what its thread has done before; a stream that waits for an event goes on
-after the work in front of the event's last record; `synchronize`, and a `query` that says yes, tell the host of it.
+Stands in for torch.cuda. Streams, events and host threads are the actors. What CUDA promises and this assumes: work of one
+stream is done in order; work that is queued happens after what its thread has done before; a stream that waits for an event
+goes on after the work in front of the event's last record; `synchronize`, and a `query` that says yes, tell the host of it.
 """
 
 from collections import deque
@@ -115,7 +115,9 @@ class Device:
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy from the host, on the current stream of the thread."""
         where = bytes_of(source)
-        if not any(its.start <= where.start and where.stop <= its.stop for its in self._page_locked):
+        if not any(
+            its.start <= where.start and where.stop <= its.stop for its in self._page_locked
+        ):
             self.races.append("a copy from memory that is not page-locked: CUDA waits for it")
         stream = self.current_stream()
         stream.queue("copy", lambda: target.copy_(source), reads=[where], writes=[bytes_of(target)])
@@ -136,12 +138,16 @@ class Device:
         writes: list[Range] | None = None,
     ) -> None:
         """Compare with all that has been queued or done before."""
-        for where, is_write in [(its, False) for its in reads or []] + [(its, True) for its in writes or []]:
+        for where, is_write in [(its, False) for its in reads or []] + [
+            (its, True) for its in writes or []
+        ]:
             for before in self._accesses:
                 if not (is_write or before.is_write) or not where.overlaps(before.where):
                     continue
                 if times.get(before.actor, 0) < before.time:
-                    self.races.append(f"{what} on {actor} races with {before.what} on {before.actor}")
+                    self.races.append(
+                        f"{what} on {actor} races with {before.what} on {before.actor}"
+                    )
             self._accesses.append(Access(what, where, is_write, actor, times[actor]))
 
     def work_some(self) -> None:

@@ -1,7 +1,7 @@
 """Threads that take turns: one runs at a time, and who goes on is drawn where they synchronise.
 
-`TakenTurns` stands in for the modules `threading` and `queue` in code under test. Everything a thread does is stamped with a vector clock, which
-locks, conditions, events, starts and joins hand on: that is what "happens before" means for the host.
+`TakenTurns` stands in for the modules `threading` and `queue` in code under test. Everything a thread does is stamped with a
+vector clock, which locks, conditions, events, starts and joins hand on: that is what "happens before" means for the host.
 """
 
 import threading

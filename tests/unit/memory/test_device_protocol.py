@@ -1,9 +1,9 @@
 """No race on a device, whatever comes in whatever order: the code that serves on CUDA, on streams that are simulated.
 
-Memory manager, pager, prefetches, copiers, link gates, host memory and its promoter are the product's; `threading` and torch.cuda
-are stand-ins that draw who goes on next and find races (`taken_turns.py`, `simulated_device.py`). Two layers of four experts of 12
-bytes, in chunks of 4; seven frames of two KV pages; three blocks of host memory. A kernel reads its expert's frame, or a request's
-pages, and says whether it found what should be there.
+Memory manager, pager, prefetches, copiers, link gates, host memory and its promoter are the product's; `threading` and
+torch.cuda are stand-ins that draw who goes on next and find races (`taken_turns.py`, `simulated_device.py`). Two layers of
+four experts of 12 bytes, in chunks of 4; seven frames of two KV pages; three blocks of host memory. A kernel reads its
+expert's frame, or a request's pages, and says whether it found what should be there.
 """
 
 from collections import Counter
@@ -93,14 +93,14 @@ class Server:
         self.tier = HostTier(blocks, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS)
         demand = LinkGate()
         prefetch = LinkGate(above=demand)
-        shared = dict(
-            frame_bytes=GEOMETRY.frame_bytes,
-            store=disk,
-            tier=self.tier,
-            compute=device.default,
-            on_stream=device.on_stream,
-            lock_pages=device.lock_pages,
-        )
+        shared = {
+            "frame_bytes": GEOMETRY.frame_bytes,
+            "store": disk,
+            "tier": self.tier,
+            "compute": device.default,
+            "on_stream": device.on_stream,
+            "lock_pages": device.lock_pages,
+        }
         arena = device.tensor(self.raw)
         loads = DeviceCopier(
             arena, stream=device.Stream("demand"), new_event=device.Event, **shared
@@ -235,9 +235,15 @@ def test_no_order_of_threads_and_streams_is_a_race(seed: int) -> None:
 
 def test_the_runs_meet_all_there_is_to_meet() -> None:
     seen = sum((run(seed).seen for seed in range(20)), Counter())
-    missing = {"used", "late", "wasted", "promoted", "evicted from host", "host hits", "disk reads"} - {
-        what for what, count in seen.items() if count
-    }
+    missing = {
+        "used",
+        "late",
+        "wasted",
+        "promoted",
+        "evicted from host",
+        "host hits",
+        "disk reads",
+    } - {what for what, count in seen.items() if count}
     assert not missing
 
 
