@@ -76,6 +76,21 @@ def is_among(
     return found
 
 
+@triton.jit
+def how_many(mask: tl.tensor) -> tl.tensor:
+    """Of them that are true."""
+    return tl.sum(mask.to(tl.int32), axis=0)
+
+
+@triton.jit
+def order(
+    place: tl.tensor, owner: tl.tensor, used: tl.tensor, is_free: tl.tensor, FRAMES: tl.constexpr
+) -> tl.tensor:
+    """The lower, the sooner a place changes hands: empty ones first, then the least recently used; of equals the first."""
+    age = tl.where(owner < 0, 0, used + 1).to(tl.int64)
+    return tl.where(is_free, age * FRAMES + place, 2**62)
+
+
 @triton.jit(do_not_specialize=["layer", "num_ids", "num_experts", "max_frames"])
 def decide_kernel(
     topk_ids: tl.tensor,
@@ -104,10 +119,8 @@ def decide_kernel(
     set_frames += layer * max_frames
     set_owners += layer * max_frames
     set_used += layer * max_frames
-    expert = tl.arange(0, EXPERTS)
-    place = tl.arange(0, FRAMES)
-    is_expert = expert < num_experts
-    is_place = place < tl.load(set_sizes + layer)
+    expert, place = tl.arange(0, EXPERTS), tl.arange(0, FRAMES)
+    is_expert, is_place = expert < num_experts, place < tl.load(set_sizes + layer)
     is_absent = tl.load(frame_table + expert, mask=is_expert, other=0) < 0
     has_block = tl.load(block_of + expert, mask=is_expert, other=-1) >= 0
     owner = tl.load(set_owners + place, mask=is_place, other=-1)
@@ -117,17 +130,11 @@ def decide_kernel(
     is_kept = is_among(owner, topk_ids, num_ids, IDS)
     now = tl.load(step)
     used = tl.where(is_kept, now, used)
-    is_missing = is_needed & is_absent
-    is_free = is_place & ~is_kept
-    num_missing = tl.sum(is_missing.to(tl.int32), axis=0)
+    is_missing, is_free = is_needed & is_absent, is_place & ~is_kept
     is_served = is_missing & has_block
-    num_served = tl.minimum(
-        tl.sum(is_served.to(tl.int32), axis=0), tl.sum(is_free.to(tl.int32), axis=0)
-    )
+    num_served = tl.minimum(how_many(is_served), how_many(is_free))
     next_expert = tl.where(is_served, expert, EXPERTS)
-    # Empty places first, then the least recently used; of equals the first.
-    age = tl.where(owner < 0, 0, used + 1).to(tl.int64)
-    key = tl.where(is_free, age * FRAMES + place, 2**62)
+    key = order(place, owner, used, is_free, FRAMES)
     tl.debug_barrier()  # the loads of all warps come before the first store
     for index in range(num_served):
         newcomer = tl.min(next_expert, axis=0)
@@ -144,7 +151,7 @@ def decide_kernel(
         used = tl.where(place == victim, now, used)
     tl.store(set_used + place, used, mask=is_place)
     tl.store(count, num_served)
-    tl.store(shortfall, tl.load(shortfall) + num_missing - num_served)
+    tl.store(shortfall, tl.load(shortfall) + how_many(is_missing) - num_served)
 
 
 def decide(

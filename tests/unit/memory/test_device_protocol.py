@@ -8,7 +8,7 @@ expert's frame, or a request's pages, and says whether it found what should be t
 
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from random import Random
 from unittest.mock import patch
 
@@ -29,6 +29,7 @@ from sglmoe.memory.link_gate import LinkGate
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.prefetch import Wanted
 from sglmoe.memory.promoter import Promoter
+from sglmoe.memory.promotion import Promotion, TierSnapshot
 from sglmoe.memory.store import PARTS, Bytes, ExpertReadError, ExpertStore
 
 NUM_LAYERS, NUM_EXPERTS, PAGE_TOKENS = 2, 4, 4
@@ -87,7 +88,7 @@ class Server:
     def build(self) -> None:
         device, random = self.device, self.random
         self.raw = torch.zeros(GEOMETRY.arena_bytes, dtype=torch.uint8)
-        disk = Disk(lambda: random.random() < 0.03)
+        disk = Disk(lambda: random.random() < 0.1)
         blocks = np.zeros((3, GEOMETRY.expert_bytes), np.uint8)
         device.lock_pages(blocks)
         self.tier = HostTier(blocks, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS)
@@ -129,8 +130,10 @@ class Server:
             self.memory.begin_step()
             self.attend()
             for layer in range(NUM_LAYERS):
-                with suppress(ExpertReadError):
+                try:
                     self.compute(layer)
+                except ExpertReadError:
+                    self.seen["failed"] += 1
             assert self.memory.violations() == []
         self.background.close()
         self.promoter.close()
@@ -143,6 +146,14 @@ class Server:
         self.seen["evicted from host"] += tier["host_evicted"]
         self.seen["host hits"] += tier["host_hits"]
         self.seen["disk reads"] += tier["disk_reads"]
+
+    def plan(self, snapshot: TierSnapshot, limit: int) -> list[Promotion]:
+        """Stands in for `plan_promotions`, which would let most blocks be: anybody for anybody."""
+        absent = [its for its in EXPERTS if not snapshot.is_here[its]]
+        victims = [its for its in EXPERTS if snapshot.is_evictable[its]]
+        if not victims or self.random.random() < 0.5:
+            return [Promotion(*its) for its in absent[: snapshot.num_free]]
+        return [Promotion(*self.random.choice(absent), victim=self.random.choice(victims))]
 
     # ------------------------------------------------------------------------------ a forward pass
 
@@ -213,6 +224,7 @@ def stand_ins(server: Server) -> Generator[None, None, None]:
         for module in (store, device_transfer):
             stack.enter_context(patch.object(module, "CHUNK_BYTES", 4))
         stack.enter_context(patch.object(store, "_copy", copy))
+        stack.enter_context(patch.object(promoter, "plan_promotions", server.plan))
         yield
 
 
@@ -225,7 +237,7 @@ def run(seed: int, **faults: type) -> Server:
     return server
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_no_order_of_threads_and_streams_is_a_race(seed: int) -> None:
     server = run(seed)
@@ -234,8 +246,12 @@ def test_no_order_of_threads_and_streams_is_a_race(seed: int) -> None:
 
 
 def test_the_runs_meet_all_there_is_to_meet() -> None:
-    seen = sum((run(seed).seen for seed in range(20)), Counter())
-    missing = {
+    seen: Counter[str] = Counter()
+    for seed in range(60):
+        server = run(seed)
+        assert server.device.races == []
+        seen += server.seen
+    assert set(seen) == {
         "used",
         "late",
         "wasted",
@@ -243,8 +259,8 @@ def test_the_runs_meet_all_there_is_to_meet() -> None:
         "evicted from host",
         "host hits",
         "disk reads",
-    } - {what for what, count in seen.items() if count}
-    assert not missing
+        "failed",
+    }
 
 
 # ----------------------------------------------------------------- what would go wrong without each
