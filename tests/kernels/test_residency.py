@@ -60,6 +60,13 @@ def test_the_least_recently_used_gives_way_and_never_one_that_is_needed() -> Non
     assert bench.state.set_used.tolist() == [[2, 3, 3]]
 
 
+def test_an_empty_frame_goes_before_any_expert() -> None:
+    bench = Bench()
+    bench.step(0, 1)
+    bench.state.set_used[0, 2] = 9  # a prefetch came there in vain, lately
+    assert bench.step(4) == [(24, 12)]
+
+
 def test_padding_and_repeated_ids_need_nothing() -> None:
     bench = Bench()
     assert bench.step(3, -1, 3, -1) == [(23, 10)]
@@ -109,6 +116,7 @@ def test_any_steps_are_decided_as_the_reference_does(data: st.DataObject) -> Non
     frames = data.draw(st.permutations(range(2 * max_frames)))
     state.set_frames[:] = torch.tensor(frames, dtype=torch.int32).view(2, -1)
     state.set_sizes[:] = torch.tensor([data.draw(st.integers(0, max_frames)) for _ in range(2)])
+    state.set_used.random_(0, 3)
     blocks = data.draw(st.permutations(range(2 * num_experts)))
     state.block_of[:] = torch.tensor(blocks, dtype=torch.int32).view(2, -1)
     state.block_of[state.block_of == 0] = -1  # one is not there
