@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from sglmoe.memory.experts import Load
-from sglmoe.memory.host_tier import HostTier
+from sglmoe.memory.host_tier import HostTier, page_locked
 from sglmoe.memory.link_gate import Finish
 from sglmoe.memory.store import CHUNK_BYTES, Bytes, ExpertStore
 from sglmoe.units import show_bytes
@@ -56,14 +55,6 @@ def page_lock(blocks: Bytes) -> None:
         )
 
 
-def staging_blocks(expert_bytes: int, lock_pages: Callable[[Bytes], None]) -> torch.Tensor:
-    """Page-locked, uint8 `[NUM_STAGING, expert_bytes]`."""
-    blocks = np.empty((NUM_STAGING, expert_bytes), np.uint8)
-    if blocks.nbytes:
-        lock_pages(blocks)
-    return torch.from_numpy(blocks)
-
-
 class StreamCopier:
     """Copies for prefetches, one at a time, on a stream of their own. `arena` and `tier` as below.
 
@@ -92,8 +83,8 @@ class StreamCopier:
         self._compute: Any = compute or torch.cuda.current_stream()
         self._on_stream = on_stream
         self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()  # those not in use
-        for block in staging_blocks(self._expert_bytes, lock_pages):
-            self._staging.put(block)
+        for block in page_locked(NUM_STAGING, self._expert_bytes, lock_pages):
+            self._staging.put(torch.from_numpy(block))
 
     def copy(self, load: Load, before_chunk: Callable[[], None]) -> None:
         """Return when the expert is in its frame; a demand load waits for one chunk at most."""
@@ -163,7 +154,7 @@ class DeviceCopier:
             tuple[Event, list[int]]
         ] = []  # blocks to unpin once the event is reached
         self._expert_bytes = store.expert_bytes()
-        self._staging = staging_blocks(self._expert_bytes, lock_pages)
+        self._staging = torch.from_numpy(page_locked(NUM_STAGING, self._expert_bytes, lock_pages))
         self._staging_free = [new_event() for _ in range(NUM_STAGING)]
         self._next_staging = 0
 

@@ -116,7 +116,8 @@ def test_any_steps_are_decided_as_the_reference_does(data: st.DataObject) -> Non
     frames = data.draw(st.permutations(range(2 * max_frames)))
     state.set_frames[:] = torch.tensor(frames, dtype=torch.int32).view(2, -1)
     state.set_sizes[:] = torch.tensor([data.draw(st.integers(0, max_frames)) for _ in range(2)])
-    state.set_used.random_(0, 3)
+    used = data.draw(st.lists(st.integers(0, 3), min_size=2 * max_frames, max_size=2 * max_frames))
+    state.set_used[:] = torch.tensor(used, dtype=torch.int32).view(2, -1)
     blocks = data.draw(st.permutations(range(2 * num_experts)))
     state.block_of[:] = torch.tensor(blocks, dtype=torch.int32).view(2, -1)
     state.block_of[state.block_of == 0] = -1  # one is not there
