@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import torch
 
+from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.kernels import blocks, mailbox, page_in, reference, residency
 
 DEVICE = "cuda"
@@ -165,7 +166,7 @@ class Layer:
         ids: torch.Tensor,
         map_ids: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """SGLang's whole sequence: with the stock weights, or with frames where block ids are mapped."""
+        """SGLang's sequence up to the sum, `[T, k, hidden]`: with stock weights, or, where block ids are mapped, with frames."""
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
         config, down_config, down_tma, up_tma, rows, experts, padded = (
@@ -204,6 +205,7 @@ class Layer:
             activation="silu",
             is_gated=True,
             routed_scaling_factor=None,
+            defer_sum=True,
             **nothing,
             **off,
         )
@@ -211,10 +213,12 @@ class Layer:
 
 @pytest.fixture(scope="module")
 def server_args() -> None:
-    """What SGLang's layers look up."""
-    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+    """What SGLang's layers look up; any model will do."""
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import ServerArgs
 
-    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", load_format="dummy"))
+    server_args = ServerArgs(model_path=str(DEMO_MODEL), attention_backend="triton")
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 600])

@@ -1,7 +1,7 @@
 """Steps without the host: letters are committed, misses decided and paged in, and whatever a layer reads is there.
 
 Two layers of five experts, nine frames of 16 bytes; an expert is full of its number. Between steps the host moves frames: into
-a set, out of it, or out of it to be filled ahead. What is filled ahead arrives at any moment, in two halves, and is posted then.
+a set, out of it, or out of it to be filled ahead. What is filled ahead comes at any moment, in two halves, and is posted then.
 """
 
 import torch
