@@ -166,7 +166,7 @@ class Layer:
         ids: torch.Tensor,
         map_ids: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """SGLang's sequence up to the sum, `[T, k, hidden]`: with stock weights, or, where block ids are mapped, with frames."""
+        """SGLang's sequence up to the sum, `[T, k, hidden]`: stock weights, or frames where block ids are mapped."""
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
         config, down_config, down_tma, up_tma, rows, experts, padded = (
