@@ -78,6 +78,8 @@ def test_a_set_that_is_too_small_is_told() -> None:
     bench = Bench()
     assert bench.step(0, 1, 2, 3, 4) == [(20, 10), (21, 11), (22, 12)]
     assert int(bench.state.shortfall) == 2
+    assert bench.step(0, 1, 2, 3) == []  # all three are needed themselves
+    bench.state.shortfall.fill_(2)
     assert bench.step(3, 4) == [(23, 10), (24, 11)]
     assert int(bench.state.shortfall) == 2  # a total, until the host sets it to 0
 
