@@ -8,7 +8,7 @@ One of the files that know sglang.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import numpy as np
@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import ExpertIds
 from sglmoe.memory.store import ExpertStore
-from sglmoe.worker.moe_layer_grouped import GroupedExperts
 from sglmoe.worker.routed import Routed
+
+if TYPE_CHECKING:
+    from sglmoe.worker.moe_layer_grouped import GroupedExperts
 
 Waves = Callable[[int, ExpertIds], Iterator[ExpertIds]]
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -65,7 +67,7 @@ class PagedExperts:
         self.observer: Observer | None = None
         self._frame_table = np.empty((0, 0), dtype=np.int32)
         self._w13 = self._w2 = torch.empty(0)
-        self._grouped: GroupedExperts | None = None  # on CUDA
+        self._grouped: "GroupedExperts | None" = None  # on CUDA
         self._routing: dict[int, torch.Tensor] | None = None
         self._router_logits: dict[int, torch.Tensor] | None = None
 
@@ -131,6 +133,8 @@ class PagedExperts:
         self._frame_table = frame_table
         self.waves = waves
         if arena.device.type != "cpu":
+            from sglmoe.worker.moe_layer_grouped import GroupedExperts
+
             self._grouped = GroupedExperts(self._w13, self._w2, shape.num_experts)
 
     def record_routing(self, record: bool, *, with_logits: bool = False) -> None:

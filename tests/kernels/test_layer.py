@@ -15,10 +15,12 @@ import torch
 from aligned import align
 
 from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.kernels.blocks import wave_blocks
 from sglmoe.memory.arena import plan_geometry
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.store import PARTS, ExpertStore
 from sglmoe.memory.transfer import HostCopier
+from sglmoe.worker import moe_layer_grouped
 from sglmoe.worker.moe_layer import ExpertShape, PagedExperts
 from sglmoe.worker.moe_layer_grouped import GroupedExperts
 
@@ -132,9 +134,10 @@ def test_any_waves_have_the_stock_layers_bits(
     ids = ids.to(torch.int32)
     for _ in range(2):  # whatever is resident by now
         layer.memory.begin_step()
-        output = layer.experts.forward(
-            0, hidden, weights, ids, config=config(scaling), activation=torch.nn.Identity()
-        )
+        with patch.object(moe_layer_grouped, "wave_blocks", wraps=wave_blocks) as waves:
+            output = layer.experts.forward(
+                0, hidden, weights, ids, config=config(scaling), activation=torch.nn.Identity()
+            )
         stock = fused_moe.fused_experts_impl(
             hidden.clone(),
             *layer.stock_weights(),
@@ -144,7 +147,9 @@ def test_any_waves_have_the_stock_layers_bits(
             filter_expert=False,
             routed_scaling_factor=scaling,
         )
-        assert output.isfinite().all()
         assert torch.equal(output, stock)
+        tables = [call.kwargs["frame_table"] for call in waves.call_args_list]
+        computed = torch.cat([(table >= 0).nonzero().flatten() for table in tables])
+        assert sorted(computed.tolist()) == ids.unique().tolist()  # each of them once
     num_waves = layer.memory.snapshot(0).num_waves
     assert num_waves == 2 * -(-len(ids.unique()) // num_frames) or num_frames == NUM_EXPERTS
