@@ -67,7 +67,7 @@ class PagedExperts:
         self.observer: Observer | None = None
         self._frame_table = np.empty((0, 0), dtype=np.int32)
         self._w13 = self._w2 = torch.empty(0)
-        self._grouped: "GroupedExperts | None" = None  # on CUDA
+        self._grouped: GroupedExperts | None = None  # on CUDA
         self._routing: dict[int, torch.Tensor] | None = None
         self._router_logits: dict[int, torch.Tensor] | None = None
 

@@ -84,7 +84,8 @@ class GroupedExperts:
     ) -> torch.Tensor:
         table = np.full(self._num_experts, ABSENT, np.int32)
         table[wave] = frame_of[wave]
-        return torch.from_numpy(table).to(device)
+        # CUDA has taken the bytes when this returns, as they are not page-locked, and does not wait for the stream.
+        return torch.from_numpy(table).to(device, non_blocking=True)
 
     def _sequence(
         self,
