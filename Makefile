@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python -m
 PORT ?= 30000
 ARGS ?=
 
-.PHONY: install serve test test-unit test-e2e test-gpu check format clean
+.PHONY: install serve test test-unit test-kernels test-e2e test-gpu check format clean
 
 install: $(INSTALLED)
 
@@ -23,16 +23,21 @@ $(INSTALLED): pyproject.toml constraints.txt
 serve: $(INSTALLED)
 	$(RUN) sglmoe.launch_server --port $(PORT) $(ARGS)
 
-test: test-unit test-e2e
+test: test-unit test-kernels test-e2e
 
 test-unit: $(INSTALLED)
 	$(RUN) pytest tests/unit
+
+# Compiled for GPUs that are not here; then, in a process of its own, interpreted on the CPU.
+test-kernels: $(INSTALLED)
+	$(RUN) sglmoe.kernels.compile
+	$(RUN) pytest tests/kernels
 
 test-e2e: $(INSTALLED)
 	$(RUN) pytest tests/e2e -m 'not gpu'
 
 test-gpu: $(INSTALLED)
-	$(RUN) pytest tests -m gpu
+	$(RUN) pytest tests/gpu
 
 check: $(INSTALLED)
 	$(RUN) ruff check

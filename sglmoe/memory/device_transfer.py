@@ -1,27 +1,30 @@
 """Moves experts' bytes from the host into frames of an arena on a CUDA device.
 
-Copies are queued on the current stream, in front of the kernels that need them and behind those that read the frame's last
-tenant. Experts in host memory, which is page-locked, are copied from there; the others pass through two page-locked staging
-blocks. The logic is tested on a CPU; no GPU has run it.
+Three streams: what computes, what a layer waits for (demand), what comes ahead of its layer (prefetch). A copy waits on the
+device for whatever may still read the frame's last tenant; what reads the newcomer waits for the copy. Experts in host
+memory, which is page-locked, are copied from there; others pass through page-locked staging blocks, each of exactly one
+expert. Nothing here waits for the whole device. Tested on streams that are simulated
+(tests/unit/memory/test_device_protocol.py); no GPU has run it.
 """
 
+import queue
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from sglmoe.memory.experts import Load
-from sglmoe.memory.host_tier import HostTier
+from sglmoe.memory.host_tier import HostTier, page_locked
+from sglmoe.memory.link_gate import Finish
 from sglmoe.memory.store import CHUNK_BYTES, Bytes, ExpertStore
 from sglmoe.units import show_bytes
 
-NUM_STAGING = 2  # one is read into while the other is copied
+NUM_STAGING = 2  # one is read into while the other is copied, or by another thread
 
 
 class Event(Protocol):
-    """A point in the stream, as `torch.cuda.Event`: one that was never recorded has been reached."""
+    """A point in the current stream, as `torch.cuda.Event`: one that was never recorded has been reached."""
 
     def record(self) -> None: ...
 
@@ -35,7 +38,12 @@ class Stream(Protocol):
 
     def wait_stream(self, stream: Any) -> None: ...
 
+    def wait_event(self, event: Any) -> None: ...
+
     def synchronize(self) -> None: ...
+
+
+OnStream = Callable[[Any], AbstractContextManager[Any]]
 
 
 def page_lock(blocks: Bytes) -> None:
@@ -50,7 +58,8 @@ def page_lock(blocks: Bytes) -> None:
 class StreamCopier:
     """Copies for prefetches, one at a time, on a stream of their own. `arena` and `tier` as below.
 
-    `compute` is the stream that reads the frames; `on_stream` makes its argument the thread's current one.
+    `compute` is the stream that reads the frames; `on_stream` makes its argument the thread's current one. Two threads may
+    copy at a time: the one that prefetches, held up between two chunks, and the one that needs another expert now.
     """
 
     def __init__(
@@ -62,7 +71,7 @@ class StreamCopier:
         tier: HostTier,
         stream: Stream | None = None,
         compute: Stream | None = None,
-        on_stream: Callable[[Any], AbstractContextManager[Any]] = torch.cuda.stream,
+        on_stream: OnStream = torch.cuda.stream,
         lock_pages: Callable[[Bytes], None] = page_lock,
     ):
         self._frames = arena.view(-1, frame_bytes)
@@ -73,25 +82,32 @@ class StreamCopier:
         self._stream: Any = stream or torch.cuda.Stream()
         self._compute: Any = compute or torch.cuda.current_stream()
         self._on_stream = on_stream
-        staging = np.empty(self._expert_bytes, np.uint8)
-        lock_pages(staging)
-        self._staging = torch.from_numpy(staging)
+        self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()  # those not in use
+        for block in page_locked(NUM_STAGING, self._expert_bytes, lock_pages):
+            self._staging.put(torch.from_numpy(block))
 
     def copy(self, load: Load, before_chunk: Callable[[], None]) -> None:
         """Return when the expert is in its frame; a demand load waits for one chunk at most."""
         target = self._frames[load.frame, : self._expert_bytes]
         block = self._tier.pin(load.layer, load.expert)
         if block is None:
-            num_bytes = self._store.read(
-                load.layer, load.expert, self._staging.numpy(), before_chunk=before_chunk
-            )
-            self._tier.count_disk_read(load.layer, load.expert, num_bytes)
-            self._copy(self._staging, target, before_chunk)
+            self._stage(load, target, before_chunk)
             return
         try:
             self._copy(self._blocks[block], target, before_chunk)
         finally:
             self._tier.unpin(block)
+
+    def _stage(self, load: Load, target: torch.Tensor, before_chunk: Callable[[], None]) -> None:
+        staging = self._staging.get_nowait()
+        try:
+            num_bytes = self._store.read(
+                load.layer, load.expert, staging.numpy(), before_chunk=before_chunk
+            )
+            self._tier.count_disk_read(load.layer, load.expert, num_bytes)
+            self._copy(staging, target, before_chunk)
+        finally:
+            self._staging.put(staging)
 
     def _copy(
         self, source: torch.Tensor, target: torch.Tensor, before_chunk: Callable[[], None]
@@ -107,7 +123,11 @@ class StreamCopier:
 
 
 class DeviceCopier:
-    """`arena` is uint8 ``[num_frames * frame_bytes]`` on the device; the tier's blocks are page-locked."""
+    """Copies for layers that wait, on a stream of their own: residents compute meanwhile.
+
+    `arena` is uint8 ``[num_frames * frame_bytes]`` on the device; the tier's blocks are page-locked. `compute` and
+    `on_stream` as above.
+    """
 
     def __init__(
         self,
@@ -116,6 +136,9 @@ class DeviceCopier:
         frame_bytes: int,
         store: ExpertStore,
         tier: HostTier,
+        stream: Stream | None = None,
+        compute: Stream | None = None,
+        on_stream: OnStream = torch.cuda.stream,
         new_event: Callable[[], Event] = torch.cuda.Event,
         lock_pages: Callable[[Bytes], None] = page_lock,
     ):
@@ -123,33 +146,41 @@ class DeviceCopier:
         self._store = store
         self._tier = tier
         self._blocks = torch.from_numpy(tier.blocks)
+        self._stream: Any = stream or torch.cuda.Stream()
+        self._compute: Any = compute or torch.cuda.current_stream()
+        self._on_stream = on_stream
         self._new_event = new_event
         self._copying: list[
             tuple[Event, list[int]]
         ] = []  # blocks to unpin once the event is reached
         self._expert_bytes = store.expert_bytes()
-        staging = np.empty((NUM_STAGING, self._expert_bytes), np.uint8)
-        if staging.nbytes:
-            lock_pages(staging)
-        self._staging = torch.from_numpy(staging)
+        self._staging = torch.from_numpy(page_locked(NUM_STAGING, self._expert_bytes, lock_pages))
         self._staging_free = [new_event() for _ in range(NUM_STAGING)]
         self._next_staging = 0
 
-    def load(self, loads: Sequence[Load]) -> None:
-        """Queue the copies; the frames may be used by whatever is queued on this stream after that.
+    def load(self, loads: Sequence[Load]) -> Finish:
+        """Queue the copies. What this returns makes the compute stream wait for them; the host waits in neither.
 
-        Returns before they are done. Raises ExpertReadError; then none of these frames may be used.
+        Raises ExpertReadError; then none of these frames may be used.
         """
         self._unpin_copied()
+        # What was queued up to now may read the frames' last tenants.
+        self._stream.wait_stream(self._compute)
+        copied = self._new_event()
         pinned: list[int] = []
         try:
-            for load in loads:
-                self._queue(load, pinned)
-        finally:
-            if pinned:
-                copied = self._new_event()
-                copied.record()
-                self._copying.append((copied, pinned))
+            with self._on_stream(self._stream):
+                try:
+                    for load in loads:
+                        self._queue(load, pinned)
+                finally:
+                    copied.record()
+                    self._copying.append((copied, pinned))
+        except BaseException:
+            # Copies that were queued are still to come: whoever gets these frames comes after them.
+            self._compute.wait_event(copied)
+            raise
+        return lambda: self._compute.wait_event(copied)
 
     def _queue(self, load: Load, pinned: list[int]) -> None:
         target = self._frames[load.frame, : self._expert_bytes]

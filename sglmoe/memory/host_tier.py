@@ -5,6 +5,7 @@ how often the frames missed each expert, neither reads a file nor picks victims.
 look for experts at a time, one at a time brings them in.
 """
 
+import mmap
 import threading
 from collections.abc import Callable
 
@@ -244,7 +245,19 @@ def make_blocks(
             f"--host-memory: {show_bytes(host_bytes)} holds no expert, which takes "
             f"{show_bytes(block_bytes)}; raise it or leave it out"
         )
-    blocks = np.empty((num_blocks, block_bytes), np.uint8)
-    if num_blocks and lock_pages is not None:
-        lock_pages(blocks)
+    if lock_pages is None:
+        return np.empty((num_blocks, block_bytes), np.uint8)
+    return page_locked(num_blocks, block_bytes, lock_pages)
+
+
+def page_locked(num_blocks: int, block_bytes: int, lock_pages: Callable[[Bytes], None]) -> Bytes:
+    """uint8 `[num_blocks, block_bytes]`, kept in physical memory.
+
+    In pages that nothing else is in: CUDA refuses to lock a page for two allocations.
+    """
+    num_bytes = num_blocks * block_bytes
+    if not num_bytes:
+        return np.empty((num_blocks, block_bytes), np.uint8)
+    blocks = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8).reshape(num_blocks, block_bytes)
+    lock_pages(blocks)
     return blocks

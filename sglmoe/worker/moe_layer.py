@@ -7,8 +7,8 @@ sglang's; only the method that creates and applies expert weights is replaced, t
 One of the files that know sglang.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import numpy as np
@@ -20,7 +20,11 @@ from sglmoe.memory.experts import ExpertIds
 from sglmoe.memory.store import ExpertStore
 from sglmoe.worker.routed import Routed
 
+if TYPE_CHECKING:
+    from sglmoe.worker.moe_layer_grouped import GroupedExperts
+
 Waves = Callable[[int, ExpertIds], Iterator[ExpertIds]]
+Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Observer(Protocol):
@@ -63,6 +67,7 @@ class PagedExperts:
         self.observer: Observer | None = None
         self._frame_table = np.empty((0, 0), dtype=np.int32)
         self._w13 = self._w2 = torch.empty(0)
+        self._grouped: GroupedExperts | None = None  # on CUDA
         self._routing: dict[int, torch.Tensor] | None = None
         self._router_logits: dict[int, torch.Tensor] | None = None
 
@@ -127,6 +132,10 @@ class PagedExperts:
         )
         self._frame_table = frame_table
         self.waves = waves
+        if arena.device.type != "cpu":
+            from sglmoe.worker.moe_layer_grouped import GroupedExperts
+
+            self._grouped = GroupedExperts(self._w13, self._w2, shape.num_experts)
 
     def record_routing(self, record: bool, *, with_logits: bool = False) -> None:
         """Start to keep the expert ids of the coming forward pass, and the router's logits too, or stop."""
@@ -167,32 +176,61 @@ class PagedExperts:
         hidden: torch.Tensor,
         weights: torch.Tensor,
         ids: torch.Tensor,
-        activation: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        config: Any,
+        activation: Activation,
     ) -> torch.Tensor:
-        """The layer's output `[tokens, hidden]`, bit for bit that of sglang's `moe_forward_native`.
+        """The layer's output `[tokens, hidden]`, bit for bit that of the stock layer on this device.
+
+        `hidden`: `[tokens, hidden]`; `weights`, `ids`: `[tokens, top_k]`; `config`: SGLang's MoeRunnerConfig, and
+        `activation` what it asks for between an expert's two products.
+        """
+        if self._grouped is None:
+            return self.forward_by_expert(layer, hidden, weights, ids, activation)
+        return self._grouped.forward(
+            hidden,
+            weights,
+            ids,
+            waves=self._observed_waves(layer, np.unique(ids.cpu().numpy())),
+            frame_of=self._frame_table[layer],
+            config=config,
+        )
+
+    def forward_by_expert(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        activation: Activation,
+    ) -> torch.Tensor:
+        """What sglang's `moe_forward_native` computes, which a CPU's stock layer runs; arguments as above.
 
         Tokens are sorted by expert as there, so every expert multiplies the same rows in the same order, whichever frame it
         is in and whichever wave it runs in; outputs are combined once, when all waves have run.
-
-        `hidden`: `[tokens, hidden]`; `weights`, `ids`: `[tokens, top_k]`.
         """
-        assert self.waves is not None
         order = ids.reshape(-1).argsort()
         sorted_hidden = hidden[order // ids.shape[1]]
         bounds = expert_bounds(ids)
         frame_of = self._frame_table[layer]
         outputs: dict[int, torch.Tensor] = {}
-        for wave in self.waves(layer, np.fromiter(bounds, np.intp, len(bounds))):
-            if self.observer is not None:
-                self.observer.look_ahead()
+        for wave in self._observed_waves(layer, np.fromiter(bounds, np.intp, len(bounds))):
             for expert in wave.tolist():
                 start, stop = bounds[expert]
                 frame = int(frame_of[expert])
                 inner = activation(F.linear(sorted_hidden[start:stop], self._w13[frame]))
                 outputs[expert] = F.linear(inner, self._w2[frame])
+        return combine((outputs[expert] for expert in bounds), order, weights, hidden)
+
+    def _observed_waves(self, layer: int, experts: ExpertIds) -> Generator[ExpertIds, None, None]:
+        """The waves; whoever looks ahead may do so when one begins, and behind the last."""
+        assert self.waves is not None
+        for wave in self.waves(layer, experts):
+            if self.observer is not None:
+                self.observer.look_ahead()
+            yield wave
         if self.observer is not None:
             self.observer.look_ahead()
-        return combine((outputs[expert] for expert in bounds), order, weights, hidden)
 
 
 def expert_bounds(ids: torch.Tensor) -> dict[int, tuple[int, int]]:
@@ -298,14 +336,15 @@ def make_paged_method(base: type, experts: PagedExperts) -> type:
                 hidden,
                 weights,
                 ids,
-                self.activation,
+                config=layer.moe_runner_config,
+                activation=self.activation,
             )
             return StandardCombineInput(hidden_states=output)
 
     return PagedFusedMoEMethod
 
 
-def activation_of(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def activation_of(config: Any) -> Activation:
     """What `moe_forward_native` does between an expert's two products."""
     from sglang.srt.layers.activation import GeluAndMul, SiluAndMul
 

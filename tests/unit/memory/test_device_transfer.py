@@ -18,15 +18,25 @@ from sglmoe.memory.store import PARTS, Bytes, ExpertReadError, ExpertStore
 
 
 class Stream:
-    """Hands out events and reaches them when told to."""
+    """Notes what it is told. Hands out events and reaches them when told to."""
 
-    def __init__(self) -> None:
-        self.log: list[str] = []
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name = name
+        self.log = log
         self.num_events = 0
 
     def new_event(self) -> "StreamEvent":
         self.num_events += 1
         return StreamEvent(self, self.num_events)
+
+    def wait_stream(self, stream: "Stream") -> None:
+        self.log.append(f"{self.name} waits for {stream.name}")
+
+    def wait_event(self, event: "StreamEvent") -> None:
+        self.log.append(f"{self.name} waits for {event.number}")
+
+    def synchronize(self) -> None:
+        self.log.append(f"{self.name} is done")
 
 
 class StreamEvent:
@@ -43,7 +53,7 @@ class StreamEvent:
         return self.reached
 
     def synchronize(self) -> None:
-        self._stream.log.append(f"wait {self.number}")
+        self._stream.log.append(f"the host waits for {self.number}")
         self.reached = True
 
 
@@ -58,7 +68,8 @@ class Bench:
             block = self.tier.begin(Promotion(0, expert))
             assert block is not None
             self.tier.finish(block, self.store.read(0, expert, self.tier.blocks[block]))
-        self.stream = Stream()
+        self.log: list[str] = []
+        self.stream, self.compute = Stream("demand", self.log), Stream("compute", self.log)
         self.locked: list[tuple[int, ...]] = []
         self.arena = torch.full((3 * 8,), 255, dtype=torch.uint8)
         self.copier = DeviceCopier(
@@ -66,6 +77,9 @@ class Bench:
             frame_bytes=8,
             store=self.store,
             tier=self.tier,
+            stream=self.stream,
+            compute=self.compute,
+            on_stream=lambda stream: nullcontext(),
             new_event=self.stream.new_event,
             lock_pages=self.lock_pages,
         )
@@ -109,9 +123,17 @@ def test_a_block_is_pinned_until_its_copy_is_done(bench: Bench) -> None:
 
 
 def test_a_staging_block_is_written_again_only_when_its_copy_is_done(bench: Bench) -> None:
-    # Events 1 and 2 belong to the two staging blocks.
+    # Events 1 and 2 belong to the two staging blocks, event 3 to this load.
     bench.copier.load([Load(frame, 0, 2 + frame) for frame in range(3)])
-    assert bench.stream.log == ["wait 1", "record 1", "wait 2", "record 2", "wait 1", "record 1"]
+    staged = [f"{what} {block}" for block in (1, 2, 1) for what in ("the host waits for", "record")]
+    assert bench.log == ["demand waits for compute", *staged, "record 3"]
+
+
+def test_what_computes_waits_for_the_copies_and_the_host_does_not(bench: Bench) -> None:
+    finish = bench.copier.load([Load(0, 0, 0)])
+    assert bench.log == ["demand waits for compute", "record 3"]
+    finish()
+    assert bench.log[2:] == ["compute waits for 3"]
 
 
 def test_a_read_that_fails_leaves_pins_that_end_with_their_copies(bench: Bench) -> None:
@@ -122,6 +144,7 @@ def test_a_read_that_fails_leaves_pins_that_end_with_their_copies(bench: Bench) 
     with pytest.raises(ExpertReadError):
         bench.copier.load([Load(0, 0, 0), Load(1, 0, 4)])
     assert bench.pins() == [1, 0, 0, 0]
+    assert bench.log[-2:] == ["record 3", "compute waits for 3"]  # the first copy is still to come
     bench.reach()
     bench.copier.load([])
     assert bench.pins() == [0, 0, 0, 0]
@@ -130,27 +153,14 @@ def test_a_read_that_fails_leaves_pins_that_end_with_their_copies(bench: Bench) 
 # ------------------------------------------------------------- prefetches, on a stream of their own
 
 
-class PrefetchStream:
-    """Notes what it is told."""
-
-    def __init__(self, log: list[str]) -> None:
-        self._log = log
-
-    def wait_stream(self, stream: object) -> None:
-        self._log.append(f"wait for {stream}")
-
-    def synchronize(self) -> None:
-        self._log.append("copied")
-
-
 def prefetcher(bench: Bench, log: list[str]) -> StreamCopier:
     return StreamCopier(
         bench.arena,
         frame_bytes=8,
         store=bench.store,
         tier=bench.tier,
-        stream=PrefetchStream(log),
-        compute="compute",  # type: ignore[arg-type]
+        stream=Stream("prefetch", log),
+        compute=bench.compute,
         on_stream=lambda stream: nullcontext(),
         lock_pages=bench.lock_pages,
     )
@@ -163,7 +173,7 @@ def test_a_prefetch_waits_for_what_may_read_the_frame_and_says_when_it_is_there(
     log: list[str] = []
     prefetcher(bench, log).copy(Load(2, 0, expert), lambda: log.append("chunk"))
     assert bench.arena.view(3, 8)[2].tolist() == [expert] * 6 + [255] * 2
-    assert log[-3:] == ["wait for compute", "chunk", "copied"]
+    assert log[-3:] == ["prefetch waits for compute", "chunk", "prefetch is done"]
     assert bench.pins() == [0] * 4
 
 
@@ -175,3 +185,18 @@ def test_a_prefetch_that_is_given_up_leaves_no_pin(bench: Bench) -> None:
         prefetcher(bench, []).copy(Load(2, 0, 1), leave)
     assert bench.pins() == [0] * 4
     assert bench.arena.eq(255).all()
+
+
+def test_two_threads_may_copy_at_a_time(bench: Bench) -> None:
+    """A layer needs expert 5 while the thread is held up in the middle of expert 4: both come through staging."""
+    copier = prefetcher(bench, [])
+    held_up: list[str] = []
+
+    def before_chunk() -> None:
+        held_up.append("")
+        if len(held_up) == 3:  # read in three parts; the first of them are in staging
+            copier.copy(Load(1, 0, 5), lambda: None)
+
+    copier.copy(Load(0, 0, 4), before_chunk)
+    frames = bench.arena.view(3, 8)[:, :6].tolist()
+    assert frames[:2] == [[4] * 6, [5] * 6]

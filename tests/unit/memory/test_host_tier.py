@@ -1,11 +1,12 @@
 """Four blocks of host memory for 2 layers of 4 experts."""
 
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from sglmoe.memory.host_tier import HALVING_MISSES, HostTier, TieredStore, make_blocks
+from sglmoe.memory.host_tier import HALVING_MISSES, HostTier, TieredStore, make_blocks, page_locked
 from sglmoe.memory.promotion import Promotion, TierSnapshot
 from sglmoe.memory.store import PARTS, ExpertReadError, ExpertStore
 from sglmoe.protocol import MemorySnapshot
@@ -191,6 +192,14 @@ def test_pages_are_locked_once_for_all_blocks(store: ExpertStore) -> None:
     make_blocks(24, store, lock_pages=lambda blocks: locked.append(blocks.shape))
     make_blocks(0, store, lock_pages=lambda blocks: locked.append(blocks.shape))
     assert locked == [(4, 6)]
+
+
+def test_locked_pages_are_shared_with_nobody() -> None:
+    """CUDA refuses to lock a page twice: small arrays from the heap lie in one page."""
+    locked = [page_locked(2, 6, lambda blocks: None) for _ in range(3)]
+    assert len({blocks.ctypes.data // mmap.PAGESIZE for blocks in locked}) == 3
+    assert all(blocks.ctypes.data % mmap.PAGESIZE == 0 for blocks in locked)
+    assert page_locked(2, 0, lambda blocks: pytest.fail("nothing to lock")).shape == (2, 0)
 
 
 def test_violations_name_what_is_broken(tier: HostTier, store: ExpertStore) -> None:

@@ -79,7 +79,7 @@ def run(experts: PagedExperts, num_tokens: int) -> torch.Tensor:
     scores = torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
     weights, ids = scores.topk(TOP_K)
     experts.note_router(Routed(0, ids, scores, hidden))
-    return experts.forward(0, hidden, weights, ids, silu_and_mul)
+    return experts.forward(0, hidden, weights, ids, config=None, activation=silu_and_mul)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 40])

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# What only a GPU can answer, in one call of less than ten minutes:  eval/gpu.sh OUT [SITE]
+# OUT: where results go. SITE: a folder with env.sh that brings SGLang 0.5.23, where it is not installed. Goes on after a failure.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+[ $# -gt 1 ] && source "$2/env.sh"
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
+unset TRITON_INTERPRET
+nvidia-smi > "$out/device.txt" 2>&1
+timeout 240 python3 -m pytest tests/gpu -p no:cacheprovider -o filterwarnings= 2>&1 | tee "$out/tests.txt"
+failed=${PIPESTATUS[0]}
+timeout 240 python3 -m eval.kernel_speed "$out/kernel_speed.json" 2>&1 | tee "$out/kernel_speed.txt"
+exit $((failed | PIPESTATUS[0]))

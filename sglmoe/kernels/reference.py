@@ -1,0 +1,108 @@
+"""What each kernel must do, in plain torch on a CPU. Arguments and results are those of the function of the same name."""
+
+import torch
+
+from sglmoe.kernels.mailbox import Mailbox
+from sglmoe.kernels.residency import DeviceResidency, PageIns
+
+ABSENT = -1
+
+
+def map_blocks(
+    expert_ids: torch.Tensor,
+    num_padded: torch.Tensor,
+    frame_table: torch.Tensor,
+    block_tokens: int,
+) -> torch.Tensor:
+    """See `blocks.map_blocks`."""
+    num_used = int(num_padded) // block_tokens
+    frames = torch.full_like(expert_ids, ABSENT)
+    for block in range(num_used):
+        expert = int(expert_ids[block])
+        if 0 <= expert < len(frame_table):
+            frames[block] = frame_table[expert]
+    return frames
+
+
+def wave_blocks(
+    sorted_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_padded: torch.Tensor,
+    *,
+    frame_table: torch.Tensor,
+    block_tokens: int,
+    num_pairs: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `blocks.wave_blocks`."""
+    frames = map_blocks(expert_ids, num_padded, frame_table, block_tokens)
+    mine = (frames != ABSENT).nonzero().flatten().tolist()
+    wave_sorted = torch.full_like(sorted_ids, num_pairs)
+    wave_frames = torch.full_like(expert_ids, ABSENT)
+    for place, block in enumerate(mine):
+        rows = sorted_ids[block * block_tokens : (block + 1) * block_tokens]
+        wave_sorted[place * block_tokens : (place + 1) * block_tokens] = rows
+        wave_frames[place] = frames[block]
+    return wave_sorted, wave_frames, torch.full_like(num_padded, len(mine) * block_tokens)
+
+
+def page_in(
+    blocks: torch.Tensor,
+    arena: torch.Tensor,
+    *,
+    frame_bytes: int,
+    sources: torch.Tensor,
+    frames: torch.Tensor,
+    count: torch.Tensor,
+) -> None:
+    """See `page_in.page_in`."""
+    for source, frame in zip(sources[: int(count)], frames[: int(count)], strict=True):
+        arena.view(-1, frame_bytes)[frame, : blocks.shape[1]] = blocks[source]
+
+
+def decide(
+    topk_ids: torch.Tensor, layer: int, *, state: DeviceResidency, page_ins: PageIns
+) -> None:
+    """See `residency.decide`."""
+    table, blocks = state.frame_table[layer], state.block_of[layer]
+    owners, used = state.set_owners[layer], state.set_used[layer]
+    now, size = int(state.step), int(state.set_sizes[layer])
+    needed = {expert for expert in topk_ids.flatten().tolist() if 0 <= expert < len(table)}
+    for place in range(size):
+        if int(owners[place]) in needed:
+            used[place] = now
+    free = [place for place in range(size) if int(owners[place]) not in needed]
+    free.sort(key=lambda place: (-1 if owners[place] < 0 else int(used[place]), place))
+    missing = sorted(expert for expert in needed if table[expert] == ABSENT)
+    served = [expert for expert in missing if blocks[expert] >= 0][: len(free)]
+    for index, (expert, place) in enumerate(zip(served, free, strict=False)):
+        if owners[place] >= 0:
+            table[owners[place]] = ABSENT
+        table[expert] = state.set_frames[layer, place]
+        owners[place], used[place] = expert, now
+        page_ins.sources[index], page_ins.frames[index] = blocks[expert], table[expert]
+    page_ins.count[0] = len(served)
+    state.shortfall.add_(len(missing) - len(served))
+
+
+def post(mailbox: Mailbox, *, layer: int, expert: int, frame: int) -> None:
+    """See `mailbox.post`."""
+    number = int(mailbox.posted[layer])
+    room = mailbox.letters.shape[1]
+    mailbox.letters[layer, number % room] = torch.tensor([expert, frame], dtype=torch.int32)
+    mailbox.posted[layer] = number + 1
+
+
+def commit(mailbox: Mailbox, layer: int, state: DeviceResidency) -> None:
+    """See `mailbox.commit`."""
+    room = mailbox.letters.shape[1]
+    for number in range(int(mailbox.committed[layer]), int(mailbox.posted[layer])):
+        expert, frame = mailbox.letters[layer, number % room].tolist()
+        place = int(state.set_sizes[layer])
+        is_new = int(state.frame_table[layer, expert]) == ABSENT
+        if is_new:
+            state.frame_table[layer, expert] = frame
+        state.set_frames[layer, place] = frame
+        state.set_owners[layer, place] = expert if is_new else -1
+        state.set_used[layer, place] = state.step
+        state.set_sizes[layer] += 1
+    mailbox.committed[layer] = mailbox.posted[layer]

@@ -1,0 +1,124 @@
+"""A layer's experts computed by SGLang's own fused MoE kernels, out of frames: on CUDA.
+
+The stock layer's sequence (align, GEMM, activation, GEMM, sum) with two things exchanged: weights are views of the arena, and
+blocks of rows have ids of frames. Kernels, their tuned configs and the order of each sum are the stock layer's, so the output
+has its bits, whichever frames experts are in and in however many waves they come (`tests/kernels/test_layer.py`, in Triton's
+interpreter; no GPU has run it).
+
+One of the files that know sglang.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sglmoe.kernels.blocks import wave_blocks
+from sglmoe.memory.experts import ABSENT, ExpertIds
+
+QUANTISATION = ("use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16")
+UNQUANTISED = dict.fromkeys((*QUANTISATION, "per_channel_quant"), False)
+SCALES = ("w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale", "block_shape")
+NO_SCALES = dict.fromkeys(SCALES)
+NO_BIASES = dict.fromkeys(("b1", "b2"))
+
+
+class GroupedExperts:
+    """`w13`: `[num_frames, 2 * inner, hidden]` and `w2`: `[num_frames, hidden, inner]`, views whose first stride is a frame."""
+
+    def __init__(self, w13: torch.Tensor, w2: torch.Tensor, num_experts: int):
+        self._w13, self._w2 = w13, w2
+        self._num_experts = num_experts
+        # Stock weights without bytes: by their shapes SGLang looks configs up and aligns.
+        self._stock = [
+            torch.empty(num_experts, *its.shape[1:], dtype=its.dtype, device="meta")
+            for its in (w13, w2)
+        ]
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        *,
+        waves: Iterable[ExpertIds],
+        frame_of: npt.NDArray[np.int32],
+        config: Any,
+    ) -> torch.Tensor:
+        """The layer's output `[tokens, hidden]`.
+
+        `hidden`: `[tokens, hidden]`; `weights`, `ids`: `[tokens, top_k]`; `waves`: each of these experts once; `frame_of`:
+        int32 `[num_experts]`, true for the experts of a wave while it is computed; `config`: SGLang's MoeRunnerConfig.
+        """
+        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+        *settings, rows, experts, num_padded = fused_moe._prepare_fused_moe_run(
+            hidden, *self._stock, ids, block_shape=None, **UNQUANTISED
+        )
+        outputs: torch.Tensor | None = None  # [tokens, top_k, hidden]
+        for wave in waves:
+            table = self._wave_table(wave, frame_of, ids.device)
+            blocks = wave_blocks(
+                rows,
+                experts,
+                num_padded,
+                frame_table=table,
+                block_tokens=settings[0]["BLOCK_SIZE_M"],
+                num_pairs=ids.numel(),
+            )
+            computed = self._sequence(hidden, weights, ids, blocks, settings, config)
+            if outputs is None:
+                outputs = computed
+            else:
+                torch.where((table[ids.long()] >= 0).unsqueeze(-1), computed, outputs, out=outputs)
+        return fused_moe.moe_combine_topk(  # type: ignore[no-any-return]
+            intermediate_cache3=outputs,
+            out_hidden_states=torch.empty_like(hidden),
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
+
+    def _wave_table(
+        self, wave: ExpertIds, frame_of: npt.NDArray[np.int32], device: torch.device
+    ) -> torch.Tensor:
+        table = np.full(self._num_experts, ABSENT, np.int32)
+        table[wave] = frame_of[wave]
+        # CUDA has taken the bytes when this returns, as they are not page-locked, and does not wait for the stream.
+        return torch.from_numpy(table).to(device, non_blocking=True)
+
+    def _sequence(
+        self,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        blocks: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        settings: list[Any],
+        config: Any,
+    ) -> Any:
+        """Weighted outputs of the blocks' rows, `[tokens, top_k, hidden]`; other rows mean nothing."""
+        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+        return fused_moe._fused_moe_kernel_sequence(
+            hidden,
+            self._w13,
+            self._w2,
+            weights,
+            ids,
+            *blocks,
+            *settings,
+            activation=config.activation,
+            is_gated=config.is_gated,
+            gemm1_alpha=config.gemm1_alpha,
+            gemm1_limit=config.gemm1_clamp_limit,
+            swiglu_limit=config.swiglu_limit,
+            routed_scaling_factor=config.routed_scaling_factor,
+            apply_router_weight_on_input=False,
+            no_combine=False,
+            inplace=False,
+            filter_expert=False,
+            defer_sum=True,
+            **NO_BIASES,
+            **NO_SCALES,
+            **UNQUANTISED,
+        )

@@ -1,0 +1,148 @@
+"""Steps without the host: letters are committed, misses decided and paged in, and whatever a layer reads is there.
+
+Two layers of five experts, nine frames of 16 bytes; an expert is full of its number. Between steps the host moves frames: into
+a set, out of it, or out of it to be filled ahead. What is filled ahead comes at any moment, in two halves, and is posted then.
+"""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglmoe.kernels.mailbox import Mailbox, commit, post
+from sglmoe.kernels.page_in import page_in
+from sglmoe.kernels.residency import DeviceResidency, PageIns, decide
+
+NUM_LAYERS, NUM_EXPERTS, NUM_FRAMES, ROOM, FRAME_BYTES = 2, 5, 9, 3, 16
+
+
+class Prefetch:
+    """On its way into a frame that is in no set."""
+
+    def __init__(self, layer: int, expert: int, frame: int):
+        self.layer = layer
+        self.expert = expert
+        self.frame = frame
+        self.num_halves = 0
+
+
+class Machine:
+    def __init__(self, data: st.DataObject):
+        self.data = data
+        self.state = DeviceResidency.empty(NUM_LAYERS, NUM_EXPERTS, NUM_FRAMES + ROOM, "cpu")
+        blocks = torch.arange(NUM_LAYERS * NUM_EXPERTS, dtype=torch.int32)
+        self.state.block_of[:] = blocks.view(NUM_LAYERS, NUM_EXPERTS)
+        self.blocks = blocks.to(torch.uint8).view(-1, 1).repeat(1, FRAME_BYTES)
+        self.arena = torch.full((NUM_FRAMES * FRAME_BYTES,), 255, dtype=torch.uint8)
+        self.frames = self.arena.view(NUM_FRAMES, FRAME_BYTES)
+        self.mailbox = Mailbox.empty(NUM_LAYERS, ROOM, "cpu")
+        shapes = (NUM_FRAMES + ROOM, NUM_FRAMES + ROOM, 1)
+        self.page_ins = PageIns(*(torch.zeros(n, dtype=torch.int32) for n in shapes))
+        self.free = list(range(NUM_FRAMES))
+        self.on_their_way: list[Prefetch] = []
+
+    # ----------------------------------------------------------------------- the host, between steps
+
+    def move_frames(self) -> None:
+        for _ in range(self.data.draw(st.integers(0, 6), label="moves")):
+            layer = self.data.draw(st.integers(0, NUM_LAYERS - 1))
+            if self.free and self.data.draw(st.booleans(), label="lend"):
+                self.lend(layer, self.free.pop())
+            elif int(self.state.set_sizes[layer]):
+                frame = self.take(layer)
+                if self.num_waiting(layer) < ROOM and self.data.draw(st.booleans(), label="ahead"):
+                    expert = self.data.draw(st.integers(0, NUM_EXPERTS - 1))
+                    self.on_their_way.append(Prefetch(layer, expert, frame))
+                else:
+                    self.free.append(frame)
+
+    def lend(self, layer: int, frame: int) -> None:
+        state, place = self.state, int(self.state.set_sizes[layer])
+        state.set_frames[layer, place] = frame
+        state.set_owners[layer, place] = -1
+        state.set_sizes[layer] += 1
+
+    def take(self, layer: int) -> int:
+        """Some frame out of the set; the last one takes its place."""
+        state, last = self.state, int(self.state.set_sizes[layer]) - 1
+        place = self.data.draw(st.integers(0, last))
+        owner, frame = int(state.set_owners[layer, place]), int(state.set_frames[layer, place])
+        if owner >= 0:
+            state.frame_table[layer, owner] = -1
+        for its in (state.set_frames, state.set_owners, state.set_used):
+            its[layer, place] = its[layer, last]
+        state.set_sizes[layer] = last
+        return frame
+
+    def num_waiting(self, layer: int) -> int:
+        uncommitted = self.mailbox.posted[layer] - self.mailbox.committed[layer]
+        return int(uncommitted) + sum(its.layer == layer for its in self.on_their_way)
+
+    # -------------------------------------------------------------------------- the device, in a step
+
+    def arrive(self) -> None:
+        """The prefetch stream does some of its work."""
+        while self.on_their_way and self.data.draw(st.booleans(), label="arrives"):
+            its = self.on_their_way[0]
+            if its.num_halves < 2:
+                half = slice(8 * its.num_halves, 8 * its.num_halves + 8)
+                number = its.layer * NUM_EXPERTS + its.expert
+                self.frames[its.frame, half] = self.blocks[number, half]
+                its.num_halves += 1
+            else:
+                post(self.mailbox, layer=its.layer, expert=its.expert, frame=its.frame)
+                self.on_their_way.pop(0)
+
+    def compute(self, layer: int) -> None:
+        state = self.state
+        experts = st.lists(st.integers(-1, NUM_EXPERTS - 1), min_size=1, max_size=4)
+        ids = self.data.draw(experts, label="routed")
+        commit(self.mailbox, layer, state)
+        self.arrive()
+        before = int(state.shortfall)
+        decide(torch.tensor(ids, dtype=torch.int32), layer, state=state, page_ins=self.page_ins)
+        self.arrive()
+        page_in(
+            self.blocks,
+            self.arena,
+            frame_bytes=FRAME_BYTES,
+            sources=self.page_ins.sources,
+            frames=self.page_ins.frames,
+            count=self.page_ins.count,
+            num_programs=1,
+        )
+        self.arrive()
+        needed = {expert for expert in ids if expert >= 0}
+        absent = {expert for expert in needed if state.frame_table[layer, expert] < 0}
+        assert len(absent) == int(state.shortfall) - before
+        assert len(needed) <= int(state.set_sizes[layer]) or absent
+
+    def check(self) -> None:
+        """Residents' bytes are in their frames, and each frame is in one place."""
+        in_sets = []
+        for layer in range(NUM_LAYERS):
+            size = int(self.state.set_sizes[layer])
+            in_sets += self.state.set_frames[layer, :size].tolist()
+            for expert, frame in enumerate(self.state.frame_table[layer].tolist()):
+                if frame >= 0:
+                    assert self.frames[frame].eq(layer * NUM_EXPERTS + expert).all()
+        posted = [
+            self.mailbox.letters[layer, number % ROOM, 1].item()
+            for layer in range(NUM_LAYERS)
+            for number in range(self.mailbox.committed[layer], self.mailbox.posted[layer])
+        ]
+        elsewhere = [its.frame for its in self.on_their_way] + posted
+        assert sorted(in_sets + self.free + elsewhere) == list(range(NUM_FRAMES))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_what_a_layer_reads_is_there(data: st.DataObject) -> None:
+    machine = Machine(data)
+    for _ in range(3):
+        machine.move_frames()
+        machine.state.step.add_(1)
+        machine.state.shortfall.zero_()
+        for layer in range(NUM_LAYERS):
+            machine.arrive()
+            machine.compute(layer)
+            machine.check()
