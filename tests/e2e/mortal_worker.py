@@ -1,11 +1,11 @@
-"""The worker, made to die of some requests: as it would of a bug that they hit."""
+"""The worker, made to die of some requests, as it would of a bug that they hit, and to draw by seed on a CPU too."""
 
 import os
 import signal
 from typing import Any
 
 from sglmoe.protocol import StepPlan, StepResult
-from sglmoe.worker.process import run_worker
+from sglmoe.worker import process
 from sglmoe.worker.worker import Worker
 
 PILL = 1021  # a token; with it in its prompt, a request is the worker's end
@@ -13,15 +13,26 @@ PILL = 1021  # a token; with it in its prompt, a request is the worker's end
 
 def run_mortal_worker(*arguments: Any) -> None:
     """As `run_worker`, which see."""
-    step = Worker.step
+    step, load_model = Worker.step, process.load_model
 
     def mortal_step(self: Worker, plan: StepPlan) -> StepResult:
-        if any(PILL in self._requests[row.rid].tokens for row in plan.rows):
+        served = [self._requests[row.rid] for row in plan.rows]
+        if any(PILL in request.tokens[: request.num_prompt] for request in served):
             os.kill(os.getpid(), signal.SIGSEGV)
         return step(self, plan)
 
+    def load_model_that_heeds_seeds(*args: Any, **keywords: Any) -> Any:
+        from sglang.srt.runtime_context import get_context
+
+        loaded = load_model(*args, **keywords)
+        # As a flag it would be refused: SGLang has batch-invariant kernels for accelerators only.
+        # The sampler needs none of them.
+        get_context().override("test", enable_deterministic_inference=True)
+        return loaded
+
     Worker.step = mortal_step  # type: ignore[method-assign]
-    run_worker(*arguments)
+    process.load_model = load_model_that_heeds_seeds
+    process.run_worker(*arguments)
 
 
 def serve_with_mortal_workers() -> None:
