@@ -166,13 +166,14 @@ def test_a_grammar_is_compiled_again_before_its_request_goes_on() -> None:
 
 def test_memory_that_was_short_is_not_any_more() -> None:
     async def scene(stage: Stage) -> None:
-        await stage.add("a", 4)
+        await stage.add("a", 8)
         await stage.add("b", 4)
-        await stage.answer(0, {"a": 50})
-        await stage.answer(1, {"a": 51}, computed={"a": 5})
+        await stage.answer(0, {"a": 50}, computed={"a": 8})
+        await stage.answer(1, {"a": 51}, computed={"a": 9})
         await stage.answer(2, {}, rejected=("b",), available_pages=0)
         await die_and_be_born(stage)
-        assert [row.rid for row in stage.plans[0].rows] == ["a", "b"]
+        assert stage.plans[0].rows == (Row("a", 8),)
+        assert stage.plans[1].rows == (Row("a", 2), Row("b", 4))
 
     play(scene)
 
@@ -182,12 +183,15 @@ def test_only_who_does_not_fit_a_smaller_worker_is_failed() -> None:
         await stage.add("large", 30, max_new_tokens=30)
         await stage.add("small", 4)
         await die(stage)
-        await be_born(stage, replace(LIMITS, total_tokens=40))
+        await be_born(stage, replace(LIMITS, total_tokens=40, max_running=1))
         assert stage.client.refused["large"].status == 503
         assert "60 tokens" in stage.client.refused["large"].message
         assert "holds 40" in stage.client.refused["large"].message
         assert stage.channel.added == ["small"]
         assert stage.scheduler.limits.total_tokens == 40
+        await stage.add("another", 4)
+        await stage.answer(stage.plans[0].step_id, {"small": 50})
+        assert all(row.rid == "small" for plan in stage.plans for row in plan.rows)
 
     play(scene)
 
@@ -261,6 +265,8 @@ def test_what_is_told_of_it() -> None:
         stage.now += 1
         await stage.answer(3, {"a": 51}, computed={"a": 5})
         assert stage.scheduler.recovery.restarts.token_seconds == 4.0
+        await die_and_be_born(stage)
+        assert stage.scheduler.recovery.restarts.token_seconds == 0.0
 
     play(scene)
 
@@ -436,12 +442,44 @@ def test_a_suspect_that_is_aborted_holds_nobody_up() -> None:
     play(scene)
 
 
+def test_a_request_that_ended_is_not_blamed() -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.add("pill", 4)
+        await die_and_be_born(stage)
+        await die_and_be_born(stage)
+        stage.scheduler.abort(lambda request: request.rid == "pill", aborted("Aborted"))
+        await settle()
+        await die_and_be_born(stage)
+        assert stage.client.ends["pill"].message == "Aborted"
+        assert stage.scheduler.recovery.restarts.failed_requests == 0
+
+    play(scene)
+
+
+def test_a_plan_without_rows_hides_nobody() -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.add("a", 4, max_new_tokens=1)
+        await stage.answer(0, {"a": 50})
+        b = await stage.add("b", 4)
+        assert (stage.plans[1].drop, stage.plans[1].rows) == (("a",), ())
+        await die(stage)
+        assert b.num_deaths == 1
+
+    play(scene)
+
+
 # ------------------------------------------------------------------------------------- what a new worker is told of one
 
 
 def make(**facts: Any) -> Request:
     rules = StopRules(max_new_tokens=5, vocab_size=100)
     return Request(rid="r", prompt_ids=array("q", range(4)), stop=rules, **facts)
+
+
+def test_what_was_cached_is_not_known_of_a_new_worker() -> None:
+    request = make(probed_cached=3)
+    request.lose_worker()
+    assert request.probed_cached is None
 
 
 def test_prompt_logprobs_are_asked_for_again_unless_they_were_whole() -> None:

@@ -96,7 +96,10 @@ def test_a_dead_worker_says_so_and_the_next_one_answers() -> None:
         assert "SIGSEGV" in death.error
         for call_id in range(1000):  # nobody is there: neither blocks nor reaches the next one
             line.send(FlushCache(call_id))
+        old = line.client
         assert await line.replace(silence_seconds=None) == READY
+        assert old._sender._socket.closed
+        assert old._receiver._socket.closed
         assert await ask(line, 7) == CallDone(7, success=True)
 
     play(scene, "mortal", "serving")
