@@ -23,6 +23,8 @@ PREDICTORS = (
 GPU_BUDGET_RATIO = 0.85
 # ... and on a CPU for the four processes and the page cache that holds the checkpoint, the tier below the arena.
 CPU_BUDGET_RATIO = 0.5
+# Arbitrary: how long requests may go on after SIGTERM.
+SHUTDOWN_SECONDS = 60.0
 # Arbitrary. Of the memory beside a GPU, for experts that are not on it.
 HOST_RATIO = 0.7
 
@@ -62,6 +64,7 @@ class Options(msgspec.Struct, frozen=True):
     memory_planner: str | None = None
     expert_prefetch: str | None = None
     expert_predictor: str | None = None
+    shutdown_timeout: str | None = None  # the server's; an engine has none
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -146,6 +149,19 @@ def parse_expert_predictor(text: str | None) -> str:
             f"--expert-predictor: {text!r} is none of {', '.join(PREDICTORS)}, and not a trained one's .json"
         )
     return text
+
+
+def parse_shutdown_timeout(text: str | None) -> float:
+    """Read a number of seconds. Raises ValueError."""
+    if text is None:
+        return SHUTDOWN_SECONDS
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"--shutdown-timeout: {text!r} is not a number of seconds")
+    return seconds
 
 
 def _budget_bytes(text: str | None, machine: Machine) -> int:

@@ -17,6 +17,7 @@ from sglmoe.config import (
     parse_expert_prefetch,
     parse_memory_planner,
     parse_memory_policy,
+    parse_shutdown_timeout,
 )
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.start_up import keep_start_method, leave_after, start_importing
@@ -40,7 +41,7 @@ def run(argv: list[str]) -> None:
 
     try:
         server_args, config = or_leave(read_command_line, argv, options)
-        serve(server_args, config)
+        serve(server_args, config, parse_shutdown_timeout(options.shutdown_timeout))
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 
@@ -61,16 +62,18 @@ def read_command_line(argv: list[str], options: Options) -> tuple[Any, EngineCon
     return server_args, prepare(server_args, options)
 
 
-def serve(server_args: Any, config: EngineConfig) -> None:
-    """Run the server until it is told to stop."""
+def serve(server_args: Any, config: EngineConfig, shutdown_seconds: float) -> None:
+    """Run the server until it is told to stop, and then for at most `shutdown_seconds` until all requests have ended."""
     from sglang.srt.entrypoints.http_server import launch_server
 
+    from sglmoe.graceful_stop import with_limit
     from sglmoe.preparation import detokenizer_entry, scheduler_entry
 
     keep_start_method()
     try:
         launch_server(
             server_args,
+            init_tokenizer_manager_func=with_limit(shutdown_seconds),
             run_scheduler_process_func=scheduler_entry(config),
             run_detokenizer_process_func=detokenizer_entry(),
         )
@@ -136,6 +139,12 @@ def our_parser() -> Parser:
         help=f"Who predicts which experts: {', '.join(PREDICTORS[1:])}, the path of a trained one "
         "(python -m sglmoe.prediction.train), or auto (default): the one whose predictions would have been the most use.",
     )
+    group.add_argument(
+        "--shutdown-timeout",
+        metavar="SECONDS",
+        help="How long requests may go on after SIGTERM; those that have not finished by then are answered with what they "
+        "have, as aborted. Default: 60.",
+    )
     return parser
 
 
@@ -154,6 +163,7 @@ def read_options(argv: list[str]) -> Options:
     parse_memory_planner(given.memory_planner)
     parse_expert_prefetch(given.expert_prefetch)
     parse_expert_predictor(given.expert_predictor)
+    parse_shutdown_timeout(given.shutdown_timeout)
     return Options(
         memory_budget=given.memory_budget,
         host_memory=given.host_memory,
@@ -161,6 +171,7 @@ def read_options(argv: list[str]) -> Options:
         memory_planner=given.memory_planner,
         expert_prefetch=given.expert_prefetch,
         expert_predictor=given.expert_predictor,
+        shutdown_timeout=given.shutdown_timeout,
     )
 
 

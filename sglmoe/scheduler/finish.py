@@ -50,6 +50,10 @@ def aborted(message: str, status: int | None = None) -> FinishReason:
     return FinishReason(kind="abort", message=message, status=status, error_type=error_type)
 
 
+def is_our_fault(reason: FinishReason | None) -> bool:
+    return reason is not None and reason.status == 500
+
+
 def check_finish(
     output_ids: Sequence[int], rules: StopRules, decode: Decode, *, grammar_done: bool = False
 ) -> Finish | None:

@@ -6,7 +6,7 @@ One of the files that know SGLang. Takes messages in and passes them to whoever 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -18,15 +18,16 @@ from sglang.srt.runtime_context import get_serving
 from sglang.srt.utils.network import get_zmq_socket
 
 from sglmoe.protocol import WorkerReady
-from sglmoe.scheduler.finish import aborted
+from sglmoe.scheduler.finish import aborted, is_our_fault
 from sglmoe.scheduler.frontend_control import Control, startup_time
 from sglmoe.scheduler.frontend_metrics import Metrics
 from sglmoe.scheduler.frontend_output import abort_message, build_batch, is_due, take_delta
 from sglmoe.scheduler.frontend_request import refused, translate
 from sglmoe.scheduler.frontend_setup import load_text_side, scheduler_settings
-from sglmoe.scheduler.report import StepReport
+from sglmoe.scheduler.report import Restarts, StepReport
 from sglmoe.scheduler.request import Request
-from sglmoe.scheduler.scheduler import Scheduler, WorkerChannel
+from sglmoe.scheduler.scheduler import Scheduler
+from sglmoe.scheduler.seams import WorkerChannel
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Frontend:
         self._force_interval = envs.SGLANG_FORCE_STREAM_INTERVAL.get()
         self._refusal: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._health_checks: list[Any] = []  # answered with the worker's next sign of life
 
     def connect(self, worker: WorkerChannel, ready: WorkerReady) -> Scheduler:
         """Open the sockets and make the scheduler that serves them."""
@@ -136,15 +138,23 @@ class Frontend:
             logger.exception("Request %s could not be read", message.rid)
             await self._refuse(message, f"the request could not be read: {error!r}", status=500)
             return
-        if request.display.is_health_check and self._scheduler.roster.live:
-            # Answers keep coming, so that the server is well; nothing has to wait for a token of its own.
-            await self._to_tokenizer(io.HealthCheckOutput(), message)
+        if request.display.is_health_check and await self._checks_health(message):
             return
         if request.priority is not None and self._refuses_priorities():
             reason = "Using priority is disabled for this server. Please send a new request without a priority."
             self._scheduler.reject(request, aborted(reason, 503))
             return
         self._scheduler.add(request)
+
+    async def _checks_health(self, message: io.TokenizedGenerateReqInput) -> bool:
+        """Whether the check needs no token of its own: the worker is about to show that it lives, or may rest."""
+        if self._scheduler.awaits_worker:
+            self._health_checks.append(message)
+            return True
+        if self._scheduler.paused and self._scheduler.roster.live:
+            await self._to_tokenizer(io.HealthCheckOutput(), message)
+            return True
+        return False
 
     def _refuses_priorities(self) -> bool:
         return not self._settings.use_priority and self._server_args.abort_on_priority_when_disabled
@@ -157,7 +167,10 @@ class Frontend:
 
     def _answer_later(self, message: Any) -> None:
         """Control messages may wait for the worker; requests behind them do not."""
-        task = asyncio.create_task(self._answer(message))
+        self._later(self._answer(message))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -204,11 +217,26 @@ class Frontend:
     async def refuse(self, requests: Sequence[Request]) -> None:
         """See `Outputs`."""
         for request in requests:
-            await self._to_tokenizer(abort_message(request))
+            # Any word counts as health there. A check that the worker died of is answered with silence.
+            if not (request.display.is_health_check and is_our_fault(request.finish)):
+                await self._to_tokenizer(abort_message(request))
 
     def step_done(self, report: StepReport) -> None:
         """See `Outputs`."""
         self._metrics.step_done(report)
+        self._worker_lives()
+
+    def worker_replaced(self, ready: WorkerReady, restarts: Restarts) -> None:
+        """See `Outputs`."""
+        self._rules = self._text.request_rules(ready.limits)
+        self._control.ready = ready
+        self._metrics.worker_replaced(restarts)
+        self._worker_lives()
+
+    def _worker_lives(self) -> None:
+        checks, self._health_checks = self._health_checks, []
+        for message in checks:
+            self._later(self._to_tokenizer(io.HealthCheckOutput(), message))
 
     async def _to_tokenizer(self, message: Any, answered: Any = None) -> None:
         if answered is not None and message.http_worker_ipc is None:

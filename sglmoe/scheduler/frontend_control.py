@@ -138,7 +138,7 @@ class Control:
     ) -> None:
         self._scheduler = scheduler
         self._metrics = metrics
-        self._ready = ready
+        self.ready = ready  # of the worker that serves now
         self._to_detokenizer = to_detokenizer
         self.last_recording: dict[str, Any] | None = None
         self.handlers: dict[type[Any], Handler] = {
@@ -189,7 +189,7 @@ class Control:
     async def _get_state(self, message: io.GetInternalStateReq) -> Reply:
         state = get_context().resolved_server_args_dict()
         state.pop("custom_sigquit_handler", None)
-        state |= internal_state(self._scheduler, self._metrics, self._ready)
+        state |= internal_state(self._scheduler, self._metrics, self.ready)
         state["sglmoe"]["recording"] = self.last_recording
         return io.GetInternalStateReqOutput(internal_state=msgspec_to_builtins(state))
 
@@ -284,6 +284,8 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
             "preparing_requests": roster.num_preparing,
             "paused": scheduler.paused,
             "new_token_ratio": scheduler.planner.ratio.current,
+            "restarts": msgspec.structs.asdict(scheduler.recovery.restarts),
+            "replacing_worker": scheduler.recovery.is_under_way,
             "worker": ready.description,
             "worker_pid": ready.pid,
         },

@@ -24,7 +24,7 @@ from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 from sglang.srt.runtime_context import get_observability, get_schedule
 
 from sglmoe.protocol import MemorySnapshot
-from sglmoe.scheduler.report import StepReport
+from sglmoe.scheduler.report import Restarts, StepReport
 from sglmoe.scheduler.request import Request
 from sglmoe.scheduler.scheduler import Scheduler
 
@@ -98,6 +98,10 @@ class Metrics:
         now = time.perf_counter()
         if now - self._loads_written_at > LOAD_SNAPSHOT_SECONDS:
             self.write_loads()
+
+    def worker_replaced(self, restarts: Restarts) -> None:
+        if self._own is not None:
+            self._own.worker_replaced(restarts)
 
     def became_idle(self) -> None:
         """Nothing runs or waits any more; the gauges should say so."""
@@ -356,6 +360,17 @@ class OwnMetrics:
             for name, (text, field) in COUNTERS.items()
         }
         self._seen: dict[str, float] = dict.fromkeys(self._counters, 0)
+        self._restarts = Counter(
+            "sglmoe_worker_restarts", "Workers that took the place of a lost one.", names
+        ).labels(**labels)
+        self._restart_seconds = gauge(
+            "sglmoe_worker_restart_seconds",
+            "How long the last one took to serve, from the loss on.",
+        )
+
+    def worker_replaced(self, restarts: Restarts) -> None:
+        self._restarts.inc()
+        self._restart_seconds.set(restarts.ready_seconds)
 
     def update(self, snapshot: MemorySnapshot, *, running_limit: int) -> None:
         self._running_limit.set(running_limit)

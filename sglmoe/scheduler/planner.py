@@ -47,17 +47,38 @@ class Planner:
         policy: PolicySettings,
         ratio: NewTokenRatio,
     ) -> None:
-        self.snapshot = snapshot
-        self.policy = policy
         self.ratio = ratio
-        self._limited = limited(policy, snapshot.plan)
+        self._asked = policy
         self._roster = roster
-        self._page_tokens = limits.page_tokens
         self._plans: deque[InFlight] = deque()
-        self._next_step_id = 0
+        self._next_step_id = 0  # goes on from worker to worker
         self._to_drop: list[str] = []
         self._to_preempt: list[str] = []
         self._pages_at_rejection: int | None = None  # admit nothing until more are available
+        self.meet_worker(limits, snapshot)
+
+    def meet_worker(self, limits: Limits, snapshot: MemorySnapshot) -> None:
+        """Plan for a worker that can do this and was told nothing yet."""
+        self.snapshot = snapshot
+        max_running = min(self._asked.max_running, limits.max_running)
+        self.policy = msgspec.structs.replace(self._asked, max_running=max_running)
+        self._limited = limited(self.policy, snapshot.plan)
+        self._page_tokens = limits.page_tokens
+
+    def lose_worker(self) -> None:
+        """Nothing will be answered any more; all requests wait again."""
+        self._roster.lose_worker(step_id=self._next_step_id)
+        self._plans.clear()
+        self._to_drop, self._to_preempt = [], []
+        self._pages_at_rejection = None
+
+    @property
+    def at_work(self) -> list[Request]:
+        """The requests that the worker is computing, as far as is known: those of the first plan that it owes rows of."""
+        for plan in self._plans:
+            if plan.requests:
+                return [request for request in plan.requests.values() if not request.finished]
+        return []
 
     @property
     def oldest(self) -> StepPlan | None:
@@ -86,14 +107,18 @@ class Planner:
         self._roster.evict(request, step_id=self._next_step_id)
         self._to_preempt.append(request.rid)
 
-    def next_plan(self, *, paused: bool) -> StepPlan | None:
-        """The next plan, to be sent; None if the worker has enough or there is nothing to say."""
+    def next_plan(self, *, paused: bool, alone: Request | None = None) -> StepPlan | None:
+        """The next plan, to be sent; None if the worker has enough or there is nothing to say. `alone` has nobody beside it."""
         if len(self._plans) >= MAX_PLANS_IN_FLIGHT:
             return None
+        running, queued = self._roster.running, self._admissible()
+        if alone is not None:
+            running = [alone] if alone.state is State.RUNNING else []
+            queued = [alone] if alone.state is State.QUEUED else []
         plan = plan_step(
             step_id=self._next_step_id,
-            running=() if paused else [self._view(r) for r in self._roster.running],
-            queued=() if paused else [self._view(r) for r in self._admissible()],
+            running=() if paused else [self._view(r) for r in running],
+            queued=() if paused else [self._view(r) for r in queued],
             memory=Memory(
                 available_pages=self.snapshot.available_pages,
                 page_tokens=self._page_tokens,

@@ -1,15 +1,17 @@
-"""The scheduler's process: starts the worker, serves behind SGLang's front end, and leaves non-zero when that ends badly."""
+"""The scheduler's process: starts workers, serves behind SGLang's front end, and leaves non-zero when that ends badly."""
 
 import asyncio
 import contextlib
 import logging
 import os
 import sys
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from sglmoe.scheduler.scheduler import WorkerLost
-from sglmoe.scheduler.worker_client import RunWorker, WorkerClient, WorkerProcess
+from sglmoe.scheduler.seams import WorkerLost
+from sglmoe.scheduler.worker_client import RunWorker, WorkerProcess
+from sglmoe.scheduler.worker_line import WorkerLine
 
 if TYPE_CHECKING:
     from sglmoe.scheduler.frontend import Frontend
@@ -36,15 +38,18 @@ def run_scheduler(
     """SGLang's process target, once `config` and `run_worker` are bound.
 
     `config` goes to the worker as it is. `display` are ranks that SGLang shows; there is only one. Ends the process: with
-    status 1 when the worker is lost or can't start, and at once, because its launcher waits for that.
+    status 1 when no worker can be had, and at once, because its launcher waits for that.
     """
     assert (tp_rank, pp_rank) == (0, 0), "one scheduler drives one device"
-    worker = WorkerProcess.start(
-        run_worker,
-        server_args=server_args,
-        config=config,
-        gpu_id=gpu_id,
-        nccl_port=port_args.nccl_port,
+    worker = WorkerLine(
+        partial(
+            WorkerProcess.start,
+            run_worker,
+            server_args=server_args,
+            config=config,
+            gpu_id=gpu_id,
+            nccl_port=port_args.nccl_port,
+        )
     )
     status = 1
     try:
@@ -68,14 +73,13 @@ def run_scheduler(
 
 
 async def _serve(
-    frontend: "Frontend", worker: WorkerProcess, pipe_writer: "Connection[Any, Any]"
+    frontend: "Frontend", worker: WorkerLine, pipe_writer: "Connection[Any, Any]"
 ) -> None:
     """Serve until SGLang asks to leave. Raises WorkerLost after every request got its error."""
-    client = WorkerClient(worker)
     try:
-        ready = await client.wait_until_ready()
+        ready = await worker.connect()
         logger.info("Worker ready after %.1f s: %s", ready.load_seconds, ready.description)
-        scheduler = frontend.connect(client, ready)
+        scheduler = frontend.connect(worker, ready)
         pipe_writer.send(frontend.ready_message(ready))
         receiving = asyncio.create_task(frontend.run())
         scheduling = asyncio.create_task(scheduler.run())
@@ -84,9 +88,9 @@ async def _serve(
             await _say_farewell(frontend, scheduling, receiving)
         scheduling.cancel()
         receiving.result()
-        await client.shut_down()
+        await worker.shut_down()
     finally:
-        client.close()
+        worker.close()
 
 
 async def _say_farewell(

@@ -1,4 +1,4 @@
-"""What a step came to, in numbers for logs and metrics."""
+"""What steps and workers came to, in numbers for logs and metrics."""
 
 from collections.abc import Sequence
 
@@ -21,6 +21,16 @@ class StepReport(msgspec.Struct, frozen=True):
     num_preempted: int = 0  # of these, requests that lost KV they had computed
     rejected_input_tokens: int = 0
     rejected_output_tokens: int = 0
+
+
+class Restarts(msgspec.Struct, frozen=True):
+    """How often the worker was replaced. The cause and the times, from the loss on, are of the last one; 0 is "not yet"."""
+
+    count: int = 0
+    failed_requests: int = 0  # that worker after worker died with
+    cause: str = ""
+    ready_seconds: float = 0.0  # until the new worker could serve
+    token_seconds: float = 0.0  # until its first token
 
 
 class RowTally(msgspec.Struct, frozen=True, gc=False):

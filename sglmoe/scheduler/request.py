@@ -9,8 +9,8 @@ from enum import Enum
 
 import msgspec
 
-from sglmoe.protocol import LogprobSpec, NewRequest, RoutedExperts, TokenLogprobs
-from sglmoe.scheduler.finish import FinishReason, StopRules
+from sglmoe.protocol import LogprobSpec, NewRequest, RoutedExperts, RowResult, TokenLogprobs
+from sglmoe.scheduler.finish import Decode, FinishReason, StopRules, check_finish
 from sglmoe.scheduler.reasoning import ReasoningCounter
 
 
@@ -84,6 +84,11 @@ class RoutingRecord:
     top_k: int = 0
     ids: bytearray = field(default_factory=bytearray)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose experts are known."""
+        return len(self.ids) // (4 * self.num_layers * self.top_k) if self.ids else 0
+
     def put(self, chunk: RoutedExperts, *, end: int) -> None:
         """Take a chunk whose last token is number `end - 1`; what is known already is overwritten."""
         num_tokens, self.num_layers, self.top_k = chunk.shape
@@ -132,6 +137,8 @@ class Request:
     in_flight: list[int] = field(default_factory=list)  # tokens granted by plans not answered yet
     evicted_step: int = -1  # answers to later steps only tell of KV that it still holds
     num_retractions: int = 0
+    furthest: int = -1  # the most tokens that had KV at any time; -1 until its grammar is compiled
+    num_deaths: int = 0  # of workers that were at work for it, since it got that far
     finish: FinishReason | None = None
     finish_length: int | None = None  # output tokens that count
     input_logprobs: LogprobLists | None = None
@@ -168,6 +175,45 @@ class Request:
         self.evicted_step = step_id
         self.num_retractions += 1
 
+    def reached(self, num_computed: int) -> None:
+        """It got so far. Further than ever clears it of the deaths before."""
+        if num_computed > self.furthest:
+            self.furthest = num_computed
+            self.num_deaths = 0
+
+    def lose_worker(self) -> None:
+        """Nobody knows it any more. What is announced to the next worker begins with what was recorded whole."""
+        self.in_flight.clear()
+        self.probed_cached = None
+        if not self._has_prompt_logprobs:
+            self.input_logprobs = None
+
+    @property
+    def _has_prompt_logprobs(self) -> bool:
+        """Whether all that were asked for are here."""
+        lists = self.input_logprobs
+        if self.logprobs is None or lists is None:
+            return False
+        return len(lists.values) >= len(self.prompt_ids) - self.logprobs.start
+
+    def take_token(
+        self, row: RowResult, token_id: int, *, now: float, decode: Decode
+    ) -> FinishReason | None:
+        """Append a sampled token and what came with it; why that ends the request, if it does."""
+        self.output_ids.append(token_id)
+        self.timing.first_token_at = self.timing.first_token_at or now
+        if row.logprobs is not None:
+            self.record_output_logprobs(row.logprobs)
+        if self.reasoning is not None:
+            self.reasoning.count(token_id)
+        finish = check_finish(self.output_ids, self.stop, decode, grammar_done=row.grammar_done)
+        if finish is None:
+            return None
+        if finish.last_token_id is not None:
+            self.output_ids[-1] = finish.last_token_id
+        self.finish_length = finish.num_tokens
+        return finish.reason
+
     def record_prompt_logprobs(self, tokens: tuple[TokenLogprobs, ...]) -> None:
         """Append log probabilities of prompt positions; a second prefill brings nothing new."""
         if self.logprobs is None:
@@ -193,7 +239,10 @@ class Request:
             self.routed_experts.put(chunk, end=end)
 
     def announcement(self) -> NewRequest:
-        """What a worker has to know of it."""
+        """What a worker has to know of it: not to be asked again for what is recorded."""
+        logprobs, routing = self.logprobs, self.routed_experts
+        if logprobs is not None and self._has_prompt_logprobs:
+            logprobs = msgspec.structs.replace(logprobs, start=len(self.prompt_ids))
         return NewRequest(
             rid=self.rid,
             prompt_ids=array("i", self.prompt_ids).tobytes(),
@@ -201,7 +250,7 @@ class Request:
             sampling=self.sampling,
             max_new_tokens=self.stop.max_new_tokens,
             namespace=self.namespace,
-            logprobs=self.logprobs,
-            routed_experts_start=self.routed_experts.start if self.routed_experts else None,
+            logprobs=logprobs,
+            routed_experts_start=routing.start + routing.num_tokens if routing else None,
             requires_reasoning=self.requires_reasoning,
         )

@@ -1,6 +1,6 @@
 """Which requests there are and in which state: the lists behind the scheduler, kept consistent by a few moves.
 
-PREPARING -> QUEUED <-> RUNNING, and from anywhere to FINISHED. Knows nothing of plans.
+PREPARING -> QUEUED <-> RUNNING, and from anywhere to FINISHED; with a new worker all begin anew. Knows nothing of plans.
 """
 
 from bisect import insort
@@ -79,6 +79,17 @@ class Roster:
             self.running.remove(request)
             self.enqueue(request)
         request.lose_memory(step_id)
+
+    def lose_worker(self, *, step_id: int) -> None:
+        """No worker knows any of them: what ran waits again as of `step_id`, and grammars have to be compiled again."""
+        for request in list(self.running):
+            self.evict(request, step_id=step_id)
+        self.queue = [request for request in self.queue if not request.has_grammar]
+        for request in self.live.values():
+            if request.has_grammar:
+                request.state = State.PREPARING
+            request.lose_worker()
+        self._leaving.clear()
 
     def finish(self, request: Request, reason: FinishReason, *, known_to_worker: bool) -> None:
         """Any state to FINISHED, and out of every list."""

@@ -7,9 +7,7 @@ gives it `Request`s and is given them back through `Outputs`.
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol, assert_never
-
-import msgspec
+from typing import assert_never
 
 from sglmoe.protocol import (
     AddRequests,
@@ -24,47 +22,24 @@ from sglmoe.protocol import (
     RowFailure,
     RowResult,
     StepResult,
-    ToWorker,
     WorkerFailed,
     WorkerProgress,
     WorkerReady,
 )
-from sglmoe.scheduler.finish import Decode, FinishReason, aborted, check_finish
+from sglmoe.scheduler.endings import fatal, never_fits, no_longer_fits
+from sglmoe.scheduler.finish import Decode, FinishReason, aborted
 from sglmoe.scheduler.planner import Planner
-from sglmoe.scheduler.policy import NewTokenRatio
-from sglmoe.scheduler.report import RowTally, StepReport, summarize, tally_row
+from sglmoe.scheduler.recovery import Recovery
+from sglmoe.scheduler.report import RowTally, summarize, tally_row
 from sglmoe.scheduler.request import Request, State
 from sglmoe.scheduler.roster import Roster
+from sglmoe.scheduler.seams import Outputs, WorkerChannel, WorkerLost
 from sglmoe.scheduler.settings import SchedulerSettings
+from sglmoe.scheduler.suspects import Suspects
+from sglmoe.scheduler.timeouts import late_requests
 from sglmoe.scheduler.worker_calls import WorkerCalls
-from sglmoe.units import ceil_div
 
 logger = logging.getLogger(__name__)
-
-
-class WorkerLost(Exception):
-    """The worker is gone or stuck; the message says why and what to change."""
-
-
-class WorkerChannel(Protocol):
-    """The worker, as far as serving goes. A worker that died is received as WorkerFailed."""
-
-    async def send(self, message: ToWorker) -> None: ...
-
-    async def receive(self) -> FromWorker: ...
-
-
-class Outputs(Protocol):
-    """Where results go."""
-
-    async def publish(self, requests: Sequence[Request]) -> None:
-        """Requests that have new tokens or came to their end while running."""
-
-    async def refuse(self, requests: Sequence[Request]) -> None:
-        """Requests that came to their end while they waited."""
-
-    def step_done(self, report: StepReport) -> None:
-        """The worker answered a step."""
 
 
 class Scheduler:
@@ -81,7 +56,6 @@ class Scheduler:
         decode: Decode,
         clock: Callable[[], float],
     ) -> None:
-        max_running = min(settings.policy.max_running, limits.max_running)
         self.limits = limits
         self.paused = False
         self.roster = Roster(
@@ -91,13 +65,13 @@ class Scheduler:
             roster=self.roster,
             limits=limits,
             snapshot=snapshot,
-            policy=msgspec.structs.replace(settings.policy, max_running=max_running),
-            ratio=NewTokenRatio(
-                initial=settings.new_token_ratio,
-                minimum=settings.min_new_token_ratio,
-                decay=settings.new_token_ratio_decay,
-            ),
+            policy=settings.policy,
+            ratio=settings.first_ratio(),
         )
+        self.recovery = Recovery(
+            worker=worker, clock=clock, silence_seconds=settings.watchdog_seconds
+        )
+        self._suspects = Suspects()
         self._settings = settings
         self._worker = worker
         self._outputs = outputs
@@ -164,11 +138,18 @@ class Scheduler:
                 message = f"requests are pending: {queued} queued, {running} running"
                 return CallDone(-1, success=False, message=message)
         await self._until(lambda: self.planner.settled)
-        return await self._calls.call(FlushCache(-1))
+        return await self.ask_worker(FlushCache(-1))
 
-    async def ask_worker(self, request: Profile | RecordRouting) -> CallDone:
+    async def ask_worker(self, request: FlushCache | Profile | RecordRouting) -> CallDone:
         """Pass it on and wait for the answer; its call_id is replaced."""
+        if self.recovery.is_under_way:
+            return CallDone(-1, success=False, message="the worker is being replaced; ask again")
         return await self._calls.call(request)
+
+    @property
+    def awaits_worker(self) -> bool:
+        """Whether the worker owes a sign of life: an answer, or its first word."""
+        return self.recovery.is_under_way or self.planner.oldest is not None
 
     def fail_all(self, message: str) -> None:
         """End everything with an error of ours, and every call too."""
@@ -178,9 +159,9 @@ class Scheduler:
     # ----------------------------------------------------------------------------------------------------- what it does
 
     async def run(self) -> None:
-        """Serve until the worker is lost (WorkerLost) or something breaks; then end all requests and raise."""
+        """Serve until no worker can be had (WorkerLost) or something breaks; then end all requests and raise."""
         tasks = [
-            asyncio.create_task(serve()) for serve in (self._pump, self._read_worker, self._tick)
+            asyncio.create_task(serve()) for serve in (self._pump, self._follow_worker, self._tick)
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -208,15 +189,23 @@ class Scheduler:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            await self._announce()
-            await self._send_plans()
+            if not self.recovery.is_under_way:
+                if (tried := self._suspects.choose()) and tried.state is State.RUNNING:
+                    self.planner.preempt(tried)  # its memory is the next one's
+                self._announce()
+                self._send_plans()
             await self.flush_outputs()
             async with self._progress:
                 self._progress.notify_all()
 
-    async def _read_worker(self) -> None:
+    async def _follow_worker(self) -> None:
         while True:
-            self._on_message(await self._worker.receive())
+            try:
+                self._on_message(await self._worker.receive())
+            except WorkerLost as lost:
+                self._lose_worker(str(lost))
+                self._wake.set()
+                self._meet_worker(await self.recovery.new_worker())
             self._wake.set()
 
     async def _tick(self) -> None:
@@ -224,23 +213,52 @@ class Scheduler:
             await asyncio.sleep(1.0)
             self.check_clocks()
 
-    async def _send_plans(self) -> None:
+    def _send_plans(self) -> None:
         while True:
             if self.planner.oldest is None:
                 self._last_progress_at = self._clock()
-            plan = self.planner.next_plan(paused=self.paused)
+            plan = self.planner.next_plan(paused=self.paused, alone=self._suspects.on_trial)
             if plan is None:
                 return
             for row in plan.rows:
                 timing = self.roster.live[row.rid].timing
                 timing.scheduled_at = timing.scheduled_at or self._clock()
-            await self._worker.send(plan)
+            self._worker.send(plan)
 
-    async def _announce(self) -> None:
-        if self._unannounced:
-            fresh, self._unannounced = self._unannounced, []
-            announcements = tuple(request.announcement() for request in fresh)
-            await self._worker.send(AddRequests(announcements))
+    def _announce(self) -> None:
+        alone, waiting = self._suspects.on_trial, self._unannounced
+        fresh = [request for request in waiting if alone in (None, request)]
+        if fresh:
+            self._unannounced = [request for request in waiting if alone not in (None, request)]
+            self._worker.send(AddRequests(tuple(request.announcement() for request in fresh)))
+
+    # ------------------------------------------------------------------------------------------------- a worker's end
+
+    def _lose_worker(self, cause: str) -> None:
+        """Take everything back to where another worker can begin: each request, with its tokens, waits at its place."""
+        compiling = [
+            request
+            for request in self.roster.live.values()
+            if request.state is State.PREPARING and request not in self._unannounced
+        ]
+        present = self.planner.at_work + compiling
+        self.recovery.begin(cause, num_suspects=len(present), num_waiting=len(self.roster.live))
+        self._calls.fail_all(f"the worker was lost, ask again: {cause}")
+        self.planner.lose_worker()
+        self._unannounced = list(self.roster.live.values())
+        if guilty := self._suspects.accuse(present):
+            self.recovery.request_failed()
+            self._end(guilty, fatal(guilty, cause))
+        for request in self.roster.take_held_back(lambda _: True):
+            self.add(request)
+
+    def _meet_worker(self, ready: WorkerReady) -> None:
+        self.limits = ready.limits
+        self.planner.meet_worker(ready.limits, ready.snapshot)
+        for request in list(self.roster.live.values()):
+            if reason := no_longer_fits(request, ready.limits):
+                self._end(request, reason)
+        self._outputs.worker_replaced(ready, self.recovery.end())
 
     # ---------------------------------------------------------------------------------------------------------- results
 
@@ -275,12 +293,15 @@ class Scheduler:
         named = [answered.requests[rid] for rid in result.rejected]
         rejected = [request for request in named if not request.finished]
         self._outputs.step_done(summarize(result, tallies, rejected))
+        if answered.requests:
+            self.recovery.step_done(num_tokens=sum(r.token_id is not None for r in result.rows))
         self._on_rejected(rejected, result.step_id)
         for request in self.roster.take_held_back(lambda _: True):
             self.add(request)
 
     def _on_row(self, request: Request, row: RowResult, step_id: int) -> RowTally:
         tally = tally_row(request, row)
+        request.reached(row.num_computed)
         was_rejected = step_id >= request.evicted_step and request.state is State.QUEUED
         if step_id >= request.evicted_step:
             if not request.output_ids and not request.num_computed:
@@ -297,26 +318,16 @@ class Scheduler:
         return tally
 
     def _on_token(self, request: Request, row: RowResult, token_id: int) -> None:
-        request.output_ids.append(token_id)
-        request.timing.first_token_at = request.timing.first_token_at or self._clock()
-        if row.logprobs is not None:
-            request.record_output_logprobs(row.logprobs)
-        if request.reasoning is not None:
-            request.reasoning.count(token_id)
         self._changed[id(request)] = request
-        finish = check_finish(
-            request.output_ids, request.stop, self._decode, grammar_done=row.grammar_done
-        )
-        if finish is not None:
-            if finish.last_token_id is not None:
-                request.output_ids[-1] = finish.last_token_id
-            request.finish_length = finish.num_tokens
-            self._end(request, finish.reason)
+        ended = request.take_token(row, token_id, now=self._clock(), decode=self._decode)
+        if ended is not None:
+            self._end(request, ended)
 
     def _on_ready(self, ready: RequestReady) -> None:
         request = self.roster.live.get(ready.rid)
         if request is None or request.state is not State.PREPARING:
             return
+        request.reached(0)
         if ready.error:
             self._end(request, aborted(ready.error, 400))
         else:
@@ -331,15 +342,7 @@ class Scheduler:
         if rejected:
             logger.warning("KV memory is full, %d requests wait again", len(rejected))
         if rejected and not self.roster.running and not self.roster.any_leaving:
-            self._end(rejected[0], self._never_fits(rejected[0]))
-
-    def _never_fits(self, request: Request) -> FinishReason:
-        pages = ceil_div(request.num_tokens, self.limits.page_tokens)
-        return aborted(
-            f"The request's {request.num_tokens} tokens take {pages} KV pages, but only "
-            f"{self.planner.snapshot.available_pages} are available although nothing else runs. Raise --memory-budget.",
-            503,
-        )
+            self._end(rejected[0], never_fits(rejected[0], self.planner.snapshot))
 
     # ------------------------------------------------------------------------------------------------------------- ends
 
@@ -374,23 +377,17 @@ class Scheduler:
         return False
 
     def check_clocks(self) -> None:
-        """End what waited or ran for too long; raise WorkerLost if the worker owes an answer for too long."""
-        now, settings = self._clock(), self._settings
-        if (limit := settings.waiting_timeout_seconds) is not None:
-            late = {r.rid for r in self.roster.queue if now - r.timing.queued_at > limit}
-            self._time_out(late, "Request waiting timeout reached.")
-        if (limit := settings.running_timeout_seconds) is not None:
-            late = {r.rid for r in self.roster.running if now - r.timing.scheduled_at > limit}
-            self._time_out(late, "Request running timeout reached.")
-        due, limit = self.planner.oldest, settings.watchdog_seconds
+        """End what waited or ran for too long, and the worker if it owes an answer for too long."""
+        now = self._clock()
+        for request, reason in list(late_requests(self.roster, self._settings, now)):
+            self._end(request, aborted(reason, 503))
+            self._wake.set()
+        due, limit = self.planner.oldest, self._settings.watchdog_seconds
         if due is not None and limit is not None and now - self._last_progress_at > limit:
-            raise WorkerLost(
+            self._last_progress_at = now
+            self._worker.kill(
                 f"the worker made no progress for {limit:.0f} s in step {due.step_id} (--watchdog-timeout)"
             )
-
-    def _time_out(self, rids: set[str], message: str) -> None:
-        if rids:
-            self.abort(lambda request: request.rid in rids, aborted(message, 503))
 
     def _is_idle(self) -> bool:
         return not self.roster.running and (self.paused or not self.roster.live)

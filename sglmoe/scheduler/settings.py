@@ -2,7 +2,7 @@
 
 import msgspec
 
-from sglmoe.scheduler.policy import PolicySettings
+from sglmoe.scheduler.policy import NewTokenRatio, PolicySettings
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True):
@@ -18,3 +18,10 @@ class SchedulerSettings(msgspec.Struct, frozen=True):
     new_token_ratio: float = 0.7  # SGLang's defaults
     min_new_token_ratio: float = 0.098
     new_token_ratio_decay: float = 0.001
+
+    def first_ratio(self) -> NewTokenRatio:
+        return NewTokenRatio(
+            initial=self.new_token_ratio,
+            minimum=self.min_new_token_ratio,
+            decay=self.new_token_ratio_decay,
+        )

@@ -1,7 +1,7 @@
 """Calls to the worker that are answered by `CallDone`."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import msgspec
 
@@ -11,7 +11,7 @@ from sglmoe.protocol import CallDone, FlushCache, Profile, RecordRouting, ToWork
 class WorkerCalls:
     """Numbers calls and hands every answer to whoever waits for it."""
 
-    def __init__(self, send: Callable[[ToWorker], Awaitable[None]]) -> None:
+    def __init__(self, send: Callable[[ToWorker], None]) -> None:
         self._send = send
         self._waiting: dict[int, asyncio.Future[CallDone]] = {}
         self._num_calls = 0
@@ -22,7 +22,7 @@ class WorkerCalls:
         self._num_calls += 1
         future: asyncio.Future[CallDone] = asyncio.get_running_loop().create_future()
         self._waiting[call_id] = future
-        await self._send(msgspec.structs.replace(message, call_id=call_id))
+        self._send(msgspec.structs.replace(message, call_id=call_id))
         return await future
 
     def answer(self, done: CallDone) -> None:

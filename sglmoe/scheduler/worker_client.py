@@ -1,4 +1,4 @@
-"""The worker's process and the line to it. A worker that dies is received as `WorkerFailed`."""
+"""A worker's process and the line to it. A worker that dies is received as `WorkerFailed`."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from sglmoe.protocol import (
     WorkerProgress,
     WorkerReady,
 )
-from sglmoe.scheduler.scheduler import WorkerLost
+from sglmoe.scheduler.seams import WorkerLost
 from sglmoe.transport import (
     AsyncReceiver,
     AsyncSender,
@@ -88,21 +88,38 @@ class WorkerClient:
             context, results_address(worker.directory), FromWorker, bind=True
         )
         self._arrived: asyncio.Queue[FromWorker] = asyncio.Queue()
+        # The socket's own send waits for ever for a peer that is gone.
+        self._outgoing: asyncio.Queue[ToWorker] = asyncio.Queue()
         self._death = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.add_reader(self._process.sentinel, self._on_death)
-        self._tasks = [loop.create_task(self._read()), loop.create_task(self._report_death())]
+        self._tasks = [
+            loop.create_task(work()) for work in (self._read, self._write, self._report_death)
+        ]
 
-    async def send(self, message: ToWorker) -> None:
-        await self._sender.send(message)
+    def send(self, message: ToWorker) -> None:
+        self._outgoing.put_nowait(message)
 
     async def receive(self) -> FromWorker:
         return await self._arrived.get()
 
-    async def wait_until_ready(self) -> WorkerReady:
-        """The worker's first real message. Raises WorkerLost if it can't start."""
+    def kill(self, cause: str) -> None:
+        """End the worker, even one that is stopped; received as WorkerFailed with this cause, behind what it has said."""
+        self._process.kill()
+        self._arrived.put_nowait(WorkerFailed(cause))
+
+    async def wait_until_ready(self, *, silence_seconds: float | None = None) -> WorkerReady:
+        """The worker's first real message. Raises WorkerLost if it can't start, or is silent for so long."""
         while True:
-            match await self.receive():
+            try:
+                async with asyncio.timeout(silence_seconds):
+                    message = await self.receive()
+            except TimeoutError:
+                raise WorkerLost(
+                    f"the worker was silent for {silence_seconds:.0f} s while it loaded (--watchdog-timeout, and what the "
+                    "first one took)"
+                ) from None
+            match message:
                 case WorkerReady() as ready:
                     if ready.protocol_version != PROTOCOL_VERSION:
                         raise WorkerLost(
@@ -118,7 +135,7 @@ class WorkerClient:
 
     async def shut_down(self) -> None:
         """Ask the worker to leave, and wait for that a little."""
-        await self.send(Shutdown())
+        self.send(Shutdown())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EXIT_SECONDS):
                 await self._death.wait()
@@ -138,6 +155,10 @@ class WorkerClient:
             if isinstance(message, StepResult) and not connected:  # both ways work
                 connected = True
                 self._worker.remove_directory()
+
+    async def _write(self) -> None:
+        while True:
+            await self._sender.send(await self._outgoing.get())
 
     def _on_death(self) -> None:
         asyncio.get_running_loop().remove_reader(self._process.sentinel)

@@ -246,9 +246,9 @@ class GrammarCompiler:
                 "start the server without --grammar-backend none and --skip-tokenizer-init"
             )
         budget = thinking_budget(request.sampling_params)
-        key = self._backend.get_request_grammar_key(
-            key, input_ids=request.request.tokens, thinking_budget=budget
-        )
+        # How the prompt ends decides, whatever a request that comes from another worker has generated since.
+        prompt = request.request.tokens[: request.request.num_prompt]
+        key = self._backend.get_request_grammar_key(key, input_ids=prompt, thinking_budget=budget)
         value, is_cached = self._backend.get_cached_or_future_value(
             key, request.request.spec.requires_reasoning
         )

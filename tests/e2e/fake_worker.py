@@ -41,6 +41,7 @@ LIMITS = Limits(
 STEP_SECONDS = 0.005
 FIRST_TOKEN = 300
 KILL_TOKEN = 999  # a prompt with this one kills the worker
+DEAFEN_TOKEN = 998  # with this one, it makes its first worker close its sockets and live on
 BAD_GRAMMAR = b"(unclosed"
 NUM_LAYERS, TOP_K = 2, 3
 
@@ -51,6 +52,10 @@ class Running:
         self.prompt = np.frombuffer(spec.prompt_ids, dtype=np.int32)
         self.num_outputs = len(spec.output_ids) // 4
         self.num_computed = 0
+
+    @property
+    def deafens(self) -> bool:
+        return DEAFEN_TOKEN in self.prompt and self.num_outputs == 3 and not self.spec.output_ids
 
     def advance(self, num_tokens: int) -> RowResult:
         total = len(self.prompt) + self.num_outputs
@@ -130,6 +135,10 @@ class FakeWorker:
         for row in plan.rows:
             if KILL_TOKEN in self._requests[row.rid].prompt:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self._requests[row.rid].deafens:
+                self._sender.close()
+                self._plans.close()
+                time.sleep(3600)
         rows = tuple(self._requests[row.rid].advance(row.num_tokens) for row in plan.rows)
         return StepResult(
             step_id=plan.step_id,

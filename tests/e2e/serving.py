@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -48,11 +48,18 @@ class Outcome(NamedTuple):
 
 @contextmanager
 def running_server(
-    module: str, *flags: str, log: Path, environ: dict[str, str] | None = None
+    module: str,
+    *flags: str,
+    log: Path,
+    environ: dict[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> Iterator[Server]:
-    """`python -m MODULE FLAGS --port ...`, healthy; stopped by SIGTERM in the end."""
+    """`python -m MODULE FLAGS --port ...`, healthy; stopped by SIGTERM in the end.
+
+    `prepare` is called in its process, before the command.
+    """
     port = free_port()
-    process = start(module, *flags, f"--port={port}", log=log, environ=environ)
+    process = start(module, *flags, f"--port={port}", log=log, environ=environ, prepare=prepare)
     server = Server(process, f"http://127.0.0.1:{port}", log)
     try:
         wait_until_healthy(server)
@@ -89,16 +96,26 @@ def run_as_a_user(*command: str, log: Path) -> Outcome:
 
 
 def start(
-    module: str, *flags: str, log: Path, environ: dict[str, str] | None = None
+    module: str,
+    *flags: str,
+    log: Path,
+    environ: dict[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> BaseProcess:
     process = multiprocessing.get_context("fork").Process(
-        target=command, args=(module, flags, log, environ or {})
+        target=command, args=(module, flags, log, environ or {}, prepare)
     )
     process.start()
     return process
 
 
-def command(module: str, flags: tuple[str, ...], log: Path, environ: dict[str, str]) -> None:
+def command(
+    module: str,
+    flags: tuple[str, ...],
+    log: Path,
+    environ: dict[str, str],
+    prepare: Callable[[], None] | None,
+) -> None:
     """What `python -m` does, with output into a file."""
     die_with_parent()
     os.setsid()
@@ -109,6 +126,8 @@ def command(module: str, flags: tuple[str, ...], log: Path, environ: dict[str, s
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     os.environ.update(environ)
     share_fork_server()
+    if prepare is not None:
+        prepare()
     sys.argv = [module, *flags]
     try:
         run_module(module)

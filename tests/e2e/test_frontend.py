@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 from checkpoints import make_checkpoint
-from fake_worker import FIRST_TOKEN, KILL_TOKEN, LIMITS
+from fake_worker import DEAFEN_TOKEN, FIRST_TOKEN, KILL_TOKEN, LIMITS
 from forking import run_in_fork
 
 START_SECONDS = 240
@@ -74,7 +74,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "server.log"
-    server = Server(model_dir, log, "--enable-metrics", "--decode-log-interval", "4")
+    flags = ["--enable-metrics", "--decode-log-interval", "4", "--watchdog-timeout", "4"]
+    server = Server(model_dir, log, *flags)
     yield server
     server.stop()
 
@@ -279,10 +280,9 @@ def test_metrics_and_loads(server: Server) -> None:
     assert loads[0]["max_total_num_tokens"] == LIMITS.total_tokens
 
 
-def test_worker_death_ends_every_request_with_its_cause(server: Server) -> None:
-    """Last, because the server does not survive it."""
+def test_workers_that_die_of_a_request_fail_it_alone(server: Server) -> None:
     answers: list[httpx.Response] = []
-    body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 1900}}
+    body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 600}}
     thread = threading.Thread(
         target=lambda: answers.append(server.client.post("/generate", json=body))
     )
@@ -290,7 +290,35 @@ def test_worker_death_ends_every_request_with_its_cause(server: Server) -> None:
     time.sleep(0.4)
     killer = server.client.post("/generate", json={"input_ids": [5, KILL_TOKEN]})
     thread.join(timeout=20)
-    for response in (killer, answers[0]):
-        assert response.status_code == 500
-        assert "killed by SIGKILL, probably out of memory; lower --memory-budget" in response.text
-    assert server.process.wait(timeout=20) != 0
+    assert killer.status_code == 500
+    assert "killed by SIGKILL, probably out of memory; lower --memory-budget" in killer.text
+    assert answers[0].json()["output_ids"] == tokens(600)
+    state = server.client.get("/server_info").json()["internal_states"][0]["sglmoe"]
+    assert (state["restarts"]["count"], state["restarts"]["failed_requests"]) == (3, 1)
+    assert "sglmoe_worker_restarts_total{" in server.client.get("/metrics/").text
+
+
+def test_a_worker_that_closes_its_sockets_is_replaced(server: Server) -> None:
+    """It lives on, and would never be heard of again."""
+    before = server.client.get("/server_info").json()["internal_states"][0]["sglmoe"]["restarts"]
+    assert server.generate(input_ids=[5, DEAFEN_TOKEN], sampling_params={"max_new_tokens": 8})[
+        "output_ids"
+    ] == tokens(8)
+    state = server.client.get("/server_info").json()["internal_states"][0]["sglmoe"]
+    assert state["restarts"]["count"] == before["count"] + 1
+    assert "made no progress for 4 s" in state["restarts"]["cause"]
+
+
+def test_sigterm_lets_requests_finish(server: Server) -> None:
+    """Last, because the server does not survive it."""
+    answers: list[httpx.Response] = []
+    body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 600}}
+    thread = threading.Thread(
+        target=lambda: answers.append(server.client.post("/generate", json=body))
+    )
+    thread.start()
+    time.sleep(0.4)
+    server.process.terminate()
+    thread.join(timeout=20)
+    assert answers[0].json()["output_ids"] == tokens(600)
+    assert server.process.wait(timeout=40) == 0

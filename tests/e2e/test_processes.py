@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 from checkpoints import make_checkpoint
 from forking import run_in_fork
 
@@ -26,6 +27,7 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
         self._log = log
         command = [sys.executable, "-m", "sglmoe.launch_server", "--memory-budget", "200MB"]
         command += ["--model-path", str(model), "--port", str(port)]
@@ -49,6 +51,11 @@ class Server:
     def worker(self) -> psutil.Process:
         """The scheduler starts it last, and it holds the arena."""
         return max(self.children, key=lambda process: process.create_time())
+
+    @property
+    def scheduler(self) -> psutil.Process:
+        (scheduler,) = [p for p in self.children if "sglmoe::scheduler" in " ".join(p.cmdline())]
+        return scheduler
 
     def survivors(self) -> list[psutil.Process]:
         """Processes that still run `END_SECONDS` later. A zombie does not: nobody has asked for its status."""
@@ -93,8 +100,17 @@ def test_nothing_outlives_the_launcher(server: Server, number: signal.Signals) -
     assert server.survivors() == []
 
 
-def test_a_killed_worker_takes_the_server_down_with_a_reason(server: Server) -> None:
+def test_a_killed_worker_is_replaced_and_a_killed_scheduler_ends_the_server(server: Server) -> None:
     server.worker.kill()
+    deadline = time.monotonic() + START_SECONDS
+    while "A new worker serves" not in server.log:
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.1)
+    assert "the worker was killed by SIGKILL" in server.log
+    answer = requests.post(f"{server.url}/generate", json={"input_ids": [5, 6]}, timeout=60)
+    assert answer.status_code == 200
+    server.children = server.launcher.children(recursive=True)
+    server.scheduler.kill()
     assert server.survivors() == []
     assert server.launcher.wait() != 0
-    assert "the worker was killed by SIGKILL" in server.log
+    assert "Subprocess scheduler_0" in server.log

@@ -31,7 +31,8 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "start_up": {"machine"},
     "preload": {"scheduler", "worker"},
     "preparation": LAUNCH,
-    "launch_server": LAUNCH | {"preparation", "units"},
+    "graceful_stop": set(),
+    "launch_server": LAUNCH | {"graceful_stop", "preparation", "units"},
     "engine": LAUNCH | {"preparation"},
 }
 DEVICE = {"torch", "triton"}
@@ -57,6 +58,7 @@ KNOWS_SGLANG = (  # the only files that do, as patterns
     "cpu_kernels.py",
     "cpu_platform.py",
     "engine.py",
+    "graceful_stop.py",
     "launch_server.py",
     "preload.py",
     "preparation.py",

@@ -17,10 +17,18 @@ import pytest
 
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.manager import MemoryManager
-from sglmoe.protocol import AddRequests, FromWorker, Limits, ResidencyPlan, StepPlan, ToWorker
+from sglmoe.protocol import (
+    AddRequests,
+    FromWorker,
+    Limits,
+    ResidencyPlan,
+    StepPlan,
+    ToWorker,
+    WorkerReady,
+)
 from sglmoe.scheduler.finish import StopRules
 from sglmoe.scheduler.policy import Order, PolicySettings
-from sglmoe.scheduler.report import StepReport
+from sglmoe.scheduler.report import Restarts, StepReport
 from sglmoe.scheduler.request import Request
 from sglmoe.scheduler.scheduler import Scheduler
 from sglmoe.scheduler.settings import SchedulerSettings
@@ -105,8 +113,14 @@ class WorkerLine:
         self._on_step = on_step
         self.num_steps = self.num_rejected = 0
 
-    async def send(self, message: ToWorker) -> None:
+    def send(self, message: ToWorker) -> None:
         self._inbox.put_nowait(message)
+
+    def kill(self, cause: str) -> None:
+        raise AssertionError(cause)
+
+    async def replace(self, *, silence_seconds: float | None) -> WorkerReady:
+        raise AssertionError("nobody dies here")
 
     async def receive(self) -> FromWorker:
         while True:
@@ -137,6 +151,9 @@ class Ends:
 
     def step_done(self, report: StepReport) -> None:
         pass
+
+    def worker_replaced(self, ready: WorkerReady, restarts: Restarts) -> None:
+        raise AssertionError("nobody dies here")
 
 
 def request(rid: str, *, num_prompt: int, max_new_tokens: int) -> Request:

@@ -60,6 +60,13 @@ def test_routing_is_put_together_by_position() -> None:
     assert array("i", record.ids).tolist() == [1, 2, 3, 4]
 
 
+def test_a_new_worker_is_not_asked_for_routing_that_is_known() -> None:
+    request = make(4, routed_experts=RoutingRecord(start=1))
+    assert request.announcement().routed_experts_start == 1
+    request.record_routing(routing(1, 2), end=3)
+    assert request.announcement().routed_experts_start == 3
+
+
 def test_reasoning_is_counted_through_its_end_marker() -> None:
     counter = ReasoningCounter(end_ids=(8, 9))
     for token_id in (1, 8, 8, 9, 2, 3):

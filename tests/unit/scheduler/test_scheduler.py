@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
-import pytest
 
 from sglmoe.protocol import (
     AddRequests,
@@ -18,6 +17,7 @@ from sglmoe.protocol import (
     FromWorker,
     Limits,
     MemorySnapshot,
+    NewRequest,
     RequestReady,
     Row,
     RowFailure,
@@ -26,12 +26,14 @@ from sglmoe.protocol import (
     StepResult,
     ToWorker,
     WorkerFailed,
+    WorkerReady,
 )
 from sglmoe.scheduler.finish import StopRules, aborted
 from sglmoe.scheduler.policy import PolicySettings
-from sglmoe.scheduler.report import StepReport
+from sglmoe.scheduler.report import Restarts, StepReport
 from sglmoe.scheduler.request import Request, State
-from sglmoe.scheduler.scheduler import Scheduler, WorkerLost
+from sglmoe.scheduler.scheduler import Scheduler
+from sglmoe.scheduler.seams import WorkerLost
 from sglmoe.scheduler.settings import SchedulerSettings
 
 LIMITS = Limits(total_tokens=80, page_tokens=4, max_running=8, context_tokens=64, vocab_size=100)
@@ -43,20 +45,38 @@ def snapshot(*, available_pages: int = 20) -> MemorySnapshot:
 
 
 class Channel:
-    """The line to the worker: `plans` and `added` are what it was sent, `say` is its voice."""
+    """The line to the worker: `plans` and `announced` are what it was sent, `say` is its voice.
+
+    When it has died, whatever is put into `births` comes in its place, and is sent everything anew.
+    """
 
     def __init__(self) -> None:
         self.plans: list[StepPlan] = []
-        self.added: list[str] = []
+        self.announced: list[NewRequest] = []
         self.calls: list[FlushCache] = []
+        self.births: asyncio.Queue[WorkerReady | WorkerLost] = asyncio.Queue()
         self._voice: asyncio.Queue[FromWorker] = asyncio.Queue()
 
-    async def send(self, message: ToWorker) -> None:
+    @property
+    def added(self) -> list[str]:
+        return [request.rid for request in self.announced]
+
+    def kill(self, cause: str) -> None:
+        self.say(WorkerFailed(cause))
+
+    async def replace(self, *, silence_seconds: float | None) -> WorkerReady:
+        born = await self.births.get()
+        if isinstance(born, WorkerLost):
+            raise born
+        self.plans, self.announced = [], []
+        return born
+
+    def send(self, message: ToWorker) -> None:
         match message:
             case StepPlan():
                 self.plans.append(message)
             case AddRequests(requests):
-                self.added += [request.rid for request in requests]
+                self.announced += requests
             case FlushCache():
                 self.calls.append(message)
 
@@ -75,6 +95,7 @@ class Client:
         self.ends: dict[str, Any] = {}
         self.refused: dict[str, Any] = {}
         self.reports: list[StepReport] = []
+        self.restarts: list[Restarts] = []
 
     async def publish(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -88,6 +109,9 @@ class Client:
 
     def step_done(self, report: StepReport) -> None:
         self.reports.append(report)
+
+    def worker_replaced(self, ready: WorkerReady, restarts: Restarts) -> None:
+        self.restarts.append(restarts)
 
 
 class Stage:
@@ -326,35 +350,6 @@ def test_a_failed_row_ends_one_request_only() -> None:
         assert "a" not in stage.client.ends
 
     play(scene)
-
-
-def test_worker_death_ends_all_requests_with_its_cause() -> None:
-    async def scene(stage: Stage) -> None:
-        await stage.add("running", 16)
-        await stage.add("queued", 4)
-        await stage.hear(WorkerFailed("killed by SIGKILL"))
-        assert (stage.client.ends["running"].status, stage.client.refused["queued"].status) == (
-            500,
-            500,
-        )
-        assert stage.client.ends["running"].message == "killed by SIGKILL"
-
-    with pytest.raises(WorkerLost, match="SIGKILL"):
-        play(scene)
-
-
-def test_a_worker_that_answers_nothing_is_lost() -> None:
-    async def scene(stage: Stage) -> None:
-        stage.now += 1000  # idle as long as you like
-        stage.scheduler.check_clocks()
-        await stage.add("a", 4)
-        stage.now += 29
-        stage.scheduler.check_clocks()
-        stage.now += 2
-        with pytest.raises(WorkerLost, match="no progress for 30 s in step 0"):
-            stage.scheduler.check_clocks()
-
-    play(scene, watchdog_seconds=30)
 
 
 def test_a_grammar_is_waited_for_and_may_be_wrong() -> None:
