@@ -73,7 +73,7 @@ class GroupedExperts:
                 outputs = computed
             else:
                 torch.where((table[ids.long()] >= 0).unsqueeze(-1), computed, outputs, out=outputs)
-        return fused_moe.moe_combine_topk(  # type: ignore[no-any-return]
+        return fused_moe.moe_combine_topk(
             intermediate_cache3=outputs,
             out_hidden_states=torch.empty_like(hidden),
             routed_scaling_factor=config.routed_scaling_factor,
