@@ -4,12 +4,13 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "$1"
+python=${PYTHON:-python3}
 out=$(cd "$1" && pwd)
 [ $# -gt 1 ] && source "$2/env.sh"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 unset TRITON_INTERPRET
 nvidia-smi > "$out/device.txt" 2>&1
-timeout 240 python3 -m pytest tests/gpu -p no:cacheprovider -o filterwarnings= 2>&1 | tee "$out/tests.txt"
+timeout 240 "$python" -m pytest tests/gpu -p no:cacheprovider -o filterwarnings= 2>&1 | tee "$out/tests.txt"
 failed=${PIPESTATUS[0]}
-timeout 240 python3 -m eval.kernel_speed "$out/kernel_speed.json" 2>&1 | tee "$out/kernel_speed.txt"
+timeout 240 "$python" -m eval.kernel_speed "$out/kernel_speed.json" 2>&1 | tee "$out/kernel_speed.txt"
 exit $((failed | PIPESTATUS[0]))

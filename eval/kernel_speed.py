@@ -9,6 +9,7 @@ Sizes are Qwen3-30B-A3B's. No GPU has run this yet.
 """
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -200,12 +201,16 @@ def captured(work: Callable[[], object]) -> Callable[[], None]:
     return graph.replay  # type: ignore[no-any-return]
 
 
+def described() -> dict[str, Any]:
+    """Machine, versions and commit, where there is a repository to tell it."""
+    try:
+        return describe_run()
+    except (OSError, subprocess.CalledProcessError):
+        return {"machine": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}}
+
+
 def main() -> None:
-    found = {
-        "device": torch.cuda.get_device_name(0),
-        "versions": f"torch {torch.__version__}, triton {triton.__version__}",
-        **describe_run(),
-    }
+    found = {**described(), "triton": triton.__version__}
     for measure in (measure_page_in, measure_decide, measure_products, measure_step):
         name = measure.__name__.removeprefix("measure_")
         found[name] = measure()

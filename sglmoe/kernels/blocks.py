@@ -15,7 +15,7 @@ import triton.language as tl
 ABSENT = -1  # a block that SGLang's GEMM fills with zeros
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_experts"])
 def map_blocks_kernel(
     expert_ids: tl.tensor,
     num_padded: tl.tensor,
@@ -36,7 +36,7 @@ def map_blocks_kernel(
     tl.store(frame_ids + block, frame, mask=is_block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def wave_blocks_kernel(
     sorted_ids: tl.tensor,
     expert_ids: tl.tensor,
