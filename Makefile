@@ -27,6 +27,7 @@ test: test-unit test-e2e
 
 test-unit: $(INSTALLED)
 	$(RUN) pytest tests/unit
+	$(RUN) pytest tests/kernels_codec
 
 test-e2e: $(INSTALLED)
 	$(RUN) pytest tests/e2e -m 'not gpu'

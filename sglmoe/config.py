@@ -12,7 +12,8 @@ from sglmoe.units import parse_bytes, show_bytes
 
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 
-AUTO = "auto"  # the predictor that does best
+AUTO = "auto"  # the predictor that does best; packed experts where there are any
+ON, OFF = "on", "off"
 # Those that need no training, trained ones that are beside the model, and two that are wrong, to compare with.
 PREDICTORS = (
     *(AUTO, "last_step", "previous_layer", "frequency", "expert_map", "pregate"),
@@ -62,6 +63,7 @@ class Options(msgspec.Struct, frozen=True):
     memory_planner: str | None = None
     expert_prefetch: str | None = None
     expert_predictor: str | None = None
+    packed_experts: str | None = None
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -75,6 +77,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     memory_planner: bool = True  # limit the running requests to what leaves experts enough frames
     expert_prefetch: PrefetchMode = PrefetchMode.OFF
     expert_predictor: str = AUTO  # a name, a trained predictor's file, or AUTO
+    packed_experts: str = AUTO  # OFF, ON, AUTO, or the folder they are in
 
 
 def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) -> EngineConfig:
@@ -101,6 +104,7 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
         memory_planner=parse_memory_planner(options.memory_planner),
         expert_prefetch=parse_expert_prefetch(options.expert_prefetch),
         expert_predictor=parse_expert_predictor(options.expert_predictor),
+        packed_experts=parse_packed_experts(options.packed_experts),
     )
 
 
@@ -144,6 +148,17 @@ def parse_expert_predictor(text: str | None) -> str:
     if text not in PREDICTORS and not text.endswith(".json"):
         raise ValueError(
             f"--expert-predictor: {text!r} is none of {', '.join(PREDICTORS)}, and not a trained one's .json"
+        )
+    return text
+
+
+def parse_packed_experts(text: str | None) -> str:
+    """Read ``"off"``, ``"on"``, ``"auto"``, the default, or a folder. Raises ValueError."""
+    if text is None:
+        return AUTO
+    if text not in (OFF, ON, AUTO) and "/" not in text:
+        raise ValueError(
+            f"--packed-experts: {text!r} is none of off, on, auto, and no folder; write ./{text} for one"
         )
     return text
 

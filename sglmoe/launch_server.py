@@ -17,6 +17,7 @@ from sglmoe.config import (
     parse_expert_prefetch,
     parse_memory_planner,
     parse_memory_policy,
+    parse_packed_experts,
 )
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.start_up import keep_start_method, leave_after, start_importing
@@ -136,6 +137,12 @@ def our_parser() -> Parser:
         help=f"Who predicts which experts: {', '.join(PREDICTORS[1:])}, the path of a trained one "
         "(python -m sglmoe.prediction.train), or auto (default): the one whose predictions would have been the most use.",
     )
+    group.add_argument(
+        "--packed-experts",
+        metavar="off|on|auto|FOLDER",
+        help="Whether experts are read in the smaller form that python -m sglmoe.pack wrote beside the checkpoint, or into "
+        "FOLDER: auto (default) where there are any that match, on refuses to start without. The same bits either way.",
+    )
     return parser
 
 
@@ -154,6 +161,7 @@ def read_options(argv: list[str]) -> Options:
     parse_memory_planner(given.memory_planner)
     parse_expert_prefetch(given.expert_prefetch)
     parse_expert_predictor(given.expert_predictor)
+    parse_packed_experts(given.packed_experts)
     return Options(
         memory_budget=given.memory_budget,
         host_memory=given.host_memory,
@@ -161,6 +169,7 @@ def read_options(argv: list[str]) -> Options:
         memory_planner=given.memory_planner,
         expert_prefetch=given.expert_prefetch,
         expert_predictor=given.expert_predictor,
+        packed_experts=given.packed_experts,
     )
 
 

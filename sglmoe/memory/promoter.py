@@ -68,8 +68,9 @@ class Promoter:
         if block is None:
             return False
         layer, expert, target = promotion.layer, promotion.expert, self._tier.blocks[block]
+        read = self._store.read_stored if self._tier.as_stored else self._store.read
         try:
-            num_bytes = self._store.read(layer, expert, target, before_chunk=self._before_chunk)
+            num_bytes = read(layer, expert, target, before_chunk=self._before_chunk)
         except ExpertReadError as error:
             logger.warning("not kept in host memory: %s", error)
             self._tier.abandon(block, unreadable=True)

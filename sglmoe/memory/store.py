@@ -1,20 +1,25 @@
 """Where the bytes of experts that are not resident come from: views of host memory or of a mapped
-checkpoint file.
+checkpoint file, or the same in packed form in another file.
 
 Knows names and sizes. Keeps no copy: what `put` is given must stay alive and unchanged.
 """
 
+import logging
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from sglmoe.memory.mapped_files import Extent, MappedFiles
+from sglmoe.memory.packed_extent import BeforeBytes, InMemory, PackedExtent, PackedPlace, unpack
 from sglmoe.memory.read_rate import ReadRate
 
+logger = logging.getLogger(__name__)
+
 Bytes = npt.NDArray[np.uint8]
-Part = Bytes | Extent
+Part = Bytes | Extent | PackedExtent
 
 # As they lie in a frame: w13 is the rows of w1 (gate), then those of w3 (up); w2 (down) follows.
 PARTS = ("w1", "w3", "w2")
@@ -41,6 +46,7 @@ class ExpertStore:
         self.total_bytes = 0
         self._clock = clock
         self._rate = rate
+        self._damaged: set[str] = set()  # paths of packed files; several threads may add to it
         self._disk_is_asked = True  # by the last read; a guess, so threads need not agree on it
 
     def put(self, layer: int, expert: int, part: str, array: Bytes) -> None:
@@ -75,27 +81,95 @@ class ExpertStore:
     ) -> int:
         """Copy the expert to the start of `target`, contiguous and large enough; its bytes.
 
-        `before_chunk` is called before each CHUNK_BYTES; what it raises ends the read. Raises
+        `before_chunk` is called before each CHUNK_BYTES or less; what it raises ends the read. Raises
         ExpertReadError, and then `target` has changed in part.
         """
         num_bytes, started = 0, self._clock()
+        step = sys.maxsize if before_chunk is None else CHUNK_BYTES
+        before_bytes = self._before_bytes(before_chunk)
         for offset, part in self.parts(layer, expert):
             place = target[offset : offset + part.nbytes]
-            step = part.nbytes if before_chunk is None else CHUNK_BYTES
-            for start in range(0, part.nbytes, step):
-                if before_chunk is not None:
-                    before_chunk()
-                if self._rate is not None:
-                    self._rate.wait(min(step, part.nbytes - start))  # no byte comes before
-                try:
-                    _copy(part, place[start : start + step], start)
-                except OSError as error:
-                    raise _read_error(layer, expert, part, error) from error
+            try:
+                self._read_part(part, place, step, before_bytes)
+            except OSError as error:
+                raise _read_error(layer, expert, part, error) from error
             num_bytes += part.nbytes
         if before_chunk is None:  # else it may have waited
             seconds = self._clock() - started
             self._disk_is_asked = num_bytes < CACHE_BYTES_PER_SECOND * seconds
         return num_bytes
+
+    def read_stored(
+        self, layer: int, expert: int, target: Bytes, *, before_chunk: Callable[[], None]
+    ) -> int:
+        """As `read`, but the bytes as they are stored, packed or not; how many. For `unpack`."""
+        before_bytes = self._before_bytes(before_chunk)
+        num_bytes = 0
+        for _, part in self.parts(layer, expert):
+            place = target[num_bytes : num_bytes + stored_bytes(part)]
+            try:
+                if isinstance(part, PackedExtent):
+                    part.read_packed(place, before_bytes)
+                else:
+                    _read_plain(part, place, CHUNK_BYTES, before_bytes)
+            except OSError as error:
+                raise _read_error(layer, expert, part, error) from error
+            num_bytes += place.nbytes
+        return num_bytes
+
+    def unpack(
+        self,
+        layer: int,
+        expert: int,
+        stored: Bytes,
+        target: Bytes,
+        *,
+        before_chunk: Callable[[], None] | None = None,
+    ) -> int:
+        """Copy what `read_stored` gave to the start of `target` as `read` would; its bytes."""
+        step = sys.maxsize if before_chunk is None else CHUNK_BYTES
+
+        def before_bytes(num_bytes: int) -> None:
+            if before_chunk is not None:
+                before_chunk()
+
+        num_bytes = 0
+        for offset, part in self.parts(layer, expert):
+            source, stored = np.split(stored, [stored_bytes(part)])
+            place = target[offset : offset + part.nbytes]
+            if isinstance(part, PackedExtent):
+                unpack(InMemory(source, before_bytes), source.nbytes, place)
+            else:
+                _read_plain(source, place, step, before_bytes)
+            num_bytes += part.nbytes
+        return num_bytes
+
+    def _before_bytes(self, before_chunk: Callable[[], None] | None) -> BeforeBytes:
+        def before_bytes(num_bytes: int) -> None:
+            if before_chunk is not None:
+                before_chunk()
+            if self._rate is not None:
+                self._rate.wait(num_bytes)  # no byte comes before
+
+        return before_bytes
+
+    def _read_part(self, part: Part, target: Bytes, step: int, before_bytes: BeforeBytes) -> None:
+        """From its packed form, or where that is damaged from its original."""
+        if isinstance(part, PackedExtent):
+            if part.path not in self._damaged:
+                try:
+                    part.read_into(target, before_bytes)
+                    return
+                except OSError as error:
+                    self._damaged.add(part.path)
+                    logger.warning(
+                        "%s is damaged (%s): its experts are read from the checkpoint from now on; "
+                        "delete it, and run python -m sglmoe.pack again",
+                        part.path,
+                        error,
+                    )
+            part = part.original
+        _read_plain(part, target, step, before_bytes)
 
     def will_read(self, layer: int, expert: int) -> None:
         """Begin to read the expert, if it is in files; `read` is to follow soon.
@@ -105,7 +179,7 @@ class ExpertStore:
         if not self._disk_is_asked:
             return
         for _, part in self.parts(layer, expert):
-            if isinstance(part, Extent):
+            if isinstance(part, Extent | PackedExtent):
                 part.will_read()
 
     def unmap(self) -> int:
@@ -117,7 +191,7 @@ class ExpertStore:
         files = MappedFiles()
         held_bytes = 0
         for key, part in self._parts.items():
-            if isinstance(part, Extent):
+            if not isinstance(part, np.ndarray):
                 continue
             extent = files.extent(part.ctypes.data, part.nbytes)
             if extent is None:
@@ -126,15 +200,40 @@ class ExpertStore:
                 self._parts[key] = extent
         return held_bytes
 
+    def use_packed(self, packed: Mapping[tuple[str, int], PackedPlace]) -> int:
+        """From now on, read packed what lies in a file at one of these `(path, offset)`; how many tensors that are."""
+        num_tensors = 0
+        for key, part in self._parts.items():
+            place = packed.get((part.path, part.offset)) if isinstance(part, Extent) else None
+            if place is not None and isinstance(part, Extent) and place.num_bytes == part.nbytes:
+                self._parts[key] = PackedExtent(place.packed, place.checksum, original=part)
+                num_tensors += 1
+        return num_tensors
+
+    def paths(self) -> set[str]:
+        """The files that experts lie in as they are."""
+        return {part.path for part in self._parts.values() if isinstance(part, Extent)}
+
     def experts(self) -> list[tuple[int, int]]:
         """Every (layer, expert), in order."""
         return sorted({(layer, expert) for layer, expert, _ in self._parts})
 
     def expert_bytes(self) -> int:
         """The bytes of the largest expert; 0 if there is none."""
+        return self._largest(lambda part: part.nbytes)
+
+    def stored_expert_bytes(self) -> int:
+        """Likewise, as experts are stored."""
+        return self._largest(stored_bytes)
+
+    def stored_total_bytes(self) -> int:
+        """Of all experts, as they are stored."""
+        return sum(map(stored_bytes, self._parts.values()))
+
+    def _largest(self, size: Callable[[Part], int]) -> int:
         sizes: dict[tuple[int, int], int] = {}
-        for (layer, expert, _), array in self._parts.items():
-            sizes[layer, expert] = sizes.get((layer, expert), 0) + array.nbytes
+        for (layer, expert, _), part in self._parts.items():
+            sizes[layer, expert] = sizes.get((layer, expert), 0) + size(part)
         return max(sizes.values(), default=0)
 
     def check_complete(self, num_layers: int, num_experts: int) -> None:
@@ -148,16 +247,24 @@ class ExpertStore:
                         )
 
 
-def _copy(part: Part, target: Bytes, start: int) -> None:
-    """Fill `target` from byte `start` of the part on."""
-    if isinstance(part, Extent):
-        part.read_into(memoryview(target.data), start)
-    else:
-        target[:] = part[start : start + target.nbytes]
+def stored_bytes(part: Part) -> int:
+    """What a tensor takes where it is stored."""
+    return part.packed.nbytes if isinstance(part, PackedExtent) else part.nbytes
+
+
+def _read_plain(part: Bytes | Extent, target: Bytes, step: int, before_bytes: BeforeBytes) -> None:
+    """Fill `target` with the part, at most `step` bytes at a time."""
+    for start in range(0, part.nbytes, step):
+        piece = target[start : start + step]
+        before_bytes(piece.nbytes)
+        if isinstance(part, Extent):
+            part.read_into(memoryview(piece.data), start)
+        else:
+            piece[:] = part[start : start + piece.nbytes]
 
 
 def _read_error(layer: int, expert: int, part: Part, error: OSError) -> ExpertReadError:
-    source = part.path if isinstance(part, Extent) else "memory"
+    source = "memory" if isinstance(part, np.ndarray) else part.path
     return ExpertReadError(
         f"expert {expert} of MoE layer {layer} can't be read from {source}: {error}. The file was "
         "changed while being served, or its disk fails: restore the file and restart the server"

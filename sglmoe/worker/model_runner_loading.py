@@ -28,6 +28,7 @@ from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import parse_bytes, show_bytes
 from sglmoe.worker.moe_layer import PagedExperts, install
+from sglmoe.worker.packed_experts import use_packed
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ def load_model(
     on_progress("loading dense weights", 0, 0)
     runner = build_runner(server_args, gpu_id=gpu_id, nccl_port=nccl_port)
     close_store(experts)
+    use_packed(store, config.packed_experts, server_args.model_path)
     dense_bytes = model_bytes(runner.model)
     runner.alloc_memory_pool()
     kv = KvLayout.of(runner.token_to_kv_pool)
@@ -247,9 +249,14 @@ def manage(
     """The owner of the arena, and below it host memory, which fills in the background from now on."""
     num_layers = len(experts.layer_ids)
     num_experts = experts.shape.num_experts if experts.shape else 0
-    lock_pages = None if arena.device.type == "cpu" else page_lock
-    blocks = make_blocks(config.host_memory_bytes, experts.store, lock_pages=lock_pages)
-    tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts)
+    is_cpu = arena.device.type == "cpu"  # a device copies blocks as they are
+    blocks = make_blocks(
+        config.host_memory_bytes,
+        experts.store,
+        as_stored=is_cpu,
+        lock_pages=None if is_cpu else page_lock,
+    )
+    tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts, as_stored=is_cpu)
     demand = LinkGate()
     prefetch = LinkGate(above=demand)
     load_experts, copy_in_background = expert_copiers(arena, geometry, experts.store, tier)

@@ -9,12 +9,14 @@ from sglmoe.launch_server import read_options
 def test_our_flags_are_found_among_sglangs() -> None:
     argv = ["--port", "1", "--memory-budget", "2GiB", "--tp", "1", "--host-memory=50%"]
     argv += ["--memory-planner=off", "--expert-prefetch=on", "--expert-predictor", "pregate"]
+    argv += ["--packed-experts=./packed"]
     expected = Options(
         memory_budget="2GiB",
         host_memory="50%",
         memory_planner="off",
         expert_prefetch="on",
         expert_predictor="pregate",
+        packed_experts="./packed",
     )
     assert read_options(argv) == expected
 
@@ -33,6 +35,7 @@ def test_abbreviations_are_left_to_sglang() -> None:
         ["--memory-planner", "perhaps"],
         ["--expert-prefetch", "perhaps"],
         ["--expert-predictor", ""],
+        ["--packed-experts", "perhaps"],
     ],
 )
 def test_nonsense_is_refused_by_flag_before_anything_starts(argv: list[str]) -> None:
