@@ -4,7 +4,8 @@
 
 Ratios: the demo model's experts by kind, and Gaussian weights (standard deviation 0.02) of real experts' shapes. Speeds are in
 bytes of bf16 a second, medians of `--rounds` in turn, of one thread but where it says otherwise, on tensors of Qwen3-30B-A3B's
-shape: decoding in memory beside copying; reading from the page cache and from DISK, as they are and packed (checked and decoded).
+shape: decoding in memory beside copying; reading from the page cache and from DISK, as they are and packed (then they are
+checked and decoded).
 """
 
 import argparse
@@ -49,7 +50,8 @@ def gaussian(shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 def ratio(tensors: Sequence[torch.Tensor]) -> float:
     packed_bytes = sum(encode(tensor).numel() for tensor in tensors)
-    return round(packed_bytes / sum(tensor.nbytes for tensor in tensors), 4)
+    num_bytes = sum(tensor.nbytes for tensor in tensors)
+    return float(round(packed_bytes / num_bytes, 4))
 
 
 def measure_ratios() -> dict[str, float]:
@@ -68,9 +70,7 @@ class Bench:
 
     def __init__(self, directory: Path):
         shape = SHAPES["Qwen3-30B-A3B up_proj"]
-        self.tensors = [
-            gaussian(shape, seed) for seed in tqdm(range(NUM_TENSORS), unit="tensor")
-        ]
+        self.tensors = [gaussian(shape, seed) for seed in tqdm(range(NUM_TENSORS), unit="tensor")]
         self.plain = [tensor.view(torch.uint8).numpy().reshape(-1) for tensor in self.tensors]
         self.packed = [encode(tensor).numpy() for tensor in self.tensors]
         self.num_bytes = sum(its.nbytes for its in self.plain)
@@ -177,7 +177,10 @@ def break_even(speeds: dict[str, float], packed_ratio: float) -> float:
 
     Packed, a byte takes `ratio / disk + work`; as it is, `1 / disk`. `work` is what the page cache shows.
     """
-    work = 1 / speeds["read packed, page cache"] - packed_ratio / speeds["read as they are, page cache"]
+    work = (
+        1 / speeds["read packed, page cache"]
+        - packed_ratio / speeds["read as they are, page cache"]
+    )
     return round((1 - packed_ratio) / work, 2)
 
 
@@ -196,7 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
     report: dict[str, Any] = describe_run() | {
         "ratios": ratios,
         "gigabytes_per_second": speeds,
-        "break_even_gigabytes_per_second": break_even(speeds, ratios["Gaussian, Qwen3-30B-A3B up_proj"]),
+        "break_even_gigabytes_per_second": break_even(
+            speeds, ratios["Gaussian, Qwen3-30B-A3B up_proj"]
+        ),
     }
     print(json.dumps(report, indent=1))
     if options.output is not None:

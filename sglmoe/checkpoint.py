@@ -73,4 +73,3 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object; download it again")
     return value
-

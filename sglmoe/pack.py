@@ -93,7 +93,9 @@ def run(options: argparse.Namespace) -> None:
             print(f"{done} of {len(layers)} layers are packed already")
         check_room(folder, missing)
         pack_layers(folder, missing, stamps, num_threads=options.threads)
-        indexes = [read_layer(layer_path(folder, its), list(stamps.values())).index for its in layers]
+        indexes = [
+            read_layer(layer_path(folder, its), list(stamps.values())).index for its in layers
+        ]
     print_report(indexes)
     flag = f" --packed-experts {options.output.resolve()}" if options.output else ""
     print(f"serve with: python -m sglmoe.launch_server --model-path {options.model_path}{flag}")
@@ -115,15 +117,19 @@ def find_experts(folder: Path) -> dict[int, list[ExpertTensor]]:
             begin, end = its["data_offsets"]
             layer, expert, kind = int(match[1]), int(match[2]), match[3]
             layers[layer].append(
-                ExpertTensor(
-                    name, kind, layer, expert, shard.resolve(), start + begin, end - begin
-                )
+                ExpertTensor(name, kind, layer, expert, shard.resolve(), start + begin, end - begin)
             )
     if others:
-        raise ValueError(f"{folder} has experts in {', '.join(sorted(others))}; only BF16 is packed")
+        raise ValueError(
+            f"{folder} has experts in {', '.join(sorted(others))}; only BF16 is packed"
+        )
     if not layers:
-        raise ValueError(f"{folder} has no experts (tensors such as layers.0.mlp.experts.0.up_proj.weight)")
-    return {layer: sorted(its, key=lambda tensor: tensor.order) for layer, its in sorted(layers.items())}
+        raise ValueError(
+            f"{folder} has no experts (tensors such as layers.0.mlp.experts.0.up_proj.weight)"
+        )
+    return {
+        layer: sorted(its, key=lambda tensor: tensor.order) for layer, its in sorted(layers.items())
+    }
 
 
 def is_packed(path: Path, tensors: Sequence[ExpertTensor], stamps: dict[Path, ShardStamp]) -> bool:

@@ -1,15 +1,16 @@
 """Packed experts beside a checkpoint: files that hold its expert tensors in a smaller form, and say of which checkpoint.
 
-One file for each layer, whole or not there at all: it is written under another name and renamed. So any of them may be missing, after a
-kill for instance, and the tensors of that layer are then read from the checkpoint itself. A file `layer-00012.packed`:
+One file for each layer, whole or not there at all: it is written under another name and renamed. So any of them may be
+missing, after a kill for instance, and the tensors of that layer are then read from the checkpoint itself. A file
+`layer-00012.packed`, little endian:
 
-| bytes                     | what                                                                                             |
-|---------------------------|--------------------------------------------------------------------------------------------------|
-| tensors                   | packed tensors (kernels/exponent_codec/layout.py), each at a multiple of 64 bytes                |
-| index                     | JSON: `LayerIndex`                                                                               |
-| 32, at the end of the file | uint64 where the index begins, uint64 its bytes, uint64 its checksum, 8 bytes `MAGIC`; little endian |
+| what    | bytes | |
+|---------|-------|------------------------------------------------------------------------------------------|
+| tensors |       | packed tensors (kernels/exponent_codec/layout.py), each at a multiple of 64 bytes        |
+| index   |       | JSON: `LayerIndex`                                                                       |
+| trailer | 32    | uint64 where the index begins, uint64 its bytes, uint64 its checksum, 8 bytes `MAGIC`    |
 
-Checksums are xxh3 (64 bits): of the index, read when the file is opened, and of each packed tensor, for whoever reads that.
+Checksums are xxh3 (64 bits): of the index, looked at when the file is opened, and of each packed tensor, for whoever reads it.
 """
 
 import struct

@@ -241,8 +241,8 @@ def make_blocks(
 ) -> Bytes:
     """As many blocks of exactly one expert as fit into `host_bytes`, and no more than there are experts.
 
-    uint8 `[num_blocks, block_bytes]`; `as_stored`: see `HostTier`. `lock_pages` keeps all of them in physical memory; without it
-    memory is taken as blocks are filled. Raises ValueError where not one fits.
+    uint8 `[num_blocks, block_bytes]`; `as_stored`: see `HostTier`. `lock_pages` keeps all of them in
+    physical memory; without it memory is taken as blocks are filled. Raises ValueError where not one fits.
     """
     block_bytes = store.stored_expert_bytes() if as_stored else store.expert_bytes()
     num_blocks = min(host_bytes // max(1, block_bytes), len(store.experts()))

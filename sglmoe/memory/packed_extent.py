@@ -127,7 +127,7 @@ class _Reader:
     def read_into(self, target: Bytes) -> None:
         self._before_bytes(target.nbytes)
         self._part.packed.read_into(memoryview(target.data), self._done_bytes)
-        self._checksum.update(target)
+        self._checksum.update(target.data)
         self._done_bytes += target.nbytes
 
     def check(self) -> None:

@@ -60,9 +60,7 @@ def why_none(paths: list[Path], shards: set[str], folder: Path, model_path: str)
     return None
 
 
-def matching_layers(
-    paths: list[Path], shards: set[str], *, is_required: bool
-) -> list[PackedLayer]:
+def matching_layers(paths: list[Path], shards: set[str], *, is_required: bool) -> list[PackedLayer]:
     """Those that are sound and of this checkpoint. Raises ValueError for any other, or warns of it."""
     stamps = [stamp(Path(shard)) for shard in shards]
     layers = []
@@ -83,9 +81,7 @@ def places(layers: list[PackedLayer], shards: set[str]) -> dict[tuple[str, int],
     for layer in layers:
         descriptor = os.open(layer.path, os.O_RDONLY | os.O_CLOEXEC)
         for tensor in layer.index.tensors:
-            packed = Extent(
-                descriptor, tensor.packed_offset, tensor.packed_bytes, str(layer.path)
-            )
+            packed = Extent(descriptor, tensor.packed_offset, tensor.packed_bytes, str(layer.path))
             place = PackedPlace(packed, tensor.checksum, tensor.num_bytes)
             found[path_of[tensor.shard], tensor.shard_offset] = place
     return found

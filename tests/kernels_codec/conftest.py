@@ -3,6 +3,8 @@
 import os
 import sys
 
-assert "triton" not in sys.modules, "run this folder in a process of its own: pytest tests/kernels_codec"
+assert "triton" not in sys.modules, (
+    "run this folder in a process of its own: pytest tests/kernels_codec"
+)
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")

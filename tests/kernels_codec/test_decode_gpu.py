@@ -70,6 +70,4 @@ def test_a_tile_with_more_escapes_than_are_put_at_once() -> None:
 
 def test_nothing_to_decode() -> None:
     empty = torch.empty(0, dtype=torch.int64)
-    decode_tensors(
-        torch.empty(0, dtype=torch.uint8), empty, torch.empty(0), empty, num_values=5
-    )
+    decode_tensors(torch.empty(0, dtype=torch.uint8), empty, torch.empty(0), empty, num_values=5)

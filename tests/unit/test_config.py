@@ -120,5 +120,7 @@ def test_packed_experts_are_used_where_there_are_any_unless_told_otherwise() -> 
     assert config.packed_experts == "off"
     assert parse_packed_experts("on") == "on"
     assert parse_packed_experts("disk/packed") == "disk/packed"
-    with pytest.raises(ValueError, match=r"'disk' is none of off, on, auto, and no folder; write ./disk"):
+    with pytest.raises(
+        ValueError, match=r"'disk' is none of off, on, auto, and no folder; write ./disk"
+    ):
         parse_packed_experts("disk")

@@ -131,11 +131,15 @@ def test_too_little_room_is_said_before_anything_is_written(
 ) -> None:
     usage = pack.shutil.disk_usage(model)
     expected_bytes = int(12 * TENSOR_BYTES * 0.72)
-    monkeypatch.setattr(pack.shutil, "disk_usage", lambda path: usage._replace(free=expected_bytes - 1))
+    monkeypatch.setattr(
+        pack.shutil, "disk_usage", lambda path: usage._replace(free=expected_bytes - 1)
+    )
     assert run("--model-path", model) == 1
     assert "about 69.12 KiB are to be written and 69.12 KiB are free" in capsys.readouterr().err
     assert list((model / FOLDER).iterdir()) == []
-    monkeypatch.setattr(pack.shutil, "disk_usage", lambda path: usage._replace(free=expected_bytes + 1))
+    monkeypatch.setattr(
+        pack.shutil, "disk_usage", lambda path: usage._replace(free=expected_bytes + 1)
+    )
     assert run("--model-path", model) == 0
 
 

@@ -1,4 +1,4 @@
-"""Decodes packed tensors on a CPU: compiled once for this machine (numba, a dependency of SGLang), one thread, without the GIL."""
+"""Decodes packed tensors on a CPU, in one thread without the GIL: by numba, which SGLang depends on, compiled for the machine."""
 
 import numba
 import numpy as np
@@ -68,12 +68,12 @@ class TileDecoder:
 
 
 @numba.njit(nogil=True, inline="always")
-def _value(sign, exponent):  # type: ignore[no-untyped-def]
+def _value(sign, exponent):
     return ((sign & 0x80) << 8) | (exponent << 7) | (sign & 0x7F)
 
 
 @numba.njit(nogil=True, inline="always")
-def _decode_tile(codes, signs, base, values):  # type: ignore[no-untyped-def]
+def _decode_tile(codes, signs, base, values):
     for row in range(3):
         for index in range(ROW_VALUES):
             code = codes[row * ROW_VALUES + index]
@@ -93,9 +93,7 @@ _U16 = numba.types.Array(numba.uint16, 1, "C", readonly=True)
 _U32 = numba.types.Array(numba.uint32, 1, "C", readonly=True)
 
 
-@numba.njit(
-    numba.boolean(_U32, _U8, _U16, _U8, _U8, numba.uint16[::1]), nogil=True, cache=True
-)
+@numba.njit(numba.boolean(_U32, _U8, _U16, _U8, _U8, numba.uint16[::1]), nogil=True, cache=True)
 def _decode_tiles(
     first_escape: npt.NDArray[np.uint32],
     base: Bytes,

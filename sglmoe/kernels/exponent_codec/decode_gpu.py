@@ -33,8 +33,8 @@ def decode_tensors(
 ) -> None:
     """Decode tensor i, which begins at byte `sources[i]` of `packed`, to value `targets[i]` of `target` and on.
 
-    `packed`: uint8 `[bytes]`, checked when it was read: what it says is believed. `target`: `[values]` of any 2-byte
-    dtype. `sources`, `targets`: int64 `[tensors]`, sources multiples of 16, targets of 8. All on one device, and every tensor of
+    `packed`: uint8 `[bytes]`, checked when it was read: what it says is believed. `target`: `[values]` of any 2-byte dtype.
+    `sources`, `targets`: int64 `[tensors]`, sources multiples of 16, targets of 8. All on one device, every tensor of
     `num_values`. Queued on the current stream.
     """
     if not sources.numel() or not num_values:

@@ -1,9 +1,9 @@
 """How a packed tensor lies in memory: a lossless code for bf16 weights at about 70 % of their size.
 
-A weight's eight exponent bits carry 2.6 bits of information, its sign and mantissa nearly all of theirs. As in ZipServ's TCA-TBE
-(ASPLOS '26) three bits say which of the most frequent contiguous exponents it is, and values with others, escapes, are listed beside;
-unlike there the list says where they are, so that no code has to mean "look it up": eight exponents have codes, half as many
-values escape, and nobody counts codes to find a value's place in the list. No tile depends on another.
+A weight's eight exponent bits carry 2.6 bits of information, its sign and mantissa nearly all of theirs. As in ZipServ's
+TCA-TBE (ASPLOS '26) three bits say which of the most frequent contiguous exponents it is, and values with others, escapes,
+are listed beside; unlike there the list says where they are, so that no code has to mean "look it up": eight exponents have
+codes, half as many values escape, and nobody counts codes to find a value's place in the list. No tile depends on another.
 
 A packed tensor of N values in M = ceil(N / 2048) tiles, with E escapes; little endian, every section at a multiple of 16 bytes:
 
