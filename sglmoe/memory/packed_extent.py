@@ -1,7 +1,7 @@
 """A tensor whose bytes are packed in a file: read piece by piece, checked, and decoded on the way."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -18,6 +18,9 @@ from sglmoe.kernels.exponent_codec.layout import (
     read_layout,
 )
 from sglmoe.memory.mapped_files import Extent
+
+if TYPE_CHECKING:
+    from sglmoe.kernels.exponent_codec.decode_cpu import TileDecoder
 
 # Arbitrary: a piece, and what it decodes to, stay in a core's second-level cache.
 PIECE_TILES = 128
@@ -87,14 +90,19 @@ def unpack(packed: Packed, packed_bytes: int, target: Bytes) -> None:
             piece[:] = packed.take(piece.nbytes)
         packed.take(layout.nbytes - HEADER_BYTES - target.nbytes)
         return
-    from sglmoe.kernels.exponent_codec.decode_cpu import TileDecoder  # takes a second to import
-
     head = np.concatenate([header, packed.take(layout.tiles - HEADER_BYTES)])
-    decoder = TileDecoder(layout, head)
+    decoder = load_decoder()(layout, head)
     for tile in range(0, layout.num_tiles, PIECE_TILES):
         num_tiles = min(PIECE_TILES, layout.num_tiles - tile)
         values = target[VALUE_BYTES * TILE_VALUES * tile :][: VALUE_BYTES * TILE_VALUES * num_tiles]
         decoder.decode(tile, packed.take(num_tiles * TILE_BYTES), values)
+
+
+def load_decoder() -> "type[TileDecoder]":
+    """What decodes tiles. It is compiled when it is first asked for, which takes a second."""
+    from sglmoe.kernels.exponent_codec.decode_cpu import TileDecoder
+
+    return TileDecoder
 
 
 class InMemory:

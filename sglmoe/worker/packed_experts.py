@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sglmoe.config import AUTO, OFF, ON
 from sglmoe.memory.mapped_files import Extent
-from sglmoe.memory.packed_extent import PackedPlace
+from sglmoe.memory.packed_extent import PackedPlace, load_decoder
 from sglmoe.memory.store import ExpertStore
 from sglmoe.packed_checkpoint import FOLDER, PATTERN, PackedLayer, read_layer, stamp
 from sglmoe.units import show_bytes
@@ -35,6 +35,7 @@ def use_packed(store: ExpertStore, wanted: str, model_path: str) -> None:
     layers = matching_layers(paths, shards, is_required=is_required)
     if not layers:
         return
+    load_decoder()  # now, rather than in the first request
     store.use_packed(places(layers, shards))
     logger.info(
         "packed experts of %d layers in %s: all experts take %s instead of %s",

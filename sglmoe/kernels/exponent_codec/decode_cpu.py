@@ -1,4 +1,4 @@
-"""Decodes packed tensors on a CPU, in one thread without the GIL: by numba, which SGLang depends on, compiled for the machine."""
+"""Decodes packed tensors on a CPU, in one thread and without the GIL: by numba, on which SGLang depends."""
 
 import numba
 import numpy as np
@@ -93,7 +93,7 @@ _U16 = numba.types.Array(numba.uint16, 1, "C", readonly=True)
 _U32 = numba.types.Array(numba.uint32, 1, "C", readonly=True)
 
 
-@numba.njit(numba.boolean(_U32, _U8, _U16, _U8, _U8, numba.uint16[::1]), nogil=True, cache=True)
+@numba.njit(numba.boolean(_U32, _U8, _U16, _U8, _U8, numba.uint16[::1]), nogil=True)
 def _decode_tiles(
     first_escape: npt.NDArray[np.uint32],
     base: Bytes,
