@@ -17,7 +17,7 @@ from sglmoe.kernels.exponent_codec.layout import (
     PackedError,
     read_layout,
 )
-from sglmoe.memory.mapped_files import Extent
+from sglmoe.memory.mapped_files import Extent, UnreadableError
 
 if TYPE_CHECKING:
     from sglmoe.kernels.exponent_codec.decode_cpu import TileDecoder
@@ -56,19 +56,19 @@ class PackedExtent(msgspec.Struct, frozen=True, gc=False):
         self.packed.will_read()
 
     def read_packed(self, target: Bytes, before_bytes: BeforeBytes) -> None:
-        """Fill `target` with the packed bytes. Raises OSError, also where they are not those that were written."""
+        """Fill `target` with the packed bytes. Raises UnreadableError, also where they are not those that were written."""
         reader = _Reader(self, before_bytes)
         for start in range(0, target.nbytes, PIECE_BYTES):
             reader.read_into(target[start : start + PIECE_BYTES])
         reader.check()
 
     def read_into(self, target: Bytes, before_bytes: BeforeBytes) -> None:
-        """Fill `target` with the tensor. Raises OSError as above; then `target` has changed in part."""
+        """Fill `target` with the tensor. Raises UnreadableError as above; then `target` has changed in part."""
         reader = _Reader(self, before_bytes)
         try:
             unpack(reader, self.packed.nbytes, target)
         except PackedError as error:
-            raise OSError(str(error)) from error
+            raise UnreadableError(str(error)) from error
         reader.check()
 
 
@@ -139,7 +139,7 @@ class _Reader:
         self._done_bytes += target.nbytes
 
     def check(self) -> None:
-        """Raises OSError where what was read, all of it, is not what was written."""
+        """Raises UnreadableError where what was read, all of it, is not what was written."""
         assert self._done_bytes == self._part.packed.nbytes
         if self._checksum.intdigest() != self._part.checksum:
-            raise OSError("its checksum is not that of what was packed")
+            raise UnreadableError("its checksum is not that of what was packed")

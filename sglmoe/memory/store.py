@@ -8,11 +8,13 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from sglmoe.memory.mapped_files import Extent, MappedFiles
+from sglmoe.kernels.exponent_codec.layout import aligned
+from sglmoe.memory.mapped_files import Extent, MappedFiles, UnreadableError
 from sglmoe.memory.packed_extent import BeforeBytes, InMemory, PackedExtent, PackedPlace, unpack
 from sglmoe.memory.read_rate import ReadRate
 
@@ -20,6 +22,17 @@ logger = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 Part = Bytes | Extent | PackedExtent
+
+
+class StoredPart(NamedTuple):
+    """One of an expert's tensors, in a frame and among what `read_stored` gives, in bytes."""
+
+    offset: int  # in the frame
+    num_bytes: int
+    stored_offset: int
+    stored_bytes: int
+    is_packed: bool
+
 
 # As they lie in a frame: w13 is the rows of w1 (gate), then those of w3 (up); w2 (down) follows.
 PARTS = ("w1", "w3", "w2")
@@ -91,7 +104,7 @@ class ExpertStore:
             place = target[offset : offset + part.nbytes]
             try:
                 self._read_part(part, place, step, before_bytes)
-            except OSError as error:
+            except UnreadableError as error:
                 raise _read_error(layer, expert, part, error) from error
             num_bytes += part.nbytes
         if before_chunk is None:  # else it may have waited
@@ -99,23 +112,32 @@ class ExpertStore:
             self._disk_is_asked = num_bytes < CACHE_BYTES_PER_SECOND * seconds
         return num_bytes
 
+    def stored_parts(self, layer: int, expert: int) -> list[StoredPart]:
+        """Where `read_stored` puts the expert's tensors: one behind the other, packed ones where they can be decoded."""
+        placed, end = [], 0
+        for offset, part in self.parts(layer, expert):
+            is_packed = isinstance(part, PackedExtent)
+            start = aligned(end) if is_packed else end
+            placed.append(StoredPart(offset, part.nbytes, start, stored_bytes(part), is_packed))
+            end = start + stored_bytes(part)
+        return placed
+
     def read_stored(
         self, layer: int, expert: int, target: Bytes, *, before_chunk: Callable[[], None]
     ) -> int:
         """As `read`, but the bytes as they are stored, packed or not; how many. For `unpack`."""
         before_bytes = self._before_bytes(before_chunk)
-        num_bytes = 0
-        for _, part in self.parts(layer, expert):
-            place = target[num_bytes : num_bytes + stored_bytes(part)]
+        stored = self.stored_parts(layer, expert)
+        for its, (_, part) in zip(stored, self.parts(layer, expert), strict=True):
+            place = target[its.stored_offset : its.stored_offset + its.stored_bytes]
             try:
                 if isinstance(part, PackedExtent):
                     part.read_packed(place, before_bytes)
                 else:
                     _read_plain(part, place, CHUNK_BYTES, before_bytes)
-            except OSError as error:
+            except UnreadableError as error:
                 raise _read_error(layer, expert, part, error) from error
-            num_bytes += place.nbytes
-        return num_bytes
+        return stored[-1].stored_offset + stored[-1].stored_bytes
 
     def unpack(
         self,
@@ -134,14 +156,14 @@ class ExpertStore:
                 before_chunk()
 
         num_bytes = 0
-        for offset, part in self.parts(layer, expert):
-            source, stored = np.split(stored, [stored_bytes(part)])
-            place = target[offset : offset + part.nbytes]
-            if isinstance(part, PackedExtent):
+        for part in self.stored_parts(layer, expert):
+            source = stored[part.stored_offset : part.stored_offset + part.stored_bytes]
+            place = target[part.offset : part.offset + part.num_bytes]
+            if part.is_packed:
                 unpack(InMemory(source, before_bytes), source.nbytes, place)
             else:
                 _read_plain(source, place, step, before_bytes)
-            num_bytes += part.nbytes
+            num_bytes += part.num_bytes
         return num_bytes
 
     def _before_bytes(self, before_chunk: Callable[[], None] | None) -> BeforeBytes:
@@ -160,7 +182,7 @@ class ExpertStore:
                 try:
                     part.read_into(target, before_bytes)
                     return
-                except OSError as error:
+                except UnreadableError as error:
                     self._damaged.add(part.path)
                     logger.warning(
                         "%s is damaged (%s): its experts are read from the checkpoint from now on; "
@@ -220,21 +242,24 @@ class ExpertStore:
 
     def expert_bytes(self) -> int:
         """The bytes of the largest expert; 0 if there is none."""
-        return self._largest(lambda part: part.nbytes)
+        sizes: dict[tuple[int, int], int] = {}
+        for (layer, expert, _), part in self._parts.items():
+            sizes[layer, expert] = sizes.get((layer, expert), 0) + part.nbytes
+        return max(sizes.values(), default=0)
 
     def stored_expert_bytes(self) -> int:
         """Likewise, as experts are stored."""
-        return self._largest(stored_bytes)
+        last = (self.stored_parts(*expert)[-1] for expert in self.experts())
+        return max((part.stored_offset + part.stored_bytes for part in last), default=0)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any tensor is."""
+        return any(isinstance(part, PackedExtent) for part in self._parts.values())
 
     def stored_total_bytes(self) -> int:
         """Of all experts, as they are stored."""
         return sum(map(stored_bytes, self._parts.values()))
-
-    def _largest(self, size: Callable[[Part], int]) -> int:
-        sizes: dict[tuple[int, int], int] = {}
-        for (layer, expert, _), part in self._parts.items():
-            sizes[layer, expert] = sizes.get((layer, expert), 0) + size(part)
-        return max(sizes.values(), default=0)
 
     def check_complete(self, num_layers: int, num_experts: int) -> None:
         """Raises ValueError naming the first tensor that was never put."""
@@ -263,7 +288,7 @@ def _read_plain(part: Bytes | Extent, target: Bytes, step: int, before_bytes: Be
             piece[:] = part[start : start + piece.nbytes]
 
 
-def _read_error(layer: int, expert: int, part: Part, error: OSError) -> ExpertReadError:
+def _read_error(layer: int, expert: int, part: Part, error: UnreadableError) -> ExpertReadError:
     source = "memory" if isinstance(part, np.ndarray) else part.path
     return ExpertReadError(
         f"expert {expert} of MoE layer {layer} can't be read from {source}: {error}. The file was "

@@ -139,6 +139,19 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_read_instead(
     assert "run python -m sglmoe.pack again" in record.getMessage()
 
 
+def test_a_read_that_is_given_up_is_no_damage(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        bench.store.read(0, 0, np.zeros(EXPERT_BYTES, np.uint8), before_chunk=leave)
+    bench.original.write_bytes(b"")
+    assert bench.read(0) == bench.expert(0)
+    assert caplog.records == []
+
+
 def test_where_the_checkpoint_fails_too_that_is_the_error(bench: Bench) -> None:
     bench.flip_a_bit(3000)
     bench.original.write_bytes(bench.content[:100].tobytes())

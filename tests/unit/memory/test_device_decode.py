@@ -1,0 +1,135 @@
+"""Packed experts on their way to a device: staged, then decoded tensor by tensor, many experts at once. On a CPU, with the
+reference decoder in the kernel's place.
+
+The experts of `test_packed_store`, in frames a little larger than they; expert 1's last tensor is stored raw.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_packed_store import EXPERT_BYTES, TENSOR_BYTES, Bench
+
+from sglmoe.kernels.exponent_codec.layout import read_layout
+from sglmoe.kernels.exponent_codec.reference import decode_reference
+from sglmoe.memory.device_decode import DecodedFrames, PlainFrames, can_decode
+from sglmoe.memory.experts import Load
+from sglmoe.memory.store import ExpertStore
+
+NUM_FRAMES = 3
+FRAME_BYTES = EXPERT_BYTES + 32
+
+
+class Decoder:
+    """As `decode_tensors`, and keeps count."""
+
+    def __init__(self) -> None:
+        self.launches: list[int] = []  # tensors of each
+
+    def __call__(
+        self,
+        packed: torch.Tensor,
+        sources: torch.Tensor,
+        target: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        num_values: int,
+    ) -> None:
+        self.launches.append(sources.numel())
+        for source, place in zip(sources.tolist(), targets.tolist(), strict=True):
+            assert source % 16 == place % 8 == 0
+            tensor = packed[source:].numpy()
+            values = decode_reference(tensor[: read_layout(tensor).nbytes])
+            assert values.size == num_values
+            target[place : place + num_values] = torch.from_numpy(values.view(np.int16))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def stored(store: ExpertStore, expert: int) -> torch.Tensor:
+    block = np.zeros(store.stored_expert_bytes(), np.uint8)
+    num_bytes = store.read_stored(0, expert, block, before_chunk=lambda: None)
+    return torch.from_numpy(block[:num_bytes])
+
+
+def put(frames: DecodedFrames, store: ExpertStore, load: Load) -> None:
+    source = stored(store, load.expert)
+    frames.place(load, source.numel()).copy_(source)
+
+
+def test_experts_are_decoded_together_tensor_by_tensor(bench: Bench) -> None:
+    arena = torch.full((NUM_FRAMES, FRAME_BYTES), 170, dtype=torch.uint8)
+    decoder = Decoder()
+    frames = DecodedFrames(arena, bench.store, decode=decoder)
+    put(frames, bench.store, Load(2, 0, 0))
+    put(frames, bench.store, Load(0, 0, 1))
+    assert arena.eq(170).all()
+    frames.flush()
+    assert decoder.launches == [2, 2, 2]
+    filling = bytes([170] * 32)
+    for frame, expert in ((2, 0), (0, 1)):
+        assert arena[frame].numpy().tobytes() == bench.expert(expert) + filling
+    assert arena[1].eq(170).all()
+    frames.flush()
+    assert len(decoder.launches) == 3  # nothing new, nothing decoded
+
+
+def test_when_the_staging_area_is_full_it_is_decoded_and_used_again(bench: Bench) -> None:
+    arena = torch.zeros((NUM_FRAMES, FRAME_BYTES), dtype=torch.uint8)
+    decoder = Decoder()
+    frames = DecodedFrames(arena, bench.store, num_staged=2, decode=decoder)
+    for frame, expert in enumerate((1, 0, 1)):
+        put(frames, bench.store, Load(frame, 0, expert))
+    frames.flush()
+    assert decoder.launches == [2, 2, 2, 1, 1, 1]
+    for frame, expert in enumerate((1, 0, 1)):
+        assert arena[frame, :EXPERT_BYTES].numpy().tobytes() == bench.expert(expert)
+
+
+def test_what_is_forgotten_is_never_decoded(bench: Bench) -> None:
+    arena = torch.full((NUM_FRAMES, FRAME_BYTES), 170, dtype=torch.uint8)
+    frames = DecodedFrames(arena, bench.store, decode=Decoder())
+    put(frames, bench.store, Load(0, 0, 0))
+    frames.forget()
+    put(frames, bench.store, Load(1, 0, 1))
+    frames.flush()
+    assert arena[0].eq(170).all()
+    assert arena[1, :EXPERT_BYTES].numpy().tobytes() == bench.expert(1)
+
+
+def test_a_tensor_that_is_not_packed_is_copied_from_the_staging_area(bench: Bench) -> None:
+    bench.store._parts[0, 0, "w3"] = np.arange(TENSOR_BYTES, dtype=np.uint32).astype(np.uint8)
+    arena = torch.zeros((NUM_FRAMES, FRAME_BYTES), dtype=torch.uint8)
+    decoder = Decoder()
+    frames = DecodedFrames(arena, bench.store, decode=decoder)
+    for frame, expert in enumerate((0, 1)):
+        put(frames, bench.store, Load(frame, 0, expert))
+    frames.flush()
+    assert decoder.launches == [2, 1, 2]
+    for frame, expert in enumerate((0, 1)):
+        target = np.zeros(EXPERT_BYTES, np.uint8)
+        bench.store.read(0, expert, target)
+        assert arena[frame, :EXPERT_BYTES].numpy().tobytes() == target.tobytes()
+
+
+def test_what_is_not_packed_goes_straight_to_its_frame() -> None:
+    arena = torch.full((2, 8), 170, dtype=torch.uint8)
+    frames = PlainFrames(arena)
+    frames.place(Load(1, 0, 0), 6).copy_(torch.arange(6, dtype=torch.uint8))
+    frames.flush()
+    assert arena.tolist() == [[170] * 8, [0, 1, 2, 3, 4, 5, 170, 170]]
+
+
+def test_only_frames_that_the_kernel_can_write_to_are_decoded_into(bench: Bench) -> None:
+    assert can_decode(bench.store, FRAME_BYTES)
+    assert not can_decode(bench.store, FRAME_BYTES + 8)
+    bench.store._parts[0, 0, "w1"] = np.zeros(TENSOR_BYTES + 2, np.uint8)
+    assert not can_decode(bench.store, FRAME_BYTES)
+    plain = ExpertStore()
+    for part in ("w1", "w3", "w2"):
+        plain.put(0, 0, part, np.zeros(16, np.uint8))
+    assert not can_decode(plain, FRAME_BYTES)
