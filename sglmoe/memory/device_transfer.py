@@ -2,7 +2,7 @@
 
 Copies are queued on the current stream, in front of the kernels that need them and behind those that read the frame's last
 tenant. Experts in host memory, which is page-locked, are copied from there; the others pass through two page-locked staging
-blocks. The logic is tested on a CPU; no GPU has run it.
+blocks. Packed ones are decoded on the device (`device_decode`). The logic is tested on a CPU; no GPU has run it.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from sglmoe.memory.device_decode import Frames, PlainFrames
 from sglmoe.memory.experts import Load
-from sglmoe.memory.host_tier import HostTier
+from sglmoe.memory.host_tier import HostTier, block_bytes, block_reader
 from sglmoe.memory.store import CHUNK_BYTES, Bytes, ExpertStore
 from sglmoe.units import show_bytes
 
@@ -60,50 +61,56 @@ class StreamCopier:
         frame_bytes: int,
         store: ExpertStore,
         tier: HostTier,
+        into: Frames | None = None,
         stream: Stream | None = None,
         compute: Stream | None = None,
         on_stream: Callable[[Any], AbstractContextManager[Any]] = torch.cuda.stream,
         lock_pages: Callable[[Bytes], None] = page_lock,
     ):
-        self._frames = arena.view(-1, frame_bytes)
+        self._into = into or PlainFrames(arena.view(-1, frame_bytes))
         self._store = store
         self._tier = tier
         self._blocks = torch.from_numpy(tier.blocks)
-        self._expert_bytes = store.expert_bytes()
+        self._block_bytes = block_bytes(store, as_stored=tier.as_stored)
         self._stream: Any = stream or torch.cuda.Stream()
         self._compute: Any = compute or torch.cuda.current_stream()
         self._on_stream = on_stream
-        staging = np.empty(self._expert_bytes, np.uint8)
+        staging = np.empty(self._block_bytes, np.uint8)
         lock_pages(staging)
         self._staging = torch.from_numpy(staging)
 
     def copy(self, load: Load, before_chunk: Callable[[], None]) -> None:
         """Return when the expert is in its frame; a demand load waits for one chunk at most."""
-        target = self._frames[load.frame, : self._expert_bytes]
         block = self._tier.pin(load.layer, load.expert)
         if block is None:
-            num_bytes = self._store.read(
+            read = block_reader(self._tier, self._store)
+            num_bytes = read(
                 load.layer, load.expert, self._staging.numpy(), before_chunk=before_chunk
             )
             self._tier.count_disk_read(load.layer, load.expert, num_bytes)
-            self._copy(self._staging, target, before_chunk)
+            self._copy(load, self._staging, before_chunk)
             return
         try:
-            self._copy(self._blocks[block], target, before_chunk)
+            self._copy(load, self._blocks[block], before_chunk)
         finally:
             self._tier.unpin(block)
 
-    def _copy(
-        self, source: torch.Tensor, target: torch.Tensor, before_chunk: Callable[[], None]
-    ) -> None:
+    def _copy(self, load: Load, source: torch.Tensor, before_chunk: Callable[[], None]) -> None:
         # What was queued up to now may read the frame's last tenant; what reads this one is queued later.
         self._stream.wait_stream(self._compute)
-        for start in range(0, self._expert_bytes, CHUNK_BYTES):
-            before_chunk()
-            with self._on_stream(self._stream):
-                part = source[start : start + CHUNK_BYTES]
-                target[start : start + CHUNK_BYTES].copy_(part, non_blocking=True)
-            self._stream.synchronize()
+        target = self._into.place(load, self._block_bytes)
+        try:
+            for start in range(0, self._block_bytes, CHUNK_BYTES):
+                before_chunk()
+                with self._on_stream(self._stream):
+                    part = source[start : start + CHUNK_BYTES]
+                    target[start : start + CHUNK_BYTES].copy_(part, non_blocking=True)
+                    if start + CHUNK_BYTES >= self._block_bytes:
+                        self._into.flush()
+                self._stream.synchronize()
+        except BaseException:
+            self._into.forget()
+            raise
 
 
 class DeviceCopier:
@@ -116,10 +123,11 @@ class DeviceCopier:
         frame_bytes: int,
         store: ExpertStore,
         tier: HostTier,
+        into: Frames | None = None,
         new_event: Callable[[], Event] = torch.cuda.Event,
         lock_pages: Callable[[Bytes], None] = page_lock,
     ):
-        self._frames = arena.view(-1, frame_bytes)
+        self._into = into or PlainFrames(arena.view(-1, frame_bytes))
         self._store = store
         self._tier = tier
         self._blocks = torch.from_numpy(tier.blocks)
@@ -127,8 +135,8 @@ class DeviceCopier:
         self._copying: list[
             tuple[Event, list[int]]
         ] = []  # blocks to unpin once the event is reached
-        self._expert_bytes = store.expert_bytes()
-        staging = np.empty((NUM_STAGING, self._expert_bytes), np.uint8)
+        self._block_bytes = block_bytes(store, as_stored=tier.as_stored)
+        staging = np.empty((NUM_STAGING, self._block_bytes), np.uint8)
         if staging.nbytes:
             lock_pages(staging)
         self._staging = torch.from_numpy(staging)
@@ -146,28 +154,30 @@ class DeviceCopier:
             for load in loads:
                 self._queue(load, pinned)
         finally:
+            self._into.flush()
             if pinned:
                 copied = self._new_event()
                 copied.record()
                 self._copying.append((copied, pinned))
 
     def _queue(self, load: Load, pinned: list[int]) -> None:
-        target = self._frames[load.frame, : self._expert_bytes]
         block = self._tier.pin(load.layer, load.expert)
         if block is None:
-            self._stage(load, target)
+            self._stage(load)
         else:
             pinned.append(block)
+            target = self._into.place(load, self._block_bytes)
             target.copy_(self._blocks[block], non_blocking=True)
 
-    def _stage(self, load: Load, target: torch.Tensor) -> None:
+    def _stage(self, load: Load) -> None:
         """Read into the staging block that was queued longer ago, once its copy is done."""
         index, self._next_staging = self._next_staging, (self._next_staging + 1) % NUM_STAGING
         block, free = self._staging[index], self._staging_free[index]
         free.synchronize()
-        num_bytes = self._store.read(load.layer, load.expert, block.numpy())
+        read = block_reader(self._tier, self._store)
+        num_bytes = read(load.layer, load.expert, block.numpy())
         self._tier.count_disk_read(load.layer, load.expert, num_bytes)
-        target.copy_(block, non_blocking=True)
+        self._into.place(load, self._block_bytes).copy_(block, non_blocking=True)
         free.record()
 
     def _unpin_copied(self) -> None:

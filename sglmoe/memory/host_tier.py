@@ -232,6 +232,16 @@ class TieredStore:
         return int(source.nbytes)
 
 
+def block_bytes(store: ExpertStore, *, as_stored: bool) -> int:
+    """What the largest expert takes in a block."""
+    return store.stored_expert_bytes() if as_stored else store.expert_bytes()
+
+
+def block_reader(tier: HostTier, store: ExpertStore) -> Callable[..., int]:
+    """What reads an expert as the tier's blocks hold it: as `ExpertStore.read`."""
+    return store.read_stored if tier.as_stored else store.read
+
+
 def make_blocks(
     host_bytes: int,
     store: ExpertStore,
@@ -244,14 +254,14 @@ def make_blocks(
     uint8 `[num_blocks, block_bytes]`; `as_stored`: see `HostTier`. `lock_pages` keeps all of them in
     physical memory; without it memory is taken as blocks are filled. Raises ValueError where not one fits.
     """
-    block_bytes = store.stored_expert_bytes() if as_stored else store.expert_bytes()
-    num_blocks = min(host_bytes // max(1, block_bytes), len(store.experts()))
-    if not num_blocks and host_bytes and block_bytes:
+    expert_bytes = block_bytes(store, as_stored=as_stored)
+    num_blocks = min(host_bytes // max(1, expert_bytes), len(store.experts()))
+    if not num_blocks and host_bytes and expert_bytes:
         raise ValueError(
             f"--host-memory: {show_bytes(host_bytes)} holds no expert, which takes "
-            f"{show_bytes(block_bytes)}; raise it or leave it out"
+            f"{show_bytes(expert_bytes)}; raise it or leave it out"
         )
-    blocks = np.empty((num_blocks, block_bytes), np.uint8)
+    blocks = np.empty((num_blocks, expert_bytes), np.uint8)
     if num_blocks and lock_pages is not None:
         lock_pages(blocks)
     return blocks

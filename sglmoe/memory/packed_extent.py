@@ -62,6 +62,20 @@ class PackedExtent(msgspec.Struct, frozen=True, gc=False):
             reader.read_into(target[start : start + PIECE_BYTES])
         reader.check()
 
+    def pack_again(self, target: Bytes, before_bytes: BeforeBytes) -> None:
+        """Fill `target` with what the packed bytes should be, from the original. Slow. Raises UnreadableError."""
+        import torch  # which nothing else here needs, and which takes seconds
+
+        from sglmoe.kernels.exponent_codec.encode import encode
+
+        original = np.empty(self.nbytes, np.uint8)
+        before_bytes(original.nbytes)
+        self.original.read_into(memoryview(original.data))
+        packed = encode(torch.from_numpy(original).view(torch.int16)).numpy()
+        if xxhash.xxh3_64_intdigest(packed) != self.checksum:
+            raise UnreadableError("neither it nor its original is what was packed")
+        target[:] = packed
+
     def read_into(self, target: Bytes, before_bytes: BeforeBytes) -> None:
         """Fill `target` with the tensor. Raises UnreadableError as above; then `target` has changed in part."""
         reader = _Reader(self, before_bytes)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from sglmoe.memory.host_tier import HostTier
+from sglmoe.memory.host_tier import HostTier, block_reader
 from sglmoe.memory.link_gate import LinkGate
 from sglmoe.memory.promotion import Mask, Promotion, plan_promotions
 from sglmoe.memory.store import ExpertReadError, ExpertStore
@@ -68,7 +68,7 @@ class Promoter:
         if block is None:
             return False
         layer, expert, target = promotion.layer, promotion.expert, self._tier.blocks[block]
-        read = self._store.read_stored if self._tier.as_stored else self._store.read
+        read = block_reader(self._tier, self._store)
         try:
             num_bytes = read(layer, expert, target, before_chunk=self._before_chunk)
         except ExpertReadError as error:

@@ -123,7 +123,12 @@ class ExpertStore:
         return placed
 
     def read_stored(
-        self, layer: int, expert: int, target: Bytes, *, before_chunk: Callable[[], None]
+        self,
+        layer: int,
+        expert: int,
+        target: Bytes,
+        *,
+        before_chunk: Callable[[], None] | None = None,
     ) -> int:
         """As `read`, but the bytes as they are stored, packed or not; how many. For `unpack`."""
         before_bytes = self._before_bytes(before_chunk)
@@ -131,10 +136,7 @@ class ExpertStore:
         for its, (_, part) in zip(stored, self.parts(layer, expert), strict=True):
             place = target[its.stored_offset : its.stored_offset + its.stored_bytes]
             try:
-                if isinstance(part, PackedExtent):
-                    part.read_packed(place, before_bytes)
-                else:
-                    _read_plain(part, place, CHUNK_BYTES, before_bytes)
+                self._read_stored_part(part, place, before_bytes)
             except UnreadableError as error:
                 raise _read_error(layer, expert, part, error) from error
         return stored[-1].stored_offset + stored[-1].stored_bytes
@@ -176,22 +178,35 @@ class ExpertStore:
         return before_bytes
 
     def _read_part(self, part: Part, target: Bytes, step: int, before_bytes: BeforeBytes) -> None:
-        """From its packed form, or where that is damaged from its original."""
         if isinstance(part, PackedExtent):
-            if part.path not in self._damaged:
-                try:
-                    part.read_into(target, before_bytes)
-                    return
-                except UnreadableError as error:
-                    self._damaged.add(part.path)
-                    logger.warning(
-                        "%s is damaged (%s): its experts are read from the checkpoint from now on; "
-                        "delete it, and run python -m sglmoe.pack again",
-                        part.path,
-                        error,
-                    )
-            part = part.original
-        _read_plain(part, target, step, before_bytes)
+            if self._could_read(part, lambda: part.read_into(target, before_bytes)):
+                return
+            _read_plain(part.original, target, step, before_bytes)
+        else:
+            _read_plain(part, target, step, before_bytes)
+
+    def _read_stored_part(self, part: Part, target: Bytes, before_bytes: BeforeBytes) -> None:
+        if not isinstance(part, PackedExtent):
+            _read_plain(part, target, CHUNK_BYTES, before_bytes)
+        elif not self._could_read(part, lambda: part.read_packed(target, before_bytes)):
+            part.pack_again(target, before_bytes)
+
+    def _could_read(self, part: PackedExtent, read: Callable[[], None]) -> bool:
+        """Read the part in its packed form, if its file has been sound so far and is."""
+        if part.path in self._damaged:
+            return False
+        try:
+            read()
+            return True
+        except UnreadableError as error:
+            self._damaged.add(part.path)
+            logger.warning(
+                "%s is damaged (%s): its experts are read from the checkpoint from now on; "
+                "delete it, and run python -m sglmoe.pack again",
+                part.path,
+                error,
+            )
+            return False
 
     def will_read(self, layer: int, expert: int) -> None:
         """Begin to read the expert, if it is in files; `read` is to follow soon.

@@ -4,18 +4,23 @@ reference decoder in the kernel's place.
 The experts of `test_packed_store`, in frames a little larger than they; expert 1's last tensor is stored raw.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_device_transfer import PrefetchStream, Stream
 from test_packed_store import EXPERT_BYTES, TENSOR_BYTES, Bench
 
 from sglmoe.kernels.exponent_codec.layout import read_layout
 from sglmoe.kernels.exponent_codec.reference import decode_reference
 from sglmoe.memory.device_decode import DecodedFrames, PlainFrames, can_decode
+from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier
 from sglmoe.memory.experts import Load
-from sglmoe.memory.store import ExpertStore
+from sglmoe.memory.host_tier import HostTier, make_blocks
+from sglmoe.memory.promotion import Promotion
+from sglmoe.memory.store import ExpertReadError, ExpertStore
 
 NUM_FRAMES = 3
 FRAME_BYTES = EXPERT_BYTES + 32
@@ -133,3 +138,84 @@ def test_only_frames_that_the_kernel_can_write_to_are_decoded_into(bench: Bench)
     for part in ("w1", "w3", "w2"):
         plain.put(0, 0, part, np.zeros(16, np.uint8))
     assert not can_decode(plain, FRAME_BYTES)
+
+
+# ------------------------------------------------------------------------------- with the copiers
+
+
+class Device:
+    """Two copiers over one arena; expert 1 is in host memory, expert 0 on disk."""
+
+    def __init__(self, bench: Bench):
+        self.arena = torch.full((NUM_FRAMES, FRAME_BYTES), 170, dtype=torch.uint8)
+        blocks = make_blocks(10 * EXPERT_BYTES, bench.store, as_stored=True)
+        self.tier = HostTier(blocks, num_layers=1, num_experts=2, as_stored=True)
+        block = self.tier.begin(Promotion(0, 1))
+        assert block is not None
+        self.tier.finish(block, bench.store.read_stored(0, 1, blocks[block]))
+        self.decoder = Decoder()
+        self.log: list[str] = []
+        common = {
+            "arena": self.arena.view(-1),
+            "frame_bytes": FRAME_BYTES,
+            "store": bench.store,
+            "tier": self.tier,
+            "lock_pages": lambda blocks: None,
+        }
+        self.copier = DeviceCopier(
+            **common,
+            into=DecodedFrames(self.arena, bench.store, decode=self.decoder),
+            new_event=Stream().new_event,
+        )
+        self.prefetcher = StreamCopier(
+            **common,
+            into=DecodedFrames(self.arena, bench.store, num_staged=1, decode=self.decoder),
+            stream=PrefetchStream(self.log),
+            compute="compute",
+            on_stream=lambda stream: nullcontext(),
+        )
+
+    def frame(self, number: int) -> bytes:
+        return self.arena[number, :EXPERT_BYTES].numpy().tobytes()
+
+
+def test_a_layers_experts_are_decoded_at_once_wherever_they_come_from(bench: Bench) -> None:
+    device = Device(bench)
+    device.copier.load([Load(0, 0, 1), Load(1, 0, 0), Load(2, 0, 1)])
+    assert [device.frame(number) for number in range(3)] == [*map(bench.expert, (1, 0, 1))]
+    assert device.decoder.launches == [3, 3, 3]
+    counters = device.tier.counters()
+    assert (counters["host_hits"], counters["disk_reads"]) == (2, 1)
+    assert counters["disk_bytes"] == sum(bench.sizes[:3])
+
+
+@pytest.mark.parametrize("expert", [0, 1], ids=["from disk", "from host memory"])
+def test_a_prefetched_expert_is_decoded_before_it_is_there(bench: Bench, expert: int) -> None:
+    device = Device(bench)
+    device.prefetcher.copy(Load(1, 0, expert), lambda: None)
+    assert device.frame(1) == bench.expert(expert)
+    assert device.log == ["wait for compute", "copied"]
+
+
+def test_a_prefetch_that_is_given_up_is_not_decoded_later(bench: Bench) -> None:
+    def leave() -> None:
+        raise InterruptedError
+
+    device = Device(bench)
+    with pytest.raises(InterruptedError):
+        device.prefetcher.copy(Load(2, 0, 1), leave)
+    device.prefetcher.copy(Load(1, 0, 1), lambda: None)
+    assert device.arena[2].eq(170).all()
+    assert device.frame(1) == bench.expert(1)
+
+
+def test_a_read_that_fails_leaves_nothing_to_decode_later(bench: Bench) -> None:
+    device = Device(bench)
+    bench.packed.write_bytes(b"")
+    bench.original.write_bytes(b"")
+    with pytest.raises(ExpertReadError, match="the file ends 8192 bytes early"):
+        device.copier.load([Load(0, 0, 1), Load(1, 0, 0)])
+    device.arena[:] = 170
+    device.copier.load([Load(2, 0, 1)])
+    assert device.arena[:2].eq(170).all()
+    assert device.frame(2) == bench.expert(1)

@@ -212,13 +212,29 @@ def test_host_memory_holds_experts_packed_and_hands_them_out_whole(bench: Bench)
     assert tier.violations() == []
 
 
-def test_a_damaged_expert_does_not_come_into_host_memory(bench: Bench) -> None:
+def test_a_damaged_expert_is_packed_again_for_host_memory(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
     bench.flip_a_bit(3000)
     blocks = make_blocks(10 * EXPERT_BYTES, bench.store, as_stored=True)
     tier = HostTier(blocks, num_layers=1, num_experts=2, as_stored=True)
-    assert fill(bench, tier) == 1
-    assert not tier.holds(0, 0)
-    assert tier.holds(0, 1)
+    assert fill(bench, tier) == 2
+    assert f"{bench.packed} is damaged (its checksum is not" in caplog.text
+    for expert in range(2):
+        target = np.zeros(EXPERT_BYTES, np.uint8)
+        TieredStore(tier, bench.store).read(0, expert, target)
+        assert target.tobytes() == bench.expert(expert)
+
+
+def test_what_was_packed_of_another_original_does_not_come_into_host_memory(
+    bench: Bench,
+) -> None:
+    bench.flip_a_bit(3000)
+    changed = bench.content.copy()
+    changed[100] ^= 1
+    bench.original.write_bytes(changed.tobytes())
+    with pytest.raises(ExpertReadError, match="neither it nor its original is what was packed"):
+        bench.store.read_stored(0, 0, np.zeros(EXPERT_BYTES, np.uint8))
 
 
 def test_what_is_not_packed_is_kept_as_it_is(bench: Bench) -> None:
