@@ -65,7 +65,9 @@ class DecodedFrames:
         decode: Decode | None = None,
     ):
         if decode is None:
-            from sglmoe.kernels.exponent_codec.decode_gpu import decode_tensors as decode
+            from sglmoe.kernels.exponent_codec.decode_gpu import decode_tensors
+
+            decode = decode_tensors
         self._decode = decode
         self._frames = frames
         self._store = store
