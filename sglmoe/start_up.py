@@ -97,9 +97,11 @@ def die_with_parent() -> None:
 
     def wait() -> None:
         parent.join()
-        for child in multiprocessing.active_children():
-            child.kill()
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            for child in multiprocessing.active_children():
+                child.kill()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="die-with-parent", daemon=True).start()
 
