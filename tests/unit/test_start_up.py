@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -92,10 +93,14 @@ if __name__ == "__main__":
 
 def test_a_stopped_child_of_a_child_does_not_outlive_the_process_either(tmp_path: Path) -> None:
     (tmp_path / "stopped.py").write_text(STOPPED)
-    command = [sys.executable, "stopped.py"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        assert process.stdout is not None
-        grandchild = psutil.Process(int(process.stdout.readline()))
-        assert grandchild.status() == psutil.STATUS_STOPPED
-        process.kill()
+    command = [sys.executable, str(tmp_path / "stopped.py")]
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
+        try:
+            assert process.stdout is not None
+            grandchild = psutil.Process(int(process.stdout.readline()))
+            while grandchild.status() != psutil.STATUS_STOPPED:
+                time.sleep(0.01)
+        finally:
+            process.kill()
         grandchild.wait(20)
