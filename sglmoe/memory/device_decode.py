@@ -120,7 +120,8 @@ def staged_bytes(store: ExpertStore) -> int:
 
 
 def can_decode(store: ExpertStore, frame_bytes: int) -> bool:
-    """Whether there is anything to decode, and every tensor of a frame lies where the decoder can write it."""
+    """Whether there is anything to decode, and every tensor of a frame lies where the decoder can write it; those of an
+    expert as it is stored then lie where it can read them."""
     if not store.is_packed or frame_bytes % ALIGN_BYTES:
         return False
     parts = store.stored_parts(*store.experts()[0])

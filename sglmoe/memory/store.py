@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sglmoe.kernels.exponent_codec.layout import aligned
 from sglmoe.memory.mapped_files import Extent, MappedFiles, UnreadableError
 from sglmoe.memory.packed_extent import BeforeBytes, InMemory, PackedExtent, PackedPlace, unpack
 from sglmoe.memory.read_rate import ReadRate
@@ -113,13 +112,12 @@ class ExpertStore:
         return num_bytes
 
     def stored_parts(self, layer: int, expert: int) -> list[StoredPart]:
-        """Where `read_stored` puts the expert's tensors: one behind the other, packed ones where they can be decoded."""
-        placed, end = [], 0
+        """Where `read_stored` puts the expert's tensors: one behind the other."""
+        placed, start = [], 0
         for offset, part in self.parts(layer, expert):
             is_packed = isinstance(part, PackedExtent)
-            start = aligned(end) if is_packed else end
             placed.append(StoredPart(offset, part.nbytes, start, stored_bytes(part), is_packed))
-            end = start + stored_bytes(part)
+            start += stored_bytes(part)
         return placed
 
     def read_stored(

@@ -261,17 +261,18 @@ def manage(
     num_layers = len(experts.layer_ids)
     num_experts = experts.shape.num_experts if experts.shape else 0
     is_cpu = arena.device.type == "cpu"
-    as_stored = is_cpu or can_decode(experts.store, geometry.frame_bytes)
+    store = experts.store
+    as_stored = store.is_packed if is_cpu else can_decode(store, geometry.frame_bytes)
     blocks = make_blocks(
         config.host_memory_bytes,
-        experts.store,
+        store,
         as_stored=as_stored,
         lock_pages=None if is_cpu else page_lock,
     )
     tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts, as_stored=as_stored)
     demand = LinkGate()
     prefetch = LinkGate(above=demand)
-    load_experts, copy_in_background = expert_copiers(arena, geometry, experts.store, tier)
+    load_experts, copy_in_background = expert_copiers(arena, geometry, store, tier)
     background = None
     if config.expert_prefetch is PrefetchMode.ON and num_experts:
         background = BackgroundCopier(copy_in_background, demand=demand, prefetch=prefetch)
@@ -289,7 +290,7 @@ def manage(
     if len(blocks):
         Promoter(
             tier,
-            experts.store,
+            store,
             prefetch,
             heat=lambda: memory.expert_demand,
             residents=lambda: memory.frame_table != ABSENT,

@@ -1,7 +1,9 @@
 """The Triton decoder compiles for the GPUs that it is meant for, on a machine without one."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,10 +27,11 @@ print(len(re.findall(r"ld\\.global\\S*\\.b32", ptx)), len(re.findall(r"st\\.glob
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])
-def test_the_decoder_compiles_and_moves_whole_words(arch: int) -> None:
+def test_the_decoder_compiles_and_moves_whole_words(arch: int, tmp_path: Path) -> None:
     """In a process of its own: this one interprets. A thread's four values of a row are one load and one store."""
     code = COMPILE.replace("{arch}", str(arch))
-    environ = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    environ = {name: its for name, its in os.environ.items() if name != "TRITON_INTERPRET"}
+    environ["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
     assert run.returncode == 0, run.stderr
     num_loads, num_stores = map(int, run.stdout.split())

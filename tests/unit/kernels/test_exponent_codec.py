@@ -146,6 +146,13 @@ def test_an_escape_takes_three_bytes_and_a_tile_2816() -> None:
     assert [*sections, layout.tiles, layout.nbytes] == [16, 32, 48, 64, 80, 80 + TILE_BYTES]
 
 
+def test_what_fills_the_last_tile_up_takes_no_escapes() -> None:
+    """It is filled up with the last value, which here has a rare exponent."""
+    values = (np.arange(TILE_VALUES + 1500, dtype=np.uint16) % 8 + 100) << 7
+    values[-1] = 200 << 7
+    assert check_comes_back(values) == Layout(values.size, 1, Form.CODED)
+
+
 def test_the_window_lies_where_most_values_are() -> None:
     """Not at the largest exponent, nor around the most frequent one; and each tile has its own."""
     counts = {40: 300, **dict.fromkeys(range(90, 98), 200), 200: 148}

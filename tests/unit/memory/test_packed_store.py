@@ -20,6 +20,7 @@ from sglmoe.memory.link_gate import LinkGate
 from sglmoe.memory.mapped_files import Extent
 from sglmoe.memory.packed_extent import PackedExtent, PackedPlace
 from sglmoe.memory.promoter import Promoter
+from sglmoe.memory.read_rate import ReadRate
 from sglmoe.memory.store import PARTS, Bytes, ExpertReadError, ExpertStore
 
 NUM_VALUES = 4096
@@ -106,6 +107,22 @@ def test_experts_are_read_from_fewer_bytes(bench: Bench) -> None:
     assert bench.store.expert_bytes() == EXPERT_BYTES
 
 
+def test_a_slow_disk_is_asked_ahead_and_waited_for_by_packed_bytes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        Extent, "will_read", lambda extent: asked.append((extent.path, extent.nbytes))
+    )
+    bench.store.will_read(0, 0)
+    assert asked == [(str(bench.packed), size) for size in bench.sizes[:3]]
+    slept: list[float] = []
+    rate = ReadRate(bytes_per_second=1.0, clock=lambda: 0.0, sleep=slept.append)
+    bench.store._rate = rate
+    bench.read(0)
+    assert slept[-1] == sum(bench.sizes[:3])
+
+
 def test_only_tensors_that_lie_where_one_was_packed_are_read_packed(bench: Bench) -> None:
     places = bench.pack()
     keys = list(places)
@@ -175,6 +192,20 @@ def test_a_read_that_gives_way_does_so_before_each_piece(
         bench.store.read(0, 0, target, before_chunk=lambda: {}["stop"])
 
 
+def test_a_raw_tensor_of_any_size_is_read_to_its_end(tmp_path: Path) -> None:
+    """Ten bytes, and six that fill it up."""
+    values = torch.tensor([1, -2, 300, -400, 5], dtype=torch.int16)
+    packed = encode(values).numpy()
+    path = tmp_path / "layer.packed"
+    path.write_bytes(packed.tobytes())
+    extent = Extent(os.open(path, os.O_RDONLY), 0, 32, str(path))
+    checksum = xxhash.xxh3_64_intdigest(packed)
+    tensor = PackedExtent(extent, checksum, original=Extent(-1, 0, 10, "none"))
+    target = np.zeros(10, np.uint8)
+    tensor.read_into(target, lambda num_bytes: None)
+    assert target.view(np.int16).tolist() == values.tolist()
+
+
 # ---------------------------------------------------------------------------------------- host memory
 
 
@@ -210,6 +241,23 @@ def test_host_memory_holds_experts_packed_and_hands_them_out_whole(bench: Bench)
             assert target.tobytes() == bench.expert(expert) + bytes([170, 170])
     assert tier.counters()["host_hits"] == 4
     assert tier.violations() == []
+
+
+def test_decoding_from_host_memory_gives_way_before_each_piece(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_extent, "PIECE_TILES", 1)
+    blocks = make_blocks(10 * EXPERT_BYTES, bench.store, as_stored=True)
+    tier = HostTier(blocks, num_layers=1, num_experts=2, as_stored=True)
+    assert fill(bench, tier) == 2
+    tiered, target = TieredStore(tier, bench.store), np.zeros(EXPERT_BYTES, np.uint8)
+    calls: list[bool] = []
+    tiered.read(0, 0, target, before_chunk=lambda: calls.append(target.any()))
+    assert calls == [False] * 3 + [True] * 9
+    with pytest.raises(KeyError):
+        tiered.read(0, 0, target, before_chunk=lambda: {}["stop"])
+    assert tier.violations() == []
+    assert tier._pins.tolist() == [0, 0]
 
 
 def test_a_damaged_expert_is_packed_again_for_host_memory(
