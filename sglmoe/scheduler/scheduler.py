@@ -217,12 +217,13 @@ class Scheduler:
         while True:
             if self.planner.oldest is None:
                 self._last_progress_at = self._clock()
-            plan = self.planner.next_plan(paused=self.paused, alone=self._suspects.on_trial)
+            now, alone = self._clock(), self._suspects.on_trial
+            plan = self.planner.next_plan(now=now, paused=self.paused, alone=alone)
             if plan is None:
                 return
             for row in plan.rows:
                 timing = self.roster.live[row.rid].timing
-                timing.scheduled_at = timing.scheduled_at or self._clock()
+                timing.scheduled_at = timing.scheduled_at or now
             self._worker.send(plan)
 
     def _announce(self) -> None:
