@@ -12,6 +12,7 @@ from sglmoe.config import (
     parse_expert_prefetch,
     parse_memory_planner,
     parse_memory_policy,
+    parse_ttft_target,
     plan_config,
 )
 
@@ -111,3 +112,17 @@ def test_the_planner_is_on_unless_switched_off() -> None:
     assert not config.memory_planner
     with pytest.raises(ValueError, match="--memory-planner: 'maybe' is none of on, off"):
         parse_memory_planner("maybe")
+
+
+def test_passes_are_filled_unless_switched_off_and_targets_are_seconds() -> None:
+    config = plan_config(Options(ttft_target="2", itl_target="0.05"), CPU, page_tokens=None)
+    assert config.fill_passes
+    assert (config.ttft_target_seconds, config.itl_target_seconds) == (2.0, 0.05)
+    config = plan_config(Options(fill_passes="off"), CPU, page_tokens=None)
+    assert not config.fill_passes
+    assert (config.ttft_target_seconds, config.itl_target_seconds) == (None, None)
+
+
+def test_a_target_that_would_bound_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="--ttft-target bounds how long .* leave out either"):
+        parse_ttft_target("2", "off")

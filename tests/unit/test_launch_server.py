@@ -9,13 +9,16 @@ from sglmoe.launch_server import read_options
 def test_our_flags_are_found_among_sglangs() -> None:
     argv = ["--port", "1", "--memory-budget", "2GiB", "--tp", "1", "--host-memory=50%"]
     argv += ["--memory-planner=off", "--expert-prefetch=on", "--expert-predictor", "pregate"]
-    argv += ["--shutdown-timeout=5"]
+    argv += ["--fill-passes=on", "--ttft-target", "2.5", "--itl-target=.1", "--shutdown-timeout=5"]
     expected = Options(
         memory_budget="2GiB",
         host_memory="50%",
         memory_planner="off",
         expert_prefetch="on",
         expert_predictor="pregate",
+        fill_passes="on",
+        ttft_target="2.5",
+        itl_target=".1",
         shutdown_timeout="5",
     )
     assert read_options(argv) == expected
@@ -35,6 +38,11 @@ def test_abbreviations_are_left_to_sglang() -> None:
         ["--memory-planner", "perhaps"],
         ["--expert-prefetch", "perhaps"],
         ["--expert-predictor", ""],
+        ["--fill-passes", "perhaps"],
+        ["--ttft-target", "soon"],
+        ["--ttft-target", "1", "--fill-passes", "off"],
+        ["--itl-target", "0"],
+        ["--itl-target", "inf"],
         ["--shutdown-timeout", "soon"],
         ["--shutdown-timeout", "-1"],
     ],
