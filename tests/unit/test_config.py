@@ -124,5 +124,5 @@ def test_passes_are_filled_unless_switched_off_and_targets_are_seconds() -> None
 
 
 def test_a_target_that_would_bound_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="--ttft-target bounds how long .* leave out either"):
+    with pytest.raises(ValueError, match=r"--ttft-target bounds how long .* leave out either"):
         parse_ttft_target("2", "off")
