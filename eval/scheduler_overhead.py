@@ -3,7 +3,7 @@
     python -m eval.scheduler_overhead --output eval/results/scheduler-overhead.json --profile PROFILE.txt
 
 `--requests` decode together, streamed. The scheduler is the product's, over its own sockets to a worker in another process,
-which answers at once and computes nothing; outputs become SGLang's messages to a detokenizer that reads and forgets them.
+which answers after 5 ms and computes nothing; outputs become SGLang's messages to a detokenizer that reads and forgets them.
 Measured is the CPU time of the scheduler's process, ZeroMQ's threads included.
 """
 
@@ -61,10 +61,11 @@ from sglmoe.transport import (
 )
 
 NUM_PAGES, PAGE_TOKENS, PROMPT_TOKENS = 1_000_000, 16, 1000
-WARMUP_STEPS = 50
+WARMUP_STEPS, STEP_SECONDS = 50, 0.005
 LIMITS = Limits(NUM_PAGES * PAGE_TOKENS, PAGE_TOKENS, 4096, 1 << 20, 1 << 30)
+NUM_COUNTS = sum(field.required for field in msgspec.structs.fields(MemorySnapshot))
 SNAPSHOT = msgspec.structs.replace(
-    MemorySnapshot(*[0] * sum(f.required for f in msgspec.structs.fields(MemorySnapshot))),
+    msgspec.convert([0] * NUM_COUNTS, MemorySnapshot),
     total_pages=NUM_PAGES,
     page_tokens=PAGE_TOKENS,
     prefetch=PrefetchReport(recall_by_layer=(0.5,) * 48, coverage=dict.fromkeys("abcde", 0.5)),
@@ -72,7 +73,7 @@ SNAPSHOT = msgspec.structs.replace(
 
 
 def run_worker(directory: str) -> None:
-    """Every row gets a token, at once."""
+    """Every row gets a token, soon: so late that outputs of one step are out before those of the next."""
     context: zmq.Context[Any] = zmq.Context()
     sender: Sender[FromWorker] = Sender(context, results_address(Path(directory)), bind=False)
     plans: Receiver[ToWorker] = Receiver(
@@ -88,6 +89,7 @@ def run_worker(directory: str) -> None:
                 computed[row.rid] += 1
             rows = tuple(RowResult(row.rid, computed[row.rid], 0, 7) for row in message.rows)
             cached = dict.fromkeys(message.probe, 0)
+            time.sleep(STEP_SECONDS)
             snapshot = msgspec.structs.replace(SNAPSHOT, step_id=message.step_id)
             sender.send(StepResult(message.step_id, rows, (), (), cached, snapshot, 0.01))
         else:
@@ -114,7 +116,7 @@ class Detokenizer:
     """The outputs of the front end, without its metrics."""
 
     def __init__(self, address: str) -> None:
-        self.num_steps = 0
+        self.num_steps = self.num_messages = 0
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PUSH)
         self._socket.connect(address)
 
@@ -123,6 +125,7 @@ class Detokenizer:
         deltas = [take_delta(request) for request in due]
         message = build_batch(deltas, weight_version="default", vocab_size=1 << 30, time_stats=None)
         await async_sock_send(self._socket, message)
+        self.num_messages += 1
 
     async def refuse(self, requests: Sequence[Request]) -> None:
         raise AssertionError("nothing is refused")
@@ -166,6 +169,7 @@ async def serve(options: argparse.Namespace, address: str) -> dict[str, float]:
     await until(outputs, WARMUP_STEPS, serving)
     assert len(scheduler.roster.running) == options.requests
     profile = cProfile.Profile() if options.profiled else None
+    messages = outputs.num_messages
     before, cpu, wall = outputs.num_steps, time.process_time(), time.perf_counter()
     if profile is not None:
         profile.enable()
@@ -178,7 +182,11 @@ async def serve(options: argparse.Namespace, address: str) -> dict[str, float]:
     serving.cancel()
     await line.shut_down()
     line.close()
-    return {"cpu_ms_per_step": 1e3 * cpu / num_steps, "wall_ms_per_step": 1e3 * wall / num_steps}
+    return {
+        "cpu_ms_per_step": 1e3 * cpu / num_steps,
+        "wall_ms_per_step": 1e3 * wall / num_steps,
+        "messages_per_step": (outputs.num_messages - messages) / num_steps,
+    }
 
 
 def policy() -> PolicySettings:

@@ -45,7 +45,8 @@ from sglmoe.scheduler.settings import SchedulerSettings
 from sglmoe.units import ceil_div
 
 PAGE_TOKENS = 16
-NO_MEMORY = MemorySnapshot(*[0] * sum(f.required for f in msgspec.structs.fields(MemorySnapshot)))
+NUM_COUNTS = sum(field.required for field in msgspec.structs.fields(MemorySnapshot))
+NO_MEMORY = msgspec.convert([0] * NUM_COUNTS, MemorySnapshot)
 # What steps cost a model of 30 GB on a GPU of 16 GB: 12 GB to load in a pass at 25 GB/s, 8,000 tokens of prompt a second.
 STREAMED = StepCosts(
     stream_seconds=0.48, token_seconds=0.000125, decode_seconds=0.06, row_seconds=0.0005
@@ -65,7 +66,7 @@ def bursty_trace(num_requests: int, *, per_second: float, seed: int = 0) -> list
     """Poisson arrivals, for 5 seconds in the mean at 4 times the rate, then for 15 at none or little; long-tailed lengths."""
     rng = random.Random(seed)
     now, burst_ends, quiet_ends = 0.0, 0.0, 0.0
-    arrivals = []
+    arrivals: list[Arrival] = []
     while len(arrivals) < num_requests:
         if now >= quiet_ends:
             burst_ends = now + rng.expovariate(1 / 5)
@@ -275,13 +276,19 @@ def simulate(
     policy: PolicySettings,
     *,
     num_pages: int = 20_000,
+    new_token_ratio: float = 0.7,
 ) -> Outcome:
     """Serve the whole trace. Raises AssertionError for whatever must not happen on the way."""
-    return asyncio.run(_simulate(arrivals, costs, policy, num_pages))
+    its = SchedulerSettings(
+        policy,
+        new_token_ratio=new_token_ratio,
+        min_new_token_ratio=min(new_token_ratio, 0.098),
+    )
+    return asyncio.run(_simulate(arrivals, costs, its, num_pages))
 
 
 async def _simulate(
-    arrivals: Sequence[Arrival], costs: StepCosts, policy: PolicySettings, num_pages: int
+    arrivals: Sequence[Arrival], costs: StepCosts, its: SchedulerSettings, num_pages: int
 ) -> Outcome:
     clock = Clock()
     worker, timeline = (
@@ -291,9 +298,11 @@ async def _simulate(
     scheduler = worker.scheduler = timeline.scheduler = Scheduler(
         worker=worker,
         outputs=timeline,
-        limits=Limits(num_pages * PAGE_TOKENS, PAGE_TOKENS, policy.max_running, 1 << 20, 1 << 30),
+        limits=Limits(
+            num_pages * PAGE_TOKENS, PAGE_TOKENS, its.policy.max_running, 1 << 20, 1 << 30
+        ),
         snapshot=worker.snapshot(-1),
-        settings=SchedulerSettings(policy),
+        settings=its,
         decode=lambda token_ids: "",
         clock=clock,
     )

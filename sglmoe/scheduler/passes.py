@@ -39,7 +39,7 @@ class Pass(msgspec.Struct, frozen=True):
 
     num_tokens: int
     num_decoding: int  # requests that would decode instead
-    longest_wait_seconds: float  # of its requests, since they came
+    waited_seconds: tuple[float, ...]  # for each of its requests, since it came
 
 
 def pass_tokens(
@@ -74,8 +74,9 @@ def pass_seconds(num_tokens: int, costs: StepCosts) -> float:
 def should_wait(ready: Pass, *, costs: StepCosts, held: Held, settings: PassSettings) -> bool:
     """Whether the next step should decode instead, so that more prompts come together.
 
-    They go when the pass is full, or would come too late for the TTFT target; when they have waited, together, for as long
-    as those who decode would be kept waiting by the experts of one pass more; and after MOST_STREAMS in any case.
+    They go when the pass is full, or one of them would miss the TTFT target by waiting on (whoever has missed it gains by
+    throughput alone); when they have waited, together, for as long as those who decode would be kept waiting by the
+    experts of one pass more; and after MOST_STREAMS in any case.
     """
     stream_seconds = costs.stream_seconds
     if not settings.fill or not ready.num_decoding or not stream_seconds:
@@ -88,26 +89,24 @@ def should_wait(ready: Pass, *, costs: StepCosts, held: Held, settings: PassSett
         return False
     if settings.ttft_seconds is None:
         return True
-    # The next step begins when the one in flight has ended, and the pass after that.
-    steps_seconds = 2 * (costs.decode_seconds + costs.row_seconds * ready.num_decoding)
-    first_token_seconds = (
-        ready.longest_wait_seconds + steps_seconds + pass_seconds(ready.num_tokens, costs)
-    )
-    return first_token_seconds < settings.ttft_seconds
+    # The next step begins when the one in flight has ended.
+    step_seconds = costs.decode_seconds + costs.row_seconds * ready.num_decoding
+    latest = settings.ttft_seconds - step_seconds - pass_seconds(ready.num_tokens, costs)
+    return not any(latest - step_seconds < waited <= latest for waited in ready.waited_seconds)
 
 
 def most_running(costs: StepCosts, settings: PassSettings) -> int:
     """Requests of which a decode step is expected to keep the target between tokens; at least one."""
     if settings.itl_seconds is None or not costs.row_seconds:
         return UNBOUNDED
-    return max(1, int((settings.itl_seconds - costs.decode_seconds) / costs.row_seconds))
+    return _at_least_one((settings.itl_seconds - costs.decode_seconds) / costs.row_seconds)
 
 
 def _covering_tokens(costs: StepCosts) -> int:
     """Tokens that are computed for as long as the experts of a pass take to come; 0 while nothing is measured."""
     if not costs.token_seconds:
         return 0
-    return math.ceil(costs.stream_seconds / costs.token_seconds)
+    return math.ceil(min(costs.stream_seconds / costs.token_seconds, UNBOUNDED))
 
 
 def _tokens_within(seconds: float | None, costs: StepCosts) -> int:
@@ -115,4 +114,9 @@ def _tokens_within(seconds: float | None, costs: StepCosts) -> int:
     if seconds is None or not costs.token_seconds:
         return UNBOUNDED
     stream_seconds = 0.0 if costs.loads_overlap else costs.stream_seconds
-    return max(1, int((seconds - stream_seconds) / costs.token_seconds))
+    return _at_least_one((seconds - stream_seconds) / costs.token_seconds)
+
+
+def _at_least_one(number: float) -> int:
+    """Rounded down. What is measured may be next to nothing, and what is divided by it without bounds."""
+    return int(max(1.0, min(number, UNBOUNDED)))

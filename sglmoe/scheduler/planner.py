@@ -87,6 +87,7 @@ class Planner:
         self._to_drop: list[str] = []
         self._to_preempt: list[str] = []
         self._pages_at_rejection: int | None = None  # admit nothing until more are available
+        self._after_pass = False  # the last plan with rows computes prompts and nothing else
         self.meet_worker(limits, snapshot)
 
     def meet_worker(self, limits: Limits, snapshot: MemorySnapshot) -> None:
@@ -151,7 +152,7 @@ class Planner:
             queued = [alone] if alone.state is State.QUEUED else []
         if paused:
             running, queued = [], ()
-        plan, num_held = plan_step(
+        plan, num_held, only_prompts = plan_step(
             step_id=self._next_step_id,
             running=[self._view(request, now) for request in running],
             queued=[self._view(request, now) for request in queued],
@@ -165,10 +166,13 @@ class Planner:
             preempt=tuple(self._to_preempt),
             costs=self.snapshot.costs,
             held=self.holding_back.until(now),
+            after_pass=self._after_pass,
         )
         self.holding_back.note(num_held, now)
         if not (plan.rows or plan.drop or plan.preempt):
             return None
+        if plan.rows:
+            self._after_pass = only_prompts
         self._promise(plan)
         return plan
 

@@ -122,10 +122,11 @@ class PrefillBudget:
 
 
 class Decision(NamedTuple):
-    """What the next step does, and how many prompts it could have begun but holds back for a fuller pass."""
+    """What the next step does."""
 
     plan: StepPlan
-    num_held: int
+    num_held: int  # requests that could have begun, but wait for a fuller pass
+    only_prompts: bool  # are computed in it
 
 
 def plan_step(
@@ -139,20 +140,24 @@ def plan_step(
     preempt: tuple[str, ...] = (),
     costs: StepCosts = UNKNOWN_COSTS,
     held: Held = NOT_HELD,
+    after_pass: bool = False,
 ) -> Decision:
     """The step to run after those in flight; both sequences come most senior first. May be empty.
 
-    `drop` and `preempt` are passed on; the requests that have to go for others are appended to `preempt`.
+    `drop` and `preempt` are passed on; the requests that have to go for others are appended to `preempt`. `after_pass`: the
+    step before computed prompts and nothing else, so that a target between tokens asks for one that decodes.
     """
     decoding, prefilling = _split(running)
+    if after_pass and decoding and settings.passes.itl_seconds is not None:
+        prefilling, queued = [], ()
     budget = PrefillBudget(settings, costs, num_decoding=len(decoding))
     prefill_rows = list(_grant(prefilling, budget))
     waiting = order_queue(queued, settings.order, seed=step_id)
     admitted, preempted = _admit(waiting, running, budget=budget, memory=memory, settings=settings)
     num_held = 0
     if admitted and not (prefilling or preempted):
-        longest_wait = max(candidate.waited_seconds for candidate in waiting[: len(admitted)])
-        ready = Pass(budget.num_taken, len(decoding), longest_wait)
+        waits = tuple(candidate.waited_seconds for candidate in waiting[: len(admitted)])
+        ready = Pass(budget.num_taken, len(decoding), waits)
         if should_wait(ready, costs=costs, held=held, settings=settings.passes):
             num_held, admitted = len(admitted), []
     prefill_rows += admitted
@@ -166,7 +171,7 @@ def plan_step(
         preempt=(*preempt, *preempted),
         probe=_probes(waiting[len(admitted) :], settings, admitting=bool(admitted)),
     )
-    return Decision(plan, num_held)
+    return Decision(plan, num_held, bool(prefill_rows) and not decode_rows)
 
 
 def _split(running: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
