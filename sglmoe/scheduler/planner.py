@@ -240,16 +240,16 @@ class Planner:
     def _view(self, request: Request, now: float) -> Candidate:
         computed, total = request.expected_progress()
         allowed = max(1, request.stop.max_new_tokens)  # every request samples once
-        return Candidate(
-            rid=request.rid,
-            num_tokens=total,
-            computed_tokens=computed,
-            new_tokens_left=allowed - (total - len(request.prompt_ids)),
-            settled_tokens=request.num_computed,
-            cached_tokens=request.probed_cached if request.state is State.QUEUED else None,
-            rank=self._roster.rank(request),
-            arrival=request.arrival,
-            waited_seconds=0.0 if request.output_ids else now - request.timing.queued_at,
+        return Candidate(  # hundreds for each plan: positions cost half of what names do
+            request.rid,
+            total,
+            computed,
+            allowed - (total - len(request.prompt_ids)),
+            request.num_computed,
+            request.probed_cached if request.state is State.QUEUED else None,
+            self._roster.rank(request),
+            request.arrival,
+            0.0 if request.output_ids else now - request.timing.queued_at,
         )
 
 

@@ -310,8 +310,10 @@ class Scheduler:
             request.num_computed = row.num_computed
             if was_rejected:  # but the plan behind had room for it
                 self.roster.start(request)
-        request.record_prompt_logprobs(row.prompt_logprobs)
-        request.record_routing(row.routed_experts, end=row.num_computed)
+        if request.logprobs is not None:
+            request.record_prompt_logprobs(row.prompt_logprobs)
+        if row.routed_experts is not None:
+            request.record_routing(row.routed_experts, end=row.num_computed)
         if row.token_id is not None:
             self._on_token(request, row, row.token_id)
         if was_rejected and not request.finished:
