@@ -34,6 +34,18 @@ def find_shards(folder: Path) -> list[Path]:
 
 def check_shard(path: Path) -> None:
     """Compare the file's size with what its own header promises."""
+    header, start = read_header(path)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    size_bytes, expected_bytes = path.stat().st_size, start + end
+    if size_bytes != expected_bytes:
+        raise ValueError(
+            f"{path} has {size_bytes} bytes and should have {expected_bytes}; download it again"
+        )
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The tensors of a safetensors file: name -> dtype, shape and `data_offsets`, which count from the byte that is
+    returned too. Raises ValueError naming the file."""
     if not path.exists():
         raise ValueError(f"{path} is missing; download it")
     size_bytes = path.stat().st_size
@@ -42,12 +54,7 @@ def check_shard(path: Path) -> None:
         if size_bytes < 8 or header_bytes > min(size_bytes - 8, MAX_HEADER_BYTES):
             raise ValueError(f"{path} is truncated or no safetensors file; download it again")
         header = _parse(file.read(header_bytes), path)
-    end = max((entry["data_offsets"][1] for entry in _tensors(header)), default=0)
-    expected_bytes = 8 + header_bytes + end
-    if size_bytes != expected_bytes:
-        raise ValueError(
-            f"{path} has {size_bytes} bytes and should have {expected_bytes}; download it again"
-        )
+    return {name: its for name, its in header.items() if name != "__metadata__"}, 8 + header_bytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -66,7 +73,3 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object; download it again")
     return value
-
-
-def _tensors(header: dict[str, Any]) -> list[dict[str, Any]]:
-    return [entry for name, entry in header.items() if name != "__metadata__"]

@@ -12,7 +12,8 @@ from sglmoe.units import parse_bytes, show_bytes
 
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 
-AUTO = "auto"  # the predictor that does best
+AUTO = "auto"  # the predictor that does best; packed experts where there are any
+ON, OFF = "on", "off"
 # Those that need no training, trained ones that are beside the model, and two that are wrong, to compare with.
 PREDICTORS = (
     *(AUTO, "last_step", "previous_layer", "frequency", "expert_map", "pregate"),
@@ -68,6 +69,7 @@ class Options(msgspec.Struct, frozen=True):
     ttft_target: str | None = None
     itl_target: str | None = None
     shutdown_timeout: str | None = None  # the server's; an engine has none
+    packed_experts: str | None = None
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -82,10 +84,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     expert_prefetch: PrefetchMode = PrefetchMode.OFF
     expert_predictor: str = AUTO  # a name, a trained predictor's file, or AUTO
     fill_passes: bool = True  # collect prompts where each pass over them pays for its experts
-    ttft_target_seconds: float | None = (
-        None  # to the first token; bounds for how long they are collected
-    )
+    ttft_target_seconds: float | None = None  # to the first token; bounds the collecting
     itl_target_seconds: float | None = None  # between tokens; bounds what runs together
+    packed_experts: str = AUTO  # OFF, ON, AUTO, or the folder they are in
 
 
 def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) -> EngineConfig:
@@ -115,6 +116,7 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
         fill_passes=parse_fill_passes(options.fill_passes),
         ttft_target_seconds=parse_ttft_target(options.ttft_target, options.fill_passes),
         itl_target_seconds=parse_target("--itl-target", options.itl_target),
+        packed_experts=parse_packed_experts(options.packed_experts),
     )
 
 
@@ -202,6 +204,17 @@ def parse_shutdown_timeout(text: str | None) -> float:
     if not 0 <= seconds < float("inf"):
         raise ValueError(f"--shutdown-timeout: {text!r} is not a number of seconds")
     return seconds
+
+
+def parse_packed_experts(text: str | None) -> str:
+    """Read ``"off"``, ``"on"``, ``"auto"``, the default, or a folder. Raises ValueError."""
+    if text is None:
+        return AUTO
+    if text not in (OFF, ON, AUTO) and "/" not in text:
+        raise ValueError(
+            f"--packed-experts: {text!r} is none of off, on, auto, and no folder; write ./{text} for one"
+        )
+    return text
 
 
 def _budget_bytes(text: str | None, machine: Machine) -> int:

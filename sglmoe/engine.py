@@ -21,7 +21,7 @@ class Engine(SglangEngine):
     """As `sglang.Engine`, which documents the methods, under one memory budget.
 
     `memory_budget`, `host_memory`, `memory_policy`, `memory_planner`, `expert_prefetch`, `expert_predictor`, `fill_passes`,
-    `ttft_target` and `itl_target` are what the server's flags take, such as ``"2GiB"``.
+    `ttft_target`, `itl_target` and `packed_experts` are what the server's flags take, such as ``"2GiB"``.
     All else is sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for what can't be served.
     """
 
@@ -39,6 +39,7 @@ class Engine(SglangEngine):
         fill_passes: str | None = None,
         ttft_target: str | None = None,
         itl_target: str | None = None,
+        packed_experts: str | None = None,
         **flags: Any,
     ):
         load_plugins()
@@ -53,6 +54,7 @@ class Engine(SglangEngine):
             fill_passes=fill_passes,
             ttft_target=ttft_target,
             itl_target=itl_target,
+            packed_experts=packed_experts,
         )
         config = prepare(server_args, options)
         self.run_scheduler_process_func = scheduler_entry(config)

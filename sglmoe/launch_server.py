@@ -18,6 +18,7 @@ from sglmoe.config import (
     parse_fill_passes,
     parse_memory_planner,
     parse_memory_policy,
+    parse_packed_experts,
     parse_shutdown_timeout,
     parse_target,
     parse_ttft_target,
@@ -149,6 +150,12 @@ def our_parser() -> Parser:
         help="How long requests may go on after SIGTERM; those that have not finished by then are answered with what they "
         "have, as aborted. Default: 60.",
     )
+    group.add_argument(
+        "--packed-experts",
+        metavar="off|on|auto|FOLDER",
+        help="Whether experts are read in the smaller form that python -m sglmoe.pack wrote beside the checkpoint, or into "
+        "FOLDER: auto (default) where there are any that match, on refuses to start without. The same bits either way.",
+    )
     return parser
 
 
@@ -193,6 +200,7 @@ def read_options(argv: list[str]) -> Options:
     parse_ttft_target(given.ttft_target, given.fill_passes)
     parse_target("--itl-target", given.itl_target)
     parse_shutdown_timeout(given.shutdown_timeout)
+    parse_packed_experts(given.packed_experts)
     return Options(
         memory_budget=given.memory_budget,
         host_memory=given.host_memory,
@@ -204,6 +212,7 @@ def read_options(argv: list[str]) -> Options:
         ttft_target=given.ttft_target,
         itl_target=given.itl_target,
         shutdown_timeout=given.shutdown_timeout,
+        packed_experts=given.packed_experts,
     )
 
 

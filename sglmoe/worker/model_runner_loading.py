@@ -17,6 +17,7 @@ import torch
 from sglmoe.config import EngineConfig, PrefetchMode
 from sglmoe.memory.arena import Geometry, plan_geometry
 from sglmoe.memory.background_copier import BackgroundCopier, Copy
+from sglmoe.memory.device_decode import NUM_STAGED, DecodedFrames, can_decode, staged_bytes
 from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier, page_lock
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.host_tier import HostTier, TieredStore, make_blocks
@@ -28,6 +29,7 @@ from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import parse_bytes, show_bytes
 from sglmoe.worker.moe_layer import PagedExperts, install
+from sglmoe.worker.packed_experts import use_packed
 
 logger = logging.getLogger(__name__)
 
@@ -114,11 +116,14 @@ def load_model(
     on_progress("loading dense weights", 0, 0)
     runner = build_runner(server_args, gpu_id=gpu_id, nccl_port=nccl_port)
     close_store(experts)
+    use_packed(store, config.packed_experts, server_args.model_path)
     dense_bytes = model_bytes(runner.model)
     runner.alloc_memory_pool()
     kv = KvLayout.of(runner.token_to_kv_pool)
     geometry = plan_geometry(
-        arena_bytes=arena_bytes_within(config.memory_budget_bytes, dense_bytes),
+        arena_bytes=arena_bytes_within(
+            config.memory_budget_bytes, dense_bytes, decoding_bytes(store, server_args.device)
+        ),
         expert_bytes=experts.shape.expert_bytes if experts.shape else 0,
         token_bytes=kv.token_bytes,
         token_rows=kv.token_rows,
@@ -184,14 +189,22 @@ def close_store(experts: PagedExperts) -> None:
         )
 
 
-def arena_bytes_within(budget_bytes: int, dense_bytes: int) -> int:
+def decoding_bytes(store: ExpertStore, device: str) -> int:
+    """What decoding packed experts takes of the device's memory beside their frames."""
+    if device == "cpu" or not store.is_packed:
+        return 0
+    return (NUM_STAGED + 1) * staged_bytes(store)
+
+
+def arena_bytes_within(budget_bytes: int, dense_bytes: int, decoding_bytes: int) -> int:
     """What the dense weights leave of the budget. Raises ValueError where that is nothing."""
-    if dense_bytes >= budget_bytes:
+    if dense_bytes + decoding_bytes >= budget_bytes:
+        beside = f", and decoding {show_bytes(decoding_bytes)}," if decoding_bytes else ""
         raise ValueError(
-            f"the dense weights alone take {show_bytes(dense_bytes)} of the {show_bytes(budget_bytes)} budget; "
+            f"the dense weights alone take {show_bytes(dense_bytes)}{beside} of the {show_bytes(budget_bytes)} budget; "
             "raise --memory-budget"
         )
-    return budget_bytes - dense_bytes
+    return budget_bytes - dense_bytes - decoding_bytes
 
 
 class KvLayout(msgspec.Struct, frozen=True):
@@ -247,9 +260,15 @@ def manage(
     """The owner of the arena, and below it host memory, which fills in the background from now on."""
     num_layers = len(experts.layer_ids)
     num_experts = experts.shape.num_experts if experts.shape else 0
-    lock_pages = None if arena.device.type == "cpu" else page_lock
-    blocks = make_blocks(config.host_memory_bytes, experts.store, lock_pages=lock_pages)
-    tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts)
+    is_cpu = arena.device.type == "cpu"
+    as_stored = is_cpu or can_decode(experts.store, geometry.frame_bytes)
+    blocks = make_blocks(
+        config.host_memory_bytes,
+        experts.store,
+        as_stored=as_stored,
+        lock_pages=None if is_cpu else page_lock,
+    )
+    tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts, as_stored=as_stored)
     demand = LinkGate()
     prefetch = LinkGate(above=demand)
     load_experts, copy_in_background = expert_copiers(arena, geometry, experts.store, tier)
@@ -291,7 +310,11 @@ def expert_copiers(
         )
         return copier.load, copier.copy_in_background
     frames = {"arena": arena, "frame_bytes": geometry.frame_bytes, "store": store, "tier": tier}
-    return DeviceCopier(**frames).load, StreamCopier(**frames).copy
+    if not tier.as_stored:
+        return DeviceCopier(**frames).load, StreamCopier(**frames).copy
+    rows = arena.view(-1, geometry.frame_bytes)
+    ahead = StreamCopier(**frames, new_into=lambda: DecodedFrames(rows, store, num_staged=1))
+    return DeviceCopier(**frames, into=DecodedFrames(rows, store)).load, ahead.copy
 
 
 def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:

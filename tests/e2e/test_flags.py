@@ -82,6 +82,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
         ("--fill-passes off --ttft-target 1", "--ttft-target bounds how long prompts wait"),
         ("--itl-target 1 --chunked-prefill-size -1", "prompts are computed in one piece"),
         ("--itl-target 1 --enable-deterministic-inference", "not with --enable-determ"),
+        ("--packed-experts maybe", "--packed-experts: 'maybe' is none of off, on, auto"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ],
 )

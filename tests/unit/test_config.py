@@ -12,6 +12,7 @@ from sglmoe.config import (
     parse_expert_prefetch,
     parse_memory_planner,
     parse_memory_policy,
+    parse_packed_experts,
     parse_ttft_target,
     plan_config,
 )
@@ -126,3 +127,15 @@ def test_passes_are_filled_unless_switched_off_and_targets_are_seconds() -> None
 def test_a_target_that_would_bound_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--ttft-target bounds how long .* leave out either"):
         parse_ttft_target("2", "off")
+
+
+def test_packed_experts_are_used_where_there_are_any_unless_told_otherwise() -> None:
+    assert plan_config(Options(), CPU, page_tokens=None).packed_experts == "auto"
+    config = plan_config(Options(packed_experts="off"), CPU, page_tokens=None)
+    assert config.packed_experts == "off"
+    assert parse_packed_experts("on") == "on"
+    assert parse_packed_experts("disk/packed") == "disk/packed"
+    with pytest.raises(
+        ValueError, match=r"'disk' is none of off, on, auto, and no folder; write ./disk"
+    ):
+        parse_packed_experts("disk")

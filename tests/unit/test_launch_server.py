@@ -9,7 +9,9 @@ from sglmoe.launch_server import read_options
 def test_our_flags_are_found_among_sglangs() -> None:
     argv = ["--port", "1", "--memory-budget", "2GiB", "--tp", "1", "--host-memory=50%"]
     argv += ["--memory-planner=off", "--expert-prefetch=on", "--expert-predictor", "pregate"]
-    argv += ["--fill-passes=on", "--ttft-target", "2.5", "--itl-target=.1", "--shutdown-timeout=5"]
+    argv += ["--fill-passes=on", "--ttft-target", "2.5", "--itl-target=.1"]
+    argv += ["--shutdown-timeout=5"]
+    argv += ["--packed-experts=./packed"]
     expected = Options(
         memory_budget="2GiB",
         host_memory="50%",
@@ -20,6 +22,7 @@ def test_our_flags_are_found_among_sglangs() -> None:
         ttft_target="2.5",
         itl_target=".1",
         shutdown_timeout="5",
+        packed_experts="./packed",
     )
     assert read_options(argv) == expected
 
@@ -45,6 +48,7 @@ def test_abbreviations_are_left_to_sglang() -> None:
         ["--itl-target", "inf"],
         ["--shutdown-timeout", "soon"],
         ["--shutdown-timeout", "-1"],
+        ["--packed-experts", "perhaps"],
     ],
 )
 def test_nonsense_is_refused_by_flag_before_anything_starts(argv: list[str]) -> None:
