@@ -98,6 +98,18 @@ def test_a_target_between_tokens_limits_how_many_run() -> None:
     )
 
 
+def test_with_a_target_between_tokens_prompts_and_decoding_take_turns() -> None:
+    """Ten long prompts come at once; a pass of them takes a second, a step that decodes less than a tenth."""
+    crowd = [Arrival(0.0, num_prompt=100, num_output=150) for _ in range(20)]
+    long = [Arrival(5.0, num_prompt=4000, num_output=2) for _ in range(10)]
+    gaps = {}
+    for seconds in (None, 0.9):
+        policy = settings(64, fill=True, itl_seconds=seconds)
+        gaps[seconds] = max(simulate([*crowd, *long], STREAMED, policy).timeline.gaps)
+    assert gaps[0.9] < 1.2
+    assert gaps[None] > 5
+
+
 def test_where_memory_is_short_all_end_too() -> None:
     """A page each at first, fourteen in the end, and room for 300; admitted as if they did not grow."""
     trace = [Arrival(i / 10, num_prompt=16, num_output=200) for i in range(100)]
