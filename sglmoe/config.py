@@ -83,7 +83,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     memory_planner: bool = True  # limit the running requests to what leaves experts enough frames
     expert_prefetch: PrefetchMode = PrefetchMode.OFF
     expert_predictor: str = AUTO  # a name, a trained predictor's file, or AUTO
-    fill_passes: bool = True  # collect prompts where each pass over them pays for its experts
+    fill_passes: bool = False  # collect prompts where each pass over them pays for its experts
     ttft_target_seconds: float | None = None  # to the first token; bounds the collecting
     itl_target_seconds: float | None = None  # between tokens; bounds what runs together
     packed_experts: str = AUTO  # OFF, ON, AUTO, or the folder they are in
@@ -165,17 +165,17 @@ def parse_expert_predictor(text: str | None) -> str:
 
 
 def parse_fill_passes(text: str | None) -> bool:
-    """Read ``"on"``, the default, or ``"off"``. Raises ValueError."""
+    """Read ``"on"`` or ``"off"``, the default. Raises ValueError."""
     if text not in (None, "on", "off"):
         raise ValueError(f"--fill-passes: {text!r} is none of on, off")
-    return text != "off"
+    return text == "on"
 
 
 def parse_ttft_target(text: str | None, fill_passes: str | None) -> float | None:
     """Read a number of seconds, for passes that are filled. Raises ValueError."""
     if text is not None and not parse_fill_passes(fill_passes):
         raise ValueError(
-            "--ttft-target bounds how long prompts wait for others; with --fill-passes=off none does: leave out either"
+            "--ttft-target bounds how long prompts wait for others, which they do with --fill-passes=on: add that, or leave it out"
         )
     return parse_target("--ttft-target", text)
 

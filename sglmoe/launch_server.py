@@ -164,13 +164,13 @@ def add_pass_flags(group: argparse._ArgumentGroup) -> None:
         "--fill-passes",
         metavar="on|off",
         help="Whether, while passes over prompts have to load experts, prompts wait for others to share a pass with, and "
-        "longer pieces of them are computed at once (up to --max-prefill-tokens). Default: on, but with "
-        "--enable-deterministic-inference off.",
+        "longer pieces of them are computed at once (up to --max-prefill-tokens). Not with "
+        "--enable-deterministic-inference. Default: off.",
     )
     group.add_argument(
         "--ttft-target",
         metavar="SECONDS",
-        help="Collect no more prompts than lets a first token come so soon after its request. Default: no target, prompts "
+        help="With --fill-passes on: collect no more prompts than lets a first token come so soon after its request. Default: no target, prompts "
         "wait for at most four times as long as the experts of a pass take to come.",
     )
     group.add_argument(

@@ -79,7 +79,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
         ("--memory-budget 900TiB", "--memory-budget: 900TiB is more than"),
         ("--expert-prefetch maybe", "--expert-prefetch: 'maybe' is none of off, observe, on"),
         ("--expert-predictor astrologer", "--expert-predictor: 'astrologer' is none of auto, "),
-        ("--fill-passes off --ttft-target 1", "--ttft-target bounds how long prompts wait"),
+        ("--ttft-target 1", "--ttft-target bounds how long prompts wait"),
         ("--itl-target 1 --chunked-prefill-size -1", "prompts are computed in one piece"),
         ("--itl-target 1 --enable-deterministic-inference", "not with --enable-determ"),
         ("--packed-experts maybe", "--packed-experts: 'maybe' is none of off, on, auto"),
