@@ -175,7 +175,8 @@ def parse_ttft_target(text: str | None, fill_passes: str | None) -> float | None
     """Read a number of seconds, for passes that are filled. Raises ValueError."""
     if text is not None and not parse_fill_passes(fill_passes):
         raise ValueError(
-            "--ttft-target bounds how long prompts wait for others, which they do with --fill-passes=on: add that, or leave it out"
+            "--ttft-target bounds how long prompts wait for others, which they do with --fill-passes=on: "
+            "add that, or leave it out"
         )
     return parse_target("--ttft-target", text)
 

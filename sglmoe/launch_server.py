@@ -170,8 +170,8 @@ def add_pass_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ttft-target",
         metavar="SECONDS",
-        help="With --fill-passes on: collect no more prompts than lets a first token come so soon after its request. Default: no target, prompts "
-        "wait for at most four times as long as the experts of a pass take to come.",
+        help="With --fill-passes on: collect no more prompts than lets a first token come so soon after its request. "
+        "Default: no target, prompts wait for at most four times as long as the experts of a pass take to come.",
     )
     group.add_argument(
         "--itl-target",
