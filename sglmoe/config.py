@@ -65,6 +65,9 @@ class Options(msgspec.Struct, frozen=True):
     memory_planner: str | None = None
     expert_prefetch: str | None = None
     expert_predictor: str | None = None
+    fill_passes: str | None = None
+    ttft_target: str | None = None
+    itl_target: str | None = None
     shutdown_timeout: str | None = None  # the server's; an engine has none
     packed_experts: str | None = None
 
@@ -80,6 +83,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     memory_planner: bool = True  # limit the running requests to what leaves experts enough frames
     expert_prefetch: PrefetchMode = PrefetchMode.OFF
     expert_predictor: str = AUTO  # a name, a trained predictor's file, or AUTO
+    fill_passes: bool = False  # collect prompts where each pass over them pays for its experts
+    ttft_target_seconds: float | None = None  # to the first token; bounds the collecting
+    itl_target_seconds: float | None = None  # between tokens; bounds what runs together
     packed_experts: str = AUTO  # OFF, ON, AUTO, or the folder they are in
 
 
@@ -107,6 +113,9 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
         memory_planner=parse_memory_planner(options.memory_planner),
         expert_prefetch=parse_expert_prefetch(options.expert_prefetch),
         expert_predictor=parse_expert_predictor(options.expert_predictor),
+        fill_passes=parse_fill_passes(options.fill_passes),
+        ttft_target_seconds=parse_ttft_target(options.ttft_target, options.fill_passes),
+        itl_target_seconds=parse_target("--itl-target", options.itl_target),
         packed_experts=parse_packed_experts(options.packed_experts),
     )
 
@@ -153,6 +162,36 @@ def parse_expert_predictor(text: str | None) -> str:
             f"--expert-predictor: {text!r} is none of {', '.join(PREDICTORS)}, and not a trained one's .json"
         )
     return text
+
+
+def parse_fill_passes(text: str | None) -> bool:
+    """Read ``"on"`` or ``"off"``, the default. Raises ValueError."""
+    if text not in (None, "on", "off"):
+        raise ValueError(f"--fill-passes: {text!r} is none of on, off")
+    return text == "on"
+
+
+def parse_ttft_target(text: str | None, fill_passes: str | None) -> float | None:
+    """Read a number of seconds, for passes that are filled. Raises ValueError."""
+    if text is not None and not parse_fill_passes(fill_passes):
+        raise ValueError(
+            "--ttft-target bounds how long prompts wait for others, which they do with --fill-passes=on: "
+            "add that, or leave it out"
+        )
+    return parse_target("--ttft-target", text)
+
+
+def parse_target(flag: str, text: str | None) -> float | None:
+    """Read a number of seconds, None for no target. Raises ValueError."""
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{flag}: {text!r} is not a number of seconds above 0")
+    return seconds
 
 
 def parse_shutdown_timeout(text: str | None) -> float:

@@ -20,8 +20,8 @@ from sglmoe.preparation import detokenizer_entry, prepare, scheduler_entry  # no
 class Engine(SglangEngine):
     """As `sglang.Engine`, which documents the methods, under one memory budget.
 
-    `memory_budget`, `host_memory`, `memory_policy`, `memory_planner`, `expert_prefetch`, `expert_predictor` and
-    `packed_experts` are what the server's flags take, such as ``"2GiB"``.
+    `memory_budget`, `host_memory`, `memory_policy`, `memory_planner`, `expert_prefetch`, `expert_predictor`, `fill_passes`,
+    `ttft_target`, `itl_target` and `packed_experts` are what the server's flags take, such as ``"2GiB"``.
     All else is sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for what can't be served.
     """
 
@@ -36,6 +36,9 @@ class Engine(SglangEngine):
         memory_planner: str | None = None,
         expert_prefetch: str | None = None,
         expert_predictor: str | None = None,
+        fill_passes: str | None = None,
+        ttft_target: str | None = None,
+        itl_target: str | None = None,
         packed_experts: str | None = None,
         **flags: Any,
     ):
@@ -48,6 +51,9 @@ class Engine(SglangEngine):
             memory_planner=memory_planner,
             expert_prefetch=expert_prefetch,
             expert_predictor=expert_predictor,
+            fill_passes=fill_passes,
+            ttft_target=ttft_target,
+            itl_target=itl_target,
             packed_experts=packed_experts,
         )
         config = prepare(server_args, options)

@@ -15,10 +15,13 @@ from sglmoe.config import (
     Options,
     parse_expert_predictor,
     parse_expert_prefetch,
+    parse_fill_passes,
     parse_memory_planner,
     parse_memory_policy,
     parse_packed_experts,
     parse_shutdown_timeout,
+    parse_target,
+    parse_ttft_target,
 )
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.start_up import keep_start_method, leave_after, start_importing
@@ -140,6 +143,7 @@ def our_parser() -> Parser:
         help=f"Who predicts which experts: {', '.join(PREDICTORS[1:])}, the path of a trained one "
         "(python -m sglmoe.prediction.train), or auto (default): the one whose predictions would have been the most use.",
     )
+    add_pass_flags(group)
     group.add_argument(
         "--shutdown-timeout",
         metavar="SECONDS",
@@ -153,6 +157,28 @@ def our_parser() -> Parser:
         "FOLDER: auto (default) where there are any that match, on refuses to start without. The same bits either way.",
     )
     return parser
+
+
+def add_pass_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fill-passes",
+        metavar="on|off",
+        help="Whether, while passes over prompts have to load experts, prompts wait for others to share a pass with, and "
+        "longer pieces of them are computed at once (up to --max-prefill-tokens). Not with "
+        "--enable-deterministic-inference. Default: off.",
+    )
+    group.add_argument(
+        "--ttft-target",
+        metavar="SECONDS",
+        help="With --fill-passes on: collect no more prompts than lets a first token come so soon after its request. "
+        "Default: no target, prompts wait for at most four times as long as the experts of a pass take to come.",
+    )
+    group.add_argument(
+        "--itl-target",
+        metavar="SECONDS",
+        help="Run no more requests at once, and compute no longer pieces of prompts beside them, than lets one token follow "
+        "another so soon. Default: no target, the most tokens a second.",
+    )
 
 
 def read_options(argv: list[str]) -> Options:
@@ -170,6 +196,9 @@ def read_options(argv: list[str]) -> Options:
     parse_memory_planner(given.memory_planner)
     parse_expert_prefetch(given.expert_prefetch)
     parse_expert_predictor(given.expert_predictor)
+    parse_fill_passes(given.fill_passes)
+    parse_ttft_target(given.ttft_target, given.fill_passes)
+    parse_target("--itl-target", given.itl_target)
     parse_shutdown_timeout(given.shutdown_timeout)
     parse_packed_experts(given.packed_experts)
     return Options(
@@ -179,6 +208,9 @@ def read_options(argv: list[str]) -> Options:
         memory_planner=given.memory_planner,
         expert_prefetch=given.expert_prefetch,
         expert_predictor=given.expert_predictor,
+        fill_passes=given.fill_passes,
+        ttft_target=given.ttft_target,
+        itl_target=given.itl_target,
         shutdown_timeout=given.shutdown_timeout,
         packed_experts=given.packed_experts,
     )

@@ -37,7 +37,24 @@ def prepare(server_args: Any, options: Options) -> EngineConfig:
     if why := refused_model(read_facts(model_config)):
         raise ValueError(why)
     machine = measure_machine(device=server_args.device, gpu_id=server_args.base_gpu_id)
-    return plan_config(options, machine, page_tokens=page_tokens)
+    config = plan_config(options, machine, page_tokens=page_tokens)
+    if config.itl_target_seconds is not None:
+        check_prompts_can_be_cut(server_args)
+    return config
+
+
+def check_prompts_can_be_cut(server_args: Any) -> None:
+    """By measured times, which a target between tokens asks for. Raises ValueError."""
+    if server_args.chunked_prefill_size == -1:
+        raise ValueError(
+            "--itl-target: with --chunked-prefill-size=-1 prompts are computed in one piece, however long those who decode "
+            "wait for them; leave out either"
+        )
+    if server_args.enable_deterministic_inference:
+        raise ValueError(
+            "--itl-target cuts prompts by measured times, which moves last bits of answers: not with "
+            "--enable-deterministic-inference; leave out either"
+        )
 
 
 def scheduler_entry(config: EngineConfig) -> ChildEntry:

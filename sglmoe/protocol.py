@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class Struct(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -158,6 +158,16 @@ class PrefetchReport(Struct, frozen=True):
     failed: bool = False  # the predictor has; nothing is predicted any more
 
 
+class StepCosts(Struct, frozen=True):
+    """What steps cost, measured by the worker (`memory/step_times.py`). 0: not measured, or nothing."""
+
+    stream_seconds: float = 0.0  # a pass over prompts is longer by, for the experts it has to load
+    token_seconds: float = 0.0  # and for each token of a prompt
+    decode_seconds: float = 0.0  # a decode step but for its rows: the fixed part, and its loads
+    row_seconds: float = 0.0  # and for each request that decodes
+    loads_overlap: bool = False  # with computing
+
+
 class MemorySnapshot(Struct, frozen=True):
     """The state of the worker's memory after a step; stale on arrival. Counters run from the start of the worker."""
 
@@ -198,6 +208,7 @@ class MemorySnapshot(Struct, frozen=True):
     host_promoted_bytes: int = 0
     host_evicted: int = 0
     plan: ResidencyPlan = ResidencyPlan()
+    costs: StepCosts = StepCosts()
     prefetch: PrefetchReport = PrefetchReport()
 
     @property

@@ -9,11 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from sglmoe.memory.residency import StepModel
+from sglmoe.protocol import StepCosts
 
 # Arbitrary: after so many notes of a kind, one counts half.
 DECODE_HALF_LIFE = 256
 PREFILL_HALF_LIFE = 32
 LOAD_HALF_LIFE = 64
+# Arbitrary, in passes: how many experts a pass loads follows how many frames KV leaves them.
+STREAM_HALF_LIFE = 4
 # Arbitrary: shorter prefills say more about a step's fixed cost than about tokens.
 MIN_PREFILL_TOKENS = 32
 # Arbitrary, in requests or loads squared: with all steps of nearly one size there is no slope to see.
@@ -104,14 +107,18 @@ class StepTimes:
         self._prefill = DecayedRatio(PREFILL_HALF_LIFE)
         self._waits = DecayedRatio(LOAD_HALF_LIFE)
         self._links = DecayedRatio(LOAD_HALF_LIFE)
+        self._pass_loads = DecayedRatio(STREAM_HALF_LIFE)
+        self._decode_loads = DecayedRatio(DECODE_HALF_LIFE)
 
     def note_decode(self, num_rows: int, compute_seconds: float, num_loads: int = 0) -> None:
         """A step that decoded `num_rows` requests and did nothing else."""
+        self._decode_loads.note(num_loads, 1)
         self._decode.note(num_rows, num_loads, compute_seconds)
 
     def note_prefill(self, num_tokens: int, compute_seconds: float, num_loads: int = 0) -> None:
-        """A step that computed `num_tokens` of prompts and did nothing else; short ones are ignored."""
+        """A pass over prompts, of so many tokens with the rows that decoded in it; short ones are ignored."""
         if num_tokens >= MIN_PREFILL_TOKENS:
+            self._pass_loads.note(num_loads, 1)
             slowed = min(self._slowdown * num_loads, compute_seconds * MOST_SLOWED)
             self._prefill.note(compute_seconds - slowed, num_tokens)
 
@@ -141,6 +148,20 @@ class StepTimes:
     def prefill_token_seconds(self) -> float | None:
         """For a token of a prompt; None before MIN_PREFILL_TOKENS were computed in a step."""
         return self._prefill.ratio
+
+    def costs(self, *, absent_experts: int) -> StepCosts:
+        """What is known, for the scheduler. A pass over prompts takes every expert that it uses: it loads as many as
+        the last ones did, but no more than are absent."""
+        line = self._decode.line or (0.0, 0.0, 0.0)
+        load_seconds = self.load_seconds or 0.0
+        pass_loads = min(self._pass_loads.ratio or 0.0, absent_experts)
+        return StepCosts(
+            stream_seconds=pass_loads * load_seconds,
+            token_seconds=self.prefill_token_seconds or 0.0,
+            decode_seconds=line[0] + (self._decode_loads.ratio or 0.0) * load_seconds,
+            row_seconds=line[1],
+            loads_overlap=self._loads_overlap,
+        )
 
     @property
     def model(self) -> StepModel | None:

@@ -59,7 +59,9 @@ def check_finish(
 ) -> Finish | None:
     """Whether the newest of `output_ids` ends the request. To be asked after every single token."""
     num_tokens = len(output_ids)
-    finish = _check_vocabulary(output_ids, rules) or _check_text(output_ids, rules, decode)
+    finish = _check_vocabulary(output_ids, rules)
+    if finish is None and (rules.strings or rules.regexes):
+        finish = _check_text(output_ids, rules, decode)
     if finish is None and output_ids[-1] in rules.token_ids:
         finish = Finish(FinishReason("stop", matched=output_ids[-1]), num_tokens)
     if num_tokens > rules.max_new_tokens or (finish is None and num_tokens == rules.max_new_tokens):

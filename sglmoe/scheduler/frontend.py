@@ -17,6 +17,7 @@ from sglang.srt.managers import io_struct as io
 from sglang.srt.runtime_context import get_serving
 from sglang.srt.utils.network import get_zmq_socket
 
+from sglmoe.config import EngineConfig
 from sglmoe.protocol import WorkerReady
 from sglmoe.scheduler.finish import aborted, is_our_fault
 from sglmoe.scheduler.frontend_control import Control, startup_time
@@ -35,11 +36,11 @@ logger = logging.getLogger(__name__)
 class Frontend:
     """Connects SGLang's processes with a `Scheduler`. Make it, `connect` it to a worker, then `run` it."""
 
-    def __init__(self, *, server_args: Any, port_args: Any) -> None:
+    def __init__(self, *, server_args: Any, port_args: Any, config: EngineConfig) -> None:
         self._server_args = server_args
         self._port_args = port_args
         self._text = load_text_side(server_args)
-        self._settings = scheduler_settings()
+        self._settings = scheduler_settings(config)
         self._decode = self._text.decode()
         self._force_interval = envs.SGLANG_FORCE_STREAM_INTERVAL.get()
         self._refusal: str | None = None

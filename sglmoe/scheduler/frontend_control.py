@@ -259,6 +259,7 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
     memory = msgspec.structs.asdict(snapshot)
     plan = msgspec.structs.asdict(memory.pop("plan"))
     prefetch = msgspec.structs.asdict(memory.pop("prefetch"))
+    costs = msgspec.structs.asdict(memory.pop("costs"))
     arena_gib = snapshot.num_frames * snapshot.frame_bytes / 2**30
     return {
         "world_size": 1,
@@ -275,6 +276,7 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
         "sglmoe": {
             "memory": memory,
             "plan": plan,
+            "costs": costs,
             "prefetch": prefetch,
             "running_limit": scheduler.planner.running_limit,
             "limits": msgspec.structs.asdict(scheduler.limits),

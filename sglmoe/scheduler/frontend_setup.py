@@ -17,6 +17,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import (
     SpawnRanks,
     get_device,
+    get_exec,
     get_model,
     get_schedule,
     get_serving,
@@ -30,9 +31,11 @@ from sglang.srt.utils import (
 )
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
+from sglmoe.config import EngineConfig
 from sglmoe.protocol import Limits
 from sglmoe.scheduler.finish import Decode
 from sglmoe.scheduler.frontend_request import RequestRules
+from sglmoe.scheduler.passes import PassSettings
 from sglmoe.scheduler.policy import Order, PolicySettings
 from sglmoe.scheduler.reasoning import ReasoningCounter
 from sglmoe.scheduler.settings import SchedulerSettings
@@ -52,8 +55,8 @@ def enter_process(server_args: Any, *, gpu_id: int, dp_rank: int | None) -> None
     suppress_other_loggers()
 
 
-def scheduler_settings() -> SchedulerSettings:
-    """The published flags as scheduling knows them. Raises ValueError for a policy that there is not."""
+def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
+    """The published flags, and ours, as scheduling knows them. Raises ValueError for a policy that there is not."""
     flags = get_schedule()
     if flags.schedule_policy not in ORDERS:
         raise ValueError(
@@ -72,6 +75,7 @@ def scheduler_settings() -> SchedulerSettings:
             preemption_threshold=(
                 flags.priority_scheduling_preemption_threshold if preempts else None
             ),
+            passes=_pass_settings(config),
         ),
         use_priority=flags.enable_priority_scheduling,
         low_values_first=flags.schedule_low_priority_values_first,
@@ -82,6 +86,16 @@ def scheduler_settings() -> SchedulerSettings:
         new_token_ratio=ratio,
         min_new_token_ratio=min_ratio,
         new_token_ratio_decay=(ratio - min_ratio) / envs.SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS.get(),
+    )
+
+
+def _pass_settings(config: EngineConfig) -> PassSettings:
+    """Where prompts are cut moves last bits, so that inference that has to be deterministic does without times."""
+    deterministic = get_exec().deterministic.enable_deterministic_inference
+    return PassSettings(
+        fill=config.fill_passes and not deterministic,
+        ttft_seconds=config.ttft_target_seconds,
+        itl_seconds=config.itl_target_seconds,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from sglmoe.protocol import Limits, MemorySnapshot, ResidencyPlan, StepPlan, StepResult
+from sglmoe.scheduler.passes import Held, most_running
 from sglmoe.scheduler.policy import (
     MAX_PREFIX_MATCHES,
     NUM_PROBES,
@@ -35,6 +36,36 @@ class InFlight(msgspec.Struct, frozen=True):
     requests: dict[str, Request]
 
 
+class HoldingBack:
+    """For how long prompts have been held back, since the last pass over prompts; and in all."""
+
+    def __init__(self) -> None:
+        self.num_passes = 0  # that were held back for
+        self.total_seconds = 0.0
+        self._since: float | None = None
+        self._last_at = 0.0
+        self._num_held = 0
+        self._request_seconds = 0.0
+
+    def until(self, now: float) -> Held:
+        if self._since is None:
+            return Held()
+        more = self._num_held * (now - self._last_at)
+        return Held(now - self._since, self._request_seconds + more)
+
+    def note(self, num_held: int, now: float) -> None:
+        """A plan holds so many back, or none."""
+        held = self.until(now)
+        self._num_held, self._last_at = num_held, now
+        self._request_seconds = held.request_seconds
+        if num_held and self._since is None:
+            self._since = now
+        elif not num_held:
+            self.num_passes += self._since is not None
+            self.total_seconds += held.seconds
+            self._since, self._request_seconds = None, 0.0
+
+
 class Planner:
     """Makes plans for the requests of a roster. `snapshot` is the worker's last word on its memory."""
 
@@ -50,11 +81,13 @@ class Planner:
         self.ratio = ratio
         self._asked = policy
         self._roster = roster
+        self.holding_back = HoldingBack()
         self._plans: deque[InFlight] = deque()
         self._next_step_id = 0  # goes on from worker to worker
         self._to_drop: list[str] = []
         self._to_preempt: list[str] = []
         self._pages_at_rejection: int | None = None  # admit nothing until more are available
+        self._after_pass = False  # the last plan with rows computes prompts and nothing else
         self.meet_worker(limits, snapshot)
 
     def meet_worker(self, limits: Limits, snapshot: MemorySnapshot) -> None:
@@ -62,7 +95,7 @@ class Planner:
         self.snapshot = snapshot
         max_running = min(self._asked.max_running, limits.max_running)
         self.policy = msgspec.structs.replace(self._asked, max_running=max_running)
-        self._limited = limited(self.policy, snapshot.plan)
+        self._limited = limited(self.policy, snapshot)
         self._page_tokens = limits.page_tokens
 
     def lose_worker(self) -> None:
@@ -87,7 +120,7 @@ class Planner:
 
     @property
     def running_limit(self) -> int:
-        """Requests that may run at once: what the flags allow, and the worker's memory plan."""
+        """Requests that may run at once: what the flags and their targets allow, and the worker's memory plan."""
         return self._limited.max_running
 
     @property
@@ -107,7 +140,9 @@ class Planner:
         self._roster.evict(request, step_id=self._next_step_id)
         self._to_preempt.append(request.rid)
 
-    def next_plan(self, *, paused: bool, alone: Request | None = None) -> StepPlan | None:
+    def next_plan(
+        self, *, now: float, paused: bool, alone: Request | None = None
+    ) -> StepPlan | None:
         """The next plan, to be sent; None if the worker has enough or there is nothing to say. `alone` has nobody beside it."""
         if len(self._plans) >= MAX_PLANS_IN_FLIGHT:
             return None
@@ -115,10 +150,12 @@ class Planner:
         if alone is not None:
             running = [alone] if alone.state is State.RUNNING else []
             queued = [alone] if alone.state is State.QUEUED else []
-        plan = plan_step(
+        if paused:
+            running, queued = [], ()
+        plan, num_held, only_prompts = plan_step(
             step_id=self._next_step_id,
-            running=() if paused else [self._view(r) for r in running],
-            queued=() if paused else [self._view(r) for r in queued],
+            running=[self._view(request, now) for request in running],
+            queued=[self._view(request, now) for request in queued],
             memory=Memory(
                 available_pages=self.snapshot.available_pages,
                 page_tokens=self._page_tokens,
@@ -127,9 +164,15 @@ class Planner:
             settings=self._limited,
             drop=tuple(self._to_drop),
             preempt=tuple(self._to_preempt),
+            costs=self.snapshot.costs,
+            held=self.holding_back.until(now),
+            after_pass=self._after_pass,
         )
+        self.holding_back.note(num_held, now)
         if not (plan.rows or plan.drop or plan.preempt):
             return None
+        if plan.rows:
+            self._after_pass = only_prompts
         self._promise(plan)
         return plan
 
@@ -139,9 +182,9 @@ class Planner:
             raise ValueError(f"the worker answered step {result.step_id}, which is not due")
         answered = self._plans.popleft()
         if result.snapshot.plan.running_limit != self.snapshot.plan.running_limit:
-            self._limited = limited(self.policy, result.snapshot.plan)
             log_limit(result.snapshot.plan)
         self.snapshot = result.snapshot
+        self._limited = limited(self.policy, self.snapshot)
         for request in answered.requests.values():
             request.in_flight.pop(0)
         self._roster.left(answered.plan.drop)
@@ -194,26 +237,31 @@ class Planner:
         )
         return queue[: room + NUM_PROBES] if in_order_of_arrival else queue
 
-    def _view(self, request: Request) -> Candidate:
+    def _view(self, request: Request, now: float) -> Candidate:
         computed, total = request.expected_progress()
         allowed = max(1, request.stop.max_new_tokens)  # every request samples once
-        return Candidate(
-            rid=request.rid,
-            num_tokens=total,
-            computed_tokens=computed,
-            new_tokens_left=allowed - (total - len(request.prompt_ids)),
-            settled_tokens=request.num_computed,
-            cached_tokens=request.probed_cached if request.state is State.QUEUED else None,
-            rank=self._roster.rank(request),
-            arrival=request.arrival,
+        return Candidate(  # hundreds for each plan: positions cost half of what names do
+            request.rid,
+            total,
+            computed,
+            allowed - (total - len(request.prompt_ids)),
+            request.num_computed,
+            request.probed_cached if request.state is State.QUEUED else None,
+            self._roster.rank(request),
+            request.arrival,
+            0.0 if request.output_ids else now - request.timing.queued_at,
         )
 
 
-def limited(policy: PolicySettings, plan: ResidencyPlan) -> PolicySettings:
-    """The policy that admits no more than the worker's plan says. Those who run go on, whatever it says."""
-    if plan.running_limit is None:
+def limited(policy: PolicySettings, snapshot: MemorySnapshot) -> PolicySettings:
+    """The policy that admits no more than the worker's plan and the target between tokens say. Those who run go on,
+    whatever these say."""
+    most = min(policy.max_running, most_running(snapshot.costs, policy.passes))
+    if snapshot.plan.running_limit is not None:
+        most = min(most, snapshot.plan.running_limit)
+    max_running = max(1, most)
+    if max_running == policy.max_running:
         return policy
-    max_running = max(1, min(plan.running_limit, policy.max_running))
     return msgspec.structs.replace(policy, max_running=max_running)
 
 

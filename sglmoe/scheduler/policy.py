@@ -1,16 +1,18 @@
 """What the next step should do: which requests to admit, advance and preempt. Pure functions over immutable views.
 
 Knows neither the worker nor SGLang. Prefill goes first, as in SGLang: a step decodes only when nothing can be prefilled,
-or does both with `mix_decode`. Memory is estimated in pages and may be wrong; the worker refuses what does not fit.
+or does both with `mix_decode`. Where experts are streamed, prompts may wait until they fill a pass (`passes.py`). Memory is
+estimated in pages and may be wrong; the worker refuses what does not fit.
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import msgspec
 
-from sglmoe.protocol import Row, StepPlan
+from sglmoe.protocol import Row, StepCosts, StepPlan
+from sglmoe.scheduler.passes import Held, Pass, PassSettings, pass_tokens, should_wait
 from sglmoe.units import ceil_div
 
 # Beyond so many queued requests SGLang orders by arrival instead of matching prefixes; so do we.
@@ -19,6 +21,9 @@ MAX_PREFIX_MATCHES = 128
 NUM_PROBES = 16
 # SGLang's SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION: a request is expected to generate no more than this.
 MAX_EXPECTED_TOKENS = 4096
+
+UNKNOWN_COSTS = StepCosts()
+NOT_HELD = Held()
 
 Order = Literal["fcfs", "lpm", "lof", "random"]
 
@@ -32,6 +37,7 @@ class PolicySettings(msgspec.Struct, frozen=True):
     order: Order = "fcfs"
     mix_decode: bool = False
     preemption_threshold: int | None = None
+    passes: PassSettings = PassSettings()
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
@@ -47,6 +53,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     )
     rank: int = 0  # by priority: lower goes first
     arrival: int = 0
+    waited_seconds: float = 0.0  # since it came; 0 when it has its first token
 
     @property
     def remaining_tokens(self) -> int:
@@ -64,22 +71,34 @@ class Memory(msgspec.Struct, frozen=True):
     def pages(self, num_tokens: float) -> int:
         return ceil_div(int(num_tokens), self.page_tokens)
 
-    def pages_to_finish(self, running: Candidate) -> int:
-        """Pages that a running request will still take, those of plans in flight included."""
-        expected = self.new_token_ratio * min(running.new_tokens_left, MAX_EXPECTED_TOKENS)
-        return self.pages(running.num_tokens + expected) - self.pages(running.settled_tokens)
+    def pages_to_finish(self, running: Iterable[Candidate]) -> int:
+        """Pages that running requests will still take, those of plans in flight included."""
+        ratio, page_tokens, num_pages = self.new_token_ratio, self.page_tokens, 0
+        for candidate in running:  # hundreds in each plan, so without a call for each
+            left = candidate.new_tokens_left
+            expected = ratio * (left if left < MAX_EXPECTED_TOKENS else MAX_EXPECTED_TOKENS)
+            num_pages -= -int(candidate.num_tokens + expected) // page_tokens
+            num_pages += -candidate.settled_tokens // page_tokens
+        return num_pages
 
     def pages_to_admit(self, queued: Candidate) -> int:
         return self.pages(queued.num_tokens + min(queued.new_tokens_left, MAX_EXPECTED_TOKENS))
 
 
 class PrefillBudget:
-    """The prompt tokens that one step may compute."""
+    """The prompt tokens that one step may compute, beside the rows that decode in it."""
 
-    def __init__(self, settings: PolicySettings, *, num_decoding: int) -> None:
+    def __init__(self, settings: PolicySettings, costs: StepCosts, *, num_decoding: int) -> None:
         self._chunk_tokens = settings.chunk_tokens
-        limits = [settings.max_prefill_tokens, settings.chunk_tokens or settings.max_prefill_tokens]
-        self._left = min(limits) - num_decoding
+        most = settings.max_prefill_tokens
+        num_tokens = pass_tokens(
+            min(settings.chunk_tokens or most, most),
+            most,
+            costs=costs,
+            settings=settings.passes,
+            num_decoding=num_decoding,
+        )
+        self._whole = self._left = num_tokens - (num_decoding if settings.mix_decode else 0)
         self._untouched = True
 
     def take(self, remaining_tokens: int) -> int:
@@ -94,8 +113,20 @@ class PrefillBudget:
         return granted
 
     @property
+    def num_taken(self) -> int:
+        return self._whole - self._left
+
+    @property
     def exhausted(self) -> bool:
         return self._left <= 0
+
+
+class Decision(NamedTuple):
+    """What the next step does."""
+
+    plan: StepPlan
+    num_held: int  # requests that could have begun, but wait for a fuller pass
+    only_prompts: bool  # are computed in it
 
 
 def plan_step(
@@ -107,29 +138,51 @@ def plan_step(
     settings: PolicySettings,
     drop: tuple[str, ...] = (),
     preempt: tuple[str, ...] = (),
-) -> StepPlan:
+    costs: StepCosts = UNKNOWN_COSTS,
+    held: Held = NOT_HELD,
+    after_pass: bool = False,
+) -> Decision:
     """The step to run after those in flight; both sequences come most senior first. May be empty.
 
-    `drop` and `preempt` are passed on; the requests that have to go for others are appended to `preempt`.
+    `drop` and `preempt` are passed on; the requests that have to go for others are appended to `preempt`. `after_pass`: the
+    step before computed prompts and nothing else, so that a target between tokens asks for one that decodes.
     """
-    active = [candidate for candidate in running if candidate.new_tokens_left > 0]
-    decoding = [candidate for candidate in active if candidate.remaining_tokens == 1]
-    prefilling = [candidate for candidate in active if candidate.remaining_tokens > 1]
-    budget = PrefillBudget(settings, num_decoding=len(decoding) if settings.mix_decode else 0)
+    decoding, prefilling = _split(running)
+    if after_pass and decoding and settings.passes.itl_seconds is not None:
+        prefilling, queued = [], ()
+    budget = PrefillBudget(settings, costs, num_decoding=len(decoding))
     prefill_rows = list(_grant(prefilling, budget))
     waiting = order_queue(queued, settings.order, seed=step_id)
     admitted, preempted = _admit(waiting, running, budget=budget, memory=memory, settings=settings)
+    num_held = 0
+    if admitted and not (prefilling or preempted):
+        waits = tuple(candidate.waited_seconds for candidate in waiting[: len(admitted)])
+        ready = Pass(budget.num_taken, len(decoding), waits)
+        if should_wait(ready, costs=costs, held=held, settings=settings.passes):
+            num_held, admitted = len(admitted), []
     prefill_rows += admitted
     decode_rows = [Row(c.rid, 1) for c in decoding if c.rid not in preempted]
     if prefill_rows and not settings.mix_decode:
         decode_rows = []
-    return StepPlan(
+    plan = StepPlan(
         step_id=step_id,
         rows=(*decode_rows, *(row for row in prefill_rows if row.rid not in preempted)),
         drop=drop,
         preempt=(*preempt, *preempted),
         probe=_probes(waiting[len(admitted) :], settings, admitting=bool(admitted)),
     )
+    return Decision(plan, num_held, bool(prefill_rows) and not decode_rows)
+
+
+def _split(running: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """Those that decode, and those whose prompts are being computed."""
+    decoding: list[Candidate] = []
+    prefilling: list[Candidate] = []
+    for candidate in running:
+        if candidate.new_tokens_left > 0:
+            is_whole = candidate.num_tokens - candidate.computed_tokens == 1
+            (decoding if is_whole else prefilling).append(candidate)
+    return decoding, prefilling
 
 
 def order_queue(queued: Sequence[Candidate], order: Order, *, seed: int) -> list[Candidate]:
@@ -164,7 +217,7 @@ def _admit(
     """Rows for requests from the queue, strictly in its order, and the requests that have to go for them."""
     if not waiting:
         return [], ()
-    free_pages = memory.available_pages - sum(memory.pages_to_finish(c) for c in running)
+    free_pages = memory.available_pages - memory.pages_to_finish(running)
     num_running = len(running)
     rows: list[Row] = []
     victims: list[Candidate] = []
@@ -219,7 +272,7 @@ def _victims(
 
 
 def _pages_freed(victim: Candidate, memory: Memory) -> int:
-    return memory.pages(victim.settled_tokens) + memory.pages_to_finish(victim)
+    return memory.pages(victim.settled_tokens) + memory.pages_to_finish([victim])
 
 
 def _probes(

@@ -37,8 +37,8 @@ def run_scheduler(
 ) -> None:
     """SGLang's process target, once `config` and `run_worker` are bound.
 
-    `config` goes to the worker as it is. `display` are ranks that SGLang shows; there is only one. Ends the process: with
-    status 1 when no worker can be had, and at once, because its launcher waits for that.
+    `config` is an `EngineConfig` whose defaults are filled in. `display` are ranks that SGLang shows; there is only one. Ends
+    the process: with status 1 when no worker can be had, and at once, because its launcher waits for that.
     """
     assert (tp_rank, pp_rank) == (0, 0), "one scheduler drives one device"
     worker = WorkerLine(
@@ -58,7 +58,7 @@ def run_scheduler(
         from sglmoe.scheduler.frontend_setup import enter_process
 
         enter_process(server_args, gpu_id=gpu_id, dp_rank=dp_rank)
-        frontend = Frontend(server_args=server_args, port_args=port_args)
+        frontend = Frontend(server_args=server_args, port_args=port_args, config=config)
         asyncio.run(_serve(frontend, worker, pipe_writer))
         status = 0
     except WorkerLost as lost:

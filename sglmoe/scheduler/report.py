@@ -42,12 +42,15 @@ class RowTally(msgspec.Struct, frozen=True, gc=False):
     decode_tokens: int = 0
 
 
+ONE_DECODED = RowTally(decode_tokens=1)
+
+
 def tally_row(request: Request, row: RowResult) -> RowTally:
     """To be called before `request` takes the row in."""
     start = request.num_computed or row.num_cached
     num_new = row.num_computed - start
     if request.output_ids and num_new == 1:
-        return RowTally(decode_tokens=1)
+        return ONE_DECODED
     if request.num_computed:
         return RowTally(prefill_tokens=num_new)
     return RowTally(num_admitted=1, prefill_tokens=num_new, cached_tokens=row.num_cached)
@@ -57,13 +60,14 @@ def summarize(
     result: StepResult, tallies: Sequence[RowTally], rejected: Sequence[Request]
 ) -> StepReport:
     """The report on `result`, whose wanted rows came to `tallies`; `rejected` as they were before it."""
+    prefills = [tally for tally in tallies if tally is not ONE_DECODED]
     return StepReport(
         snapshot=result.snapshot,
         step_seconds=result.step_seconds,
-        num_admitted=sum(tally.num_admitted for tally in tallies),
-        prefill_tokens=sum(tally.prefill_tokens for tally in tallies),
-        cached_tokens=sum(tally.cached_tokens for tally in tallies),
-        decode_tokens=sum(tally.decode_tokens for tally in tallies),
+        num_admitted=sum(tally.num_admitted for tally in prefills),
+        prefill_tokens=sum(tally.prefill_tokens for tally in prefills),
+        cached_tokens=sum(tally.cached_tokens for tally in prefills),
+        decode_tokens=len(tallies) - len(prefills),
         num_rejected=len(rejected),
         num_preempted=sum(request.num_computed > 0 for request in rejected),
         rejected_input_tokens=sum(len(request.prompt_ids) for request in rejected),

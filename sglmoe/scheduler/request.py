@@ -161,7 +161,7 @@ class Request:
 
     def expected_progress(self) -> tuple[int, int]:
         """Tokens with KV, and all tokens, when the plans in flight have run without finding anything cached."""
-        computed, total = self.num_computed, self.num_tokens
+        computed, total = self.num_computed, len(self.prompt_ids) + len(self.output_ids)
         for granted in self.in_flight:
             if granted >= total - computed:
                 computed, total = total, total + 1

@@ -216,12 +216,13 @@ class Scheduler:
         while True:
             if self._owed is None:
                 self._watchdog.feed()
-            plan = self.planner.next_plan(paused=self.paused, alone=self._suspects.on_trial)
+            now, alone = self._clock(), self._suspects.on_trial
+            plan = self.planner.next_plan(now=now, paused=self.paused, alone=alone)
             if plan is None:
                 return
             for row in plan.rows:
                 timing = self.roster.live[row.rid].timing
-                timing.scheduled_at = timing.scheduled_at or self._clock()
+                timing.scheduled_at = timing.scheduled_at or now
             self._worker.send(plan)
 
     def _announce(self) -> None:
@@ -310,8 +311,10 @@ class Scheduler:
             request.num_computed = row.num_computed
             if was_rejected:  # but the plan behind had room for it
                 self.roster.start(request)
-        request.record_prompt_logprobs(row.prompt_logprobs)
-        request.record_routing(row.routed_experts, end=row.num_computed)
+        if request.logprobs is not None:
+            request.record_prompt_logprobs(row.prompt_logprobs)
+        if row.routed_experts is not None:
+            request.record_routing(row.routed_experts, end=row.num_computed)
         if row.token_id is not None:
             self._on_token(request, row, row.token_id)
         if was_rejected and not request.finished:

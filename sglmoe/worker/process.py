@@ -80,7 +80,7 @@ def run_worker(
             memory=loaded.memory,
             model=model,
             max_running=loaded.max_running,
-            watch=StepWatch(times, first_price(loaded)),
+            watch=StepWatch(times, first_price(loaded), num_experts=num_experts(loaded)),
             planner=residency_planner(loaded, config, times),
             prefetching=prefetching,
         )
@@ -113,6 +113,12 @@ def run_worker(
 def first_price(loaded: Loaded) -> Price:
     prices = loaded.memory.prices
     return Price(prices.expert_nanoseconds, prices.token_nanoseconds)
+
+
+def num_experts(loaded: Loaded) -> int:
+    """Of all layers; 0 where none is paged."""
+    experts = loaded.experts
+    return len(experts.layer_ids) * experts.shape.num_experts if experts.shape else 0
 
 
 def residency_planner(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sglmoe.memory.step_times import StepTimes
-from sglmoe.protocol import MemorySnapshot
+from sglmoe.protocol import MemorySnapshot, StepCosts
 from sglmoe.worker.request import BatchRow, WorkerRequest
 
 # Arbitrary: a price is new when it differs so much from the last one. Each is a line of a routing trace.
@@ -48,10 +48,11 @@ class Price(NamedTuple):
 
 
 class StepWatch:
-    """Teaches `times`. `price` is what memory reckons with at first."""
+    """Teaches `times`. `price` is what memory reckons with at first; of `num_experts` some are in frames."""
 
-    def __init__(self, times: StepTimes, price: Price):
+    def __init__(self, times: StepTimes, price: Price, *, num_experts: int):
         self._times = times
+        self._num_experts = num_experts
         self._price = price
         self._before = StepCost(0.0, 0.0, 0)  # the sums since the start
 
@@ -81,9 +82,17 @@ class StepWatch:
         compute_seconds = cost.seconds - cost.stall_seconds
         if kind.num_decoding:
             self._times.note_decode(kind.num_decoding, compute_seconds, cost.misses)
-        elif not kind.decoding:
-            self._times.note_prefill(kind.num_prefill_tokens, compute_seconds, cost.misses)
+        elif (
+            kind.num_prefill_tokens
+        ):  # a row that decodes beside prompts is computed as one token more
+            num_tokens = kind.num_prefill_tokens + len(kind.decoding)
+            self._times.note_prefill(num_tokens, compute_seconds, cost.misses)
         return cost
+
+    def costs(self, snapshot: MemorySnapshot) -> StepCosts:
+        """What the scheduler may reckon with for the next steps, with memory as it is."""
+        absent = max(0, self._num_experts - snapshot.expert_frames)
+        return self._times.costs(absent_experts=absent)
 
     def new_price(self) -> Price | None:
         """What memory should reckon with from now on; None if that has hardly changed."""

@@ -153,6 +153,7 @@ class Worker:
         cost = self._watch.step_done(kind, snapshot, seconds)
         if price := self._watch.new_price():
             self.memory.set_prices(**price._asdict())
+        snapshot = msgspec.structs.replace(snapshot, costs=self._watch.costs(snapshot))
         if self._prefetching is not None:
             report = self._prefetching.step_done(kind, snapshot, cost)
             snapshot = msgspec.structs.replace(snapshot, prefetch=report)

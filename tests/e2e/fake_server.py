@@ -4,6 +4,7 @@ import os
 import sys
 
 from sglmoe import start_up
+from sglmoe.config import EngineConfig
 
 
 def serve() -> None:
@@ -21,7 +22,7 @@ def serve() -> None:
             run_scheduler_process_func=start_up.ChildEntry(
                 "sglmoe.scheduler.process",
                 "run_scheduler",
-                config=None,
+                config=EngineConfig(memory_budget_bytes=0, host_memory_bytes=0),
                 run_worker=start_up.ChildEntry("fake_worker", "run_fake_worker"),
             ),
         )

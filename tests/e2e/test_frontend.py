@@ -274,6 +274,11 @@ def test_metrics_and_loads(server: Server) -> None:
         "sglmoe_running_limit",
         "sglmoe_target_expert_frames",
         "sglmoe_predicted_step_seconds",
+        "sglmoe_pass_stream_seconds",
+        "sglmoe_full_pass_tokens",
+        "sglmoe_prefill_passes_total",
+        "sglmoe_held_passes_total",
+        "sglmoe_held_seconds_total",
     ):
         assert name in metrics
     loads = server.client.get("/v1/loads").json()["loads"]

@@ -13,6 +13,7 @@ from sglmoe.config import (
     parse_memory_planner,
     parse_memory_policy,
     parse_packed_experts,
+    parse_ttft_target,
     plan_config,
 )
 
@@ -112,6 +113,21 @@ def test_the_planner_is_on_unless_switched_off() -> None:
     assert not config.memory_planner
     with pytest.raises(ValueError, match="--memory-planner: 'maybe' is none of on, off"):
         parse_memory_planner("maybe")
+
+
+def test_passes_are_filled_if_asked_for_and_targets_are_seconds() -> None:
+    options = Options(fill_passes="on", ttft_target="2", itl_target="0.05")
+    config = plan_config(options, CPU, page_tokens=None)
+    assert config.fill_passes
+    assert (config.ttft_target_seconds, config.itl_target_seconds) == (2.0, 0.05)
+    config = plan_config(Options(), CPU, page_tokens=None)
+    assert not config.fill_passes
+    assert (config.ttft_target_seconds, config.itl_target_seconds) == (None, None)
+
+
+def test_a_target_that_would_bound_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--ttft-target bounds how long .* add that, or"):
+        parse_ttft_target("2", None)
 
 
 def test_packed_experts_are_used_where_there_are_any_unless_told_otherwise() -> None:

@@ -9,6 +9,7 @@ from sglmoe.launch_server import read_options
 def test_our_flags_are_found_among_sglangs() -> None:
     argv = ["--port", "1", "--memory-budget", "2GiB", "--tp", "1", "--host-memory=50%"]
     argv += ["--memory-planner=off", "--expert-prefetch=on", "--expert-predictor", "pregate"]
+    argv += ["--fill-passes=on", "--ttft-target", "2.5", "--itl-target=.1"]
     argv += ["--shutdown-timeout=5"]
     argv += ["--packed-experts=./packed"]
     expected = Options(
@@ -17,6 +18,9 @@ def test_our_flags_are_found_among_sglangs() -> None:
         memory_planner="off",
         expert_prefetch="on",
         expert_predictor="pregate",
+        fill_passes="on",
+        ttft_target="2.5",
+        itl_target=".1",
         shutdown_timeout="5",
         packed_experts="./packed",
     )
@@ -37,6 +41,11 @@ def test_abbreviations_are_left_to_sglang() -> None:
         ["--memory-planner", "perhaps"],
         ["--expert-prefetch", "perhaps"],
         ["--expert-predictor", ""],
+        ["--fill-passes", "perhaps"],
+        ["--ttft-target", "soon", "--fill-passes", "on"],
+        ["--ttft-target", "1"],
+        ["--itl-target", "0"],
+        ["--itl-target", "inf"],
         ["--shutdown-timeout", "soon"],
         ["--shutdown-timeout", "-1"],
         ["--packed-experts", "perhaps"],

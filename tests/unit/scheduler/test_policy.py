@@ -42,7 +42,7 @@ def plan(
         queued=queued or [],
         memory=memory,
         settings=settings(**changes),
-    )
+    ).plan
 
 
 def rids(step: StepPlan) -> list[str]:
@@ -186,7 +186,7 @@ def test_drop_and_preempt_are_passed_on() -> None:
         settings=settings(),
         drop=("a",),
         preempt=("b",),
-    )
+    ).plan
     assert (step.drop, step.preempt, step.rows) == (("a",), ("b",), ())
 
 

@@ -91,7 +91,10 @@ def test_the_limit_lies_within_that_of_the_flags_and_one_may_always_run(
     planned: int | None, expected: int
 ) -> None:
     policy = PolicySettings(max_running=4, max_prefill_tokens=100)
-    assert limited(policy, ResidencyPlan(running_limit=planned)).max_running == expected
+    assert (
+        limited(policy, replace(NO_MEMORY, plan=ResidencyPlan(running_limit=planned))).max_running
+        == expected
+    )
 
 
 def test_a_new_worker_that_has_measured_nothing_sets_no_limit() -> None:

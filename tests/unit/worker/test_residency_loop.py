@@ -60,7 +60,7 @@ class Machine:
         self.uses = UseCounter(NUM_LAYERS, NUM_EXPERTS)
         self.waves = self.uses.counting(self.memory.waves)
         times = StepTimes()
-        self.watch = StepWatch(times, Price(1, 1))
+        self.watch = StepWatch(times, Price(1, 1), num_experts=0)
         self.planner = ResidencyPlanner(
             times=times,
             uses=self.uses,

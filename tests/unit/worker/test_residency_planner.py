@@ -49,7 +49,7 @@ class Server:
 
     def __init__(self) -> None:
         self.times = StepTimes()
-        self.watch = StepWatch(self.times, Price(1, 1))
+        self.watch = StepWatch(self.times, Price(1, 1), num_experts=0)
         self.uses = UseCounter(2, 4)
         self.planner = ResidencyPlanner(
             times=self.times,

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from sglmoe.memory.step_times import StepTimes
-from sglmoe.protocol import MemorySnapshot, NewRequest
+from sglmoe.protocol import MemorySnapshot, NewRequest, StepCosts
 from sglmoe.worker.request import BatchRow, WorkerRequest
 from sglmoe.worker.step_watch import Price, StepCost, StepKind, StepWatch
 
@@ -33,7 +33,9 @@ class Watched:
 
     def __init__(self) -> None:
         self.times = StepTimes()
-        self.watch = StepWatch(self.times, Price(expert_nanoseconds=1000, token_nanoseconds=2000))
+        self.watch = StepWatch(
+            self.times, Price(expert_nanoseconds=1000, token_nanoseconds=2000), num_experts=10
+        )
         self.snapshot = NOTHING
 
     def step(self, kind: StepKind, *, seconds: float, misses: int = 0) -> StepCost:
@@ -72,8 +74,8 @@ def test_prefills_teach_what_a_token_costs() -> None:
     its = Watched()
     its.step(StepKind([], 100), seconds=0.22, misses=4)
     assert its.times.prefill_token_seconds == pytest.approx(0.002)
-    its.step(StepKind([request("a")], 100), seconds=9.0)
-    assert its.times.prefill_token_seconds == pytest.approx(0.002), "decoded as well"
+    its.step(StepKind([request("a")], 99), seconds=0.2)
+    assert its.times.prefill_token_seconds == pytest.approx(0.002), "who decodes is a token more"
 
 
 def test_a_price_is_new_once_it_was_measured_and_when_it_has_moved_by_a_tenth() -> None:
@@ -88,3 +90,38 @@ def test_a_price_is_new_once_it_was_measured_and_when_it_has_moved_by_a_tenth() 
     assert price is not None
     assert price.expert_nanoseconds == 5_000_000
     assert price.token_nanoseconds > 2_200_000
+
+
+class TestCosts:
+    """Of ten experts, each 5 ms; what a pass over prompts pays for them."""
+
+    def passes(self, its: Watched, *misses: int, resident: int) -> StepCosts:
+        for number in misses:
+            its.step(StepKind([], 100), seconds=0.2 + 0.005 * number, misses=number)
+        return its.watch.costs(msgspec.structs.replace(its.snapshot, expert_frames=resident))
+
+    def test_before_anything_was_measured_nothing_is_known(self) -> None:
+        assert Watched().watch.costs(NOTHING) == StepCosts()
+
+    def test_a_pass_loads_what_the_last_ones_did(self) -> None:
+        costs = self.passes(Watched(), 6, 6, 6, resident=2)
+        assert costs.stream_seconds == pytest.approx(0.03)
+        assert costs.token_seconds == pytest.approx(0.002)
+
+    def test_but_no_more_than_is_absent(self) -> None:
+        """The first pass of a server has loaded all, and all have stayed."""
+        assert self.passes(Watched(), 10, resident=10).stream_seconds == 0
+        assert self.passes(Watched(), 10, resident=7).stream_seconds == pytest.approx(0.015)
+
+    def test_experts_that_nobody_uses_are_forgotten(self) -> None:
+        costs = self.passes(Watched(), 10, *[0] * 40, resident=7)
+        assert costs.stream_seconds < 0.0001
+
+    def test_a_decode_step_has_a_fixed_part_with_its_loads_and_rows(self) -> None:
+        its = Watched()
+        for number in range(1, 200):
+            rows = [request(str(i)) for i in range(1 + number % 4)]
+            its.step(StepKind(rows, 0), seconds=0.02 + 0.001 * len(rows) + 0.005 * 2, misses=2)
+        costs = its.watch.costs(its.snapshot)
+        assert costs.row_seconds == pytest.approx(0.001)
+        assert costs.decode_seconds == pytest.approx(0.03)

@@ -86,7 +86,7 @@ class Bench:
             memory=self.memory,
             model=self.model,
             max_running=max_running,
-            watch=StepWatch(StepTimes(), Price(1, 1)),
+            watch=StepWatch(StepTimes(), Price(1, 1), num_experts=0),
             planner=planner,
         )
         self.num_steps = 0
