@@ -34,6 +34,24 @@ def find_shards(folder: Path) -> list[Path]:
 
 def check_shard(path: Path) -> None:
     """Compare the file's size with what its own header promises."""
+    header, header_bytes = _read_header(path)
+    size_bytes = path.stat().st_size
+    end = max((entry["data_offsets"][1] for entry in _tensors(header)), default=0)
+    expected_bytes = 8 + header_bytes + end
+    if size_bytes != expected_bytes:
+        raise ValueError(
+            f"{path} has {size_bytes} bytes and should have {expected_bytes}; download it again"
+        )
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> dtype, shape and offsets of every tensor in a safetensors file."""
+    header, _ = _read_header(path)
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """And how many bytes it takes."""
     if not path.exists():
         raise ValueError(f"{path} is missing; download it")
     size_bytes = path.stat().st_size
@@ -41,13 +59,7 @@ def check_shard(path: Path) -> None:
         header_bytes = int.from_bytes(file.read(8), "little")
         if size_bytes < 8 or header_bytes > min(size_bytes - 8, MAX_HEADER_BYTES):
             raise ValueError(f"{path} is truncated or no safetensors file; download it again")
-        header = _parse(file.read(header_bytes), path)
-    end = max((entry["data_offsets"][1] for entry in _tensors(header)), default=0)
-    expected_bytes = 8 + header_bytes + end
-    if size_bytes != expected_bytes:
-        raise ValueError(
-            f"{path} has {size_bytes} bytes and should have {expected_bytes}; download it again"
-        )
+        return _parse(file.read(header_bytes), path), header_bytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
