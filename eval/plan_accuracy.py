@@ -58,7 +58,11 @@ def run_load(server: Server, texts: Sequence[str], clients: int, tokens: int) ->
     before = server.state()["memory"]
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(lambda text: server.post("/generate", text=text, sampling_params=sampling), texts))
+        list(
+            pool.map(
+                lambda text: server.post("/generate", text=text, sampling_params=sampling), texts
+            )
+        )
     seconds = time.perf_counter() - started
     after = server.state()["memory"]
     grown = {name: after[name] - before[name] for name in ("expert_hits", "expert_misses")}
@@ -144,9 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     with running(OURS, f"--model-path={options.model_path}") as server:
         state = server.state()
     kv_tokens = max(options.concurrency) * (options.output_tokens + PROMPT_CHARACTERS)
-    budgets = {
-        text: memory_budget(text, state, kv_tokens) for text in options.budgets.split(",")
-    }
+    budgets = {text: memory_budget(text, state, kv_tokens) for text in options.budgets.split(",")}
     now = PlanSnapshot(
         shape=model.shape,
         costs=costs,

@@ -103,7 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
             )
         report[str(clients)]["hits"] = [hits._asdict() for hits in measured]
     if options.output is not None:
-        options.output.write_text(json.dumps(describe_run() | {"by_clients": report}, indent=1) + "\n")
+        options.output.write_text(
+            json.dumps(describe_run() | {"by_clients": report}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

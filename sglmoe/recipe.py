@@ -73,7 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.exit(f"{PROGRAM}: {given[0]}: {error}")
     print(full_report(plan))
-    print("\n".join(f"this machine: {note}" for note in notes) or "this machine: nothing in the way")
+    print(
+        "\n".join(f"this machine: {note}" for note in notes) or "this machine: nothing in the way"
+    )
     if "--dry-run" in given:
         return 0 if plan.can_start else 1
     if not plan.can_start or any(note.startswith("problem") for note in notes):
@@ -105,7 +107,8 @@ def read_plan(path: Path, more: list[str]) -> tuple[LaunchPlan, list[str]]:
         costs=costs_of(model.shape, text.speeds(), request_tokens=Demand().request_tokens),
         costs_are=f"{text.name}, by its data sheet; {never_run(text)}",
         options=Options(
-            memory_budget=flags.pop("memory-budget", None), host_memory=flags.pop("host-memory", None)
+            memory_budget=flags.pop("memory-budget", None),
+            host_memory=flags.pop("host-memory", None),
         ),
         server_flags=(*(part for flag in flags.items() for part in as_arguments(*flag)), *more),
     )

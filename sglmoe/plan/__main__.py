@@ -23,7 +23,7 @@ from sglmoe.plan.machine_limits import Limits, measure_limits
 from sglmoe.plan.model_shape import Model, read_model
 from sglmoe.plan.report import draw, full_report
 from sglmoe.plan.step_costs import Speeds, StepCosts, assumed_speeds, costs_of
-from sglmoe.units import parse_bytes, show_bytes
+from sglmoe.units import parse_bytes
 
 PROGRAM = "python -m sglmoe.plan"
 
@@ -52,7 +52,9 @@ def ask(options: argparse.Namespace) -> Question:
     )
     is_here = not options.gpu_memory and not options.host_memory
     machine = measure_machine(device=device, gpu_id=0) if is_here else described(options, device)
-    costs, costs_are = costs_for(model, options, device, measure=is_here and not options.no_measuring)
+    costs, costs_are = costs_for(
+        model, options, device, measure=is_here and not options.no_measuring
+    )
     server_flags = () if options.dtype == "auto" else ("--dtype", options.dtype)
     if options.page_size:
         server_flags = (*server_flags, "--page-size", str(options.page_size))
@@ -89,7 +91,9 @@ def described(options: argparse.Namespace, device: str) -> Machine:
     if device == "cpu":
         return Machine(host, host, host, has_gpu=False)
     if not options.gpu_memory:
-        raise ValueError("--host-memory describes another machine; say --gpu-memory as well, or --device cpu")
+        raise ValueError(
+            "--host-memory describes another machine; say --gpu-memory as well, or --device cpu"
+        )
     gpu = _size("--gpu-memory", options.gpu_memory)
     return Machine(gpu, gpu, host, has_gpu=True)
 

@@ -114,7 +114,10 @@ def forecast(
     shape, demand = now.shape, now.demand
     curve = MissCurve(
         expert_uses(
-            max(1, shape.num_moe_layers), shape.num_experts, shape.top_k, demand.skew_at(concurrency)
+            max(1, shape.num_moe_layers),
+            shape.num_experts,
+            shape.top_k,
+            demand.skew_at(concurrency),
         )
     )
     residency = ResidencySnapshot(

@@ -126,4 +126,6 @@ def size_flag(size_bytes: int) -> str:
     """The size, rounded down to a hundredth of its unit, as --memory-budget reads it."""
     unit, name = (2**30, "GiB") if size_bytes >= 2**30 else (2**20, "MiB")
     text = f"{size_bytes * 100 // unit / 100:.2f}{name}"
-    return text if size_bytes * 100 >= unit and parse_bytes(text, whole_bytes=0) else str(size_bytes)
+    return (
+        text if size_bytes * 100 >= unit and parse_bytes(text, whole_bytes=0) else str(size_bytes)
+    )

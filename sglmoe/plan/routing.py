@@ -18,7 +18,7 @@ from sglmoe.memory.residency import ExpertUses
 # By the mean number of requests in a step: fitted by `python -m eval.routing_skew` to the hits of decode steps
 # in replays of the reference traces, which are the demo model's, by the cost-aware policy; in this order those
 # of one request (arithmetic-1, prose-1, python-1, recall-1), turns-4, mixed-8 and mixed-32.
-REFERENCE_SKEW = {1.0: 3.1, 3.7: 1.9, 6.7: 1.1, 18.1: 0.6}
+REFERENCE_SKEW = {1.0: 3.0, 3.7: 1.85, 6.7: 1.1, 18.1: 0.55}
 
 
 def reference_skew(num_running: float) -> float:

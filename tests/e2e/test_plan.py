@@ -7,11 +7,11 @@ import pytest
 from checkpoints import FAMILIES, make_checkpoint
 from forking import run_in_fork
 
+from sglmoe.checkpoint import read_json
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.plan.budgets import Demand, PlanSnapshot, geometry_of
 from sglmoe.plan.model_shape import ModelShape, read_model, shape_of
 from sglmoe.plan.step_costs import assumed_speeds, costs_of
-from sglmoe.checkpoint import read_json
 
 pytestmark = pytest.mark.usefixtures("preloaded")
 

@@ -115,7 +115,9 @@ def manifests() -> list[dict[str, Any]]:
 
 def test_the_kubernetes_deployment_probes_and_starts_a_recipe_that_exists() -> None:
     deployment = next(
-        it for it in manifests() if it["kind"] == "Deployment" and it["metadata"]["name"] == "sglmoe"
+        it
+        for it in manifests()
+        if it["kind"] == "Deployment" and it["metadata"]["name"] == "sglmoe"
     )
     spec = deployment["spec"]["template"]["spec"]
     (server,) = spec["containers"]

@@ -25,7 +25,9 @@ def test_all_experts_beside_a_request_hit_always() -> None:
     assert forecast.tokens_per_second == 1.0
 
 
-def test_with_half_of_the_experts_even_routing_finds_half_but_for_frames_that_loads_pass_through() -> None:
+def test_with_half_of_the_experts_even_routing_finds_half_but_for_frames_that_loads_pass_through() -> (
+    None
+):
     """8 frames for 16 experts. A layer uses 2, so 2 in all are missing, and a frame is lost to passing loads."""
     (forecast,) = plan_budget(NOW, budget_of(9), 0).forecasts
     assert forecast.expert_frames == 8
@@ -43,7 +45,9 @@ def test_host_memory_makes_loads_cheap() -> None:
 
 def test_more_clients_than_kv_has_room_for_wait() -> None:
     demand = msgspec.structs.replace(EVEN, concurrency=(8,))
-    (forecast,) = plan_budget(msgspec.structs.replace(NOW, demand=demand), budget_of(5), 0).forecasts
+    (forecast,) = plan_budget(
+        msgspec.structs.replace(NOW, demand=demand), budget_of(5), 0
+    ).forecasts
     assert forecast.num_running == 3  # 5 frames, less 2 for one token's experts
     assert forecast.tokens_per_second == pytest.approx(3 / forecast.step_seconds)
 
@@ -78,10 +82,10 @@ def test_more_memory_never_hits_less(frames: int, skew: float, clients: int) -> 
     assert 0 <= less.hit_ratio <= 1
 
 
-@given(
-    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40), st.data()
-)
-def test_probabilities_are_in_proportion_and_top_k_in_all(weights: list[float], data: st.DataObject) -> None:
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40), st.data())
+def test_probabilities_are_in_proportion_and_top_k_in_all(
+    weights: list[float], data: st.DataObject
+) -> None:
     total = data.draw(st.integers(0, len(weights)))
     probability = scaled_to(np.sort(np.array(weights))[::-1], total)
     assert probability.sum() == pytest.approx(total)

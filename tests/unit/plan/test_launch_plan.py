@@ -15,6 +15,7 @@ from sglmoe.units import parse_bytes
 GIB = 2**30
 GPU = Machine(8 * GIB, 8 * GIB, 16 * GIB, has_gpu=True)
 BOX = Machine(16 * GIB, 16 * GIB, 16 * GIB, has_gpu=False)
+UNLIMITED, USUAL = Limits(), Demand()
 # 64 experts of 256 MiB: 16 GiB, and a GiB of dense weights.
 BIG = msgspec.structs.replace(
     TINY, num_experts=32, expert_bytes=2**28, dense_bytes=GIB, token_bytes=2**14
@@ -22,7 +23,7 @@ BIG = msgspec.structs.replace(
 
 
 def plan(
-    machine: Machine = GPU, limits: Limits = Limits(), demand: Demand = Demand(), **options: str
+    machine: Machine = GPU, limits: Limits = UNLIMITED, demand: Demand = USUAL, **options: str
 ) -> LaunchPlan:
     return plan_launch(
         Question(
@@ -43,11 +44,11 @@ def told(the: LaunchPlan) -> str:
 
 
 def test_the_command_has_the_servers_own_defaults_in_figures() -> None:
-    """85 % of the free GPU memory, and 70 % of the host's; here less: no more than all experts take."""
+    """85 % of the free GPU memory, and 70 % of the host's; rounded down; no more than all experts take."""
     small_host = msgspec.structs.replace(GPU, host_bytes=10 * GIB)
     the = plan(small_host)
     assert " ".join(the.command) == (
-        "python -m sglmoe.launch_server --model-path big --memory-budget 6.80GiB --host-memory 7.00GiB"
+        "python -m sglmoe.launch_server --model-path big --memory-budget 6.79GiB --host-memory 7.00GiB"
     )
     assert plan(msgspec.structs.replace(GPU, host_bytes=64 * GIB)).command[-1] == "16.00GiB"
 
@@ -137,7 +138,9 @@ def test_a_report_names_what_it_assumes_marks_the_choice_and_ends_in_the_command
 
 
 def test_a_server_says_it_in_a_few_lines() -> None:
-    lines = short_report(plan(memory_budget="6GiB", host_memory="16GiB"), ).splitlines()
+    lines = short_report(
+        plan(memory_budget="6GiB", host_memory="16GiB"),
+    ).splitlines()
     assert lines[1].startswith("--memory-budget 6.00 GiB: 20 frames of 256.00 MiB for 64 experts")
     assert lines[2].startswith("expected hits at so many requests: ")
     assert len(lines) <= 5

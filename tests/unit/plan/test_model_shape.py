@@ -59,14 +59,18 @@ def test_mla_keeps_one_latent_row_a_layer() -> None:
 
 @pytest.mark.parametrize(
     ("own", "asked", "resolved"),
-    [("bfloat16", "auto", "bfloat16"), ("float32", "auto", "float16"), ("float32", "float32", "float32")],
+    [
+        ("bfloat16", "auto", "bfloat16"),
+        ("float32", "auto", "float16"),
+        ("float32", "float32", "float32"),
+    ],
 )
 def test_auto_means_what_it_means_to_sglang(own: str, asked: str, resolved: str) -> None:
     assert resolve_dtype({"torch_dtype": own}, asked) == resolved
 
 
 def test_what_is_not_here_is_not_downloaded() -> None:
-    with pytest.raises(ValueError, match="hf download nobody/has-this-model config.json"):
+    with pytest.raises(ValueError, match=r"hf download nobody/has-this-model config\.json"):
         read_model("nobody/has-this-model", device="cpu")
 
 
