@@ -7,12 +7,16 @@ Pure: knows the published layouts, reads nothing.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sglmoe.units import ceil_div
+
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
 # How configs of different families call the number of routed experts in a layer.
 NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MIXTRAL_LIKE = ("MixtralForCausalLM", "PhiMoEForCausalLM")  # experts are called w1, w2, w3
+# SGLANG_ROPE_CACHE_SAFETY_MARGIN and SGLANG_ROPE_CACHE_ALIGN.
+ROPE_MARGIN, ROPE_MULTIPLE = 256, 128
 DEEPSEEK = "DeepseekV2ForCausalLM"
 PHI = "PhiMoEForCausalLM"
 
@@ -152,10 +156,12 @@ def rotary_items(config: Config) -> int:
     positions = int(config.get("max_position_embeddings") or 0)
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     original = int(scaling.get("original_max_position_embeddings") or positions)
+    # It is made longer than the context, by ROPE_MARGIN at least.
+    reserved = ceil_div(positions + ROPE_MARGIN, ROPE_MULTIPLE) * ROPE_MULTIPLE
     if architecture_of(config) == DEEPSEEK:
-        rows = int(original * scaling.get("factor", 1))  # yarn
+        rows = max(int(original * scaling.get("factor", 1)), reserved)  # yarn
         return rows * int(config["qk_rope_head_dim"])
     if architecture_of(config) == PHI:  # longrope: the short table, the long one, and both in one
         original = int(config.get("original_max_position_embeddings") or original)
         return 2 * (original + positions) * head_dim_of(config)
-    return int(positions * head_dim_of(config) * config.get("partial_rotary_factor", 1))
+    return int(reserved * head_dim_of(config) * config.get("partial_rotary_factor", 1))

@@ -79,3 +79,11 @@ def test_what_the_server_refuses_is_refused_here(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="the experts of GptOssForCausalLM can't be paged yet"):
         read_model(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(("device", "item_bytes"), [("cpu", 2), ("cuda", 4)])
+def test_a_server_counts_its_rotary_table_as_dense(device: str, item_bytes: int) -> None:
+    """Of the demo model 4096 positions and 256 to spare, of 64 numbers; in float32 on a GPU."""
+    model = read_model(str(DEMO_MODEL), device=device)
+    weights = 2 * sum(math.prod(shape) for shape in tensor_shapes(model.shards).values())
+    assert model.shape.dense_bytes == weights + 4352 * 64 * item_bytes
