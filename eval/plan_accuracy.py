@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace, budgets: dict[str, str]) -> Iterator[di
 
 
 def compare(
-    rows: Sequence[dict[str, Any]], forecasts: dict[str, Sequence[DecodeForecast]]
+    rows: Sequence[dict[str, Any]], forecasts: Mapping[str, Sequence[DecodeForecast]]
 ) -> list[Comparison]:
     found = []
     for budget, of_budget in forecasts.items():
