@@ -107,19 +107,20 @@ def read_seconds(model: Model) -> float:
     import numpy as np
 
     size = model.shape.expert_bytes
-    target = np.empty(size, np.uint8)
     if not model.shards:
+        target = np.empty(size, np.uint8)
         source = np.ones(max(size, WORKING_SET_BYTES), np.uint8)
         starts = range(0, source.nbytes - size + 1, size)
         return least_seconds(lambda n: np.copyto(target, source[starts[n % len(starts)] :][:size]))
     path, offsets = _expert_offsets(model.shards[0])
-    parts = [memoryview(target)[part * size // 3 : (part + 1) * size // 3] for part in range(3)]
+    part_bytes = size // 3  # gate, up and down
+    parts = [memoryview(bytearray(part_bytes)) for _ in range(3)]
     with path.open("rb", buffering=0) as file:
         number = file.fileno()
 
         def read(count: int) -> None:
             start = offsets[count % len(offsets)]
-            for part in parts:  # gate, up and down
+            for part in parts:
                 os.preadv(number, [part], start)
 
         return least_seconds(read)
