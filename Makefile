@@ -32,6 +32,7 @@ test-unit: $(INSTALLED)
 test-kernels: $(INSTALLED)
 	$(RUN) sglmoe.kernels.compile
 	$(RUN) pytest tests/kernels
+	$(RUN) pytest tests/kernels_codec
 
 test-e2e: $(INSTALLED)
 	$(RUN) pytest tests/e2e -m 'not gpu'

@@ -8,6 +8,7 @@ As many experts are predicted as were used. A JSON file with the figures is writ
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from eval.replay_predictors import Material, predictors_by
 from eval.servers import describe_run
 from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.prediction.predictor import ModelParts, Predictor
 from sglmoe.prediction.trace import load_trace
 from sglmoe.prediction.training_data import TracePart
 from sglmoe.prediction.training_report import measure
@@ -33,12 +35,15 @@ def curves_of(path: Path, names: Sequence[str], model_path: Path) -> dict[str, l
     found = {}
     for name in tqdm(names, desc=path.stem, unit="predictor"):
         label = Path(name).stem
-        measured = measure(
-            label, lambda parts, name=name: next(iter(predictors_by(name, material).values())), part
-        )
+        measured = measure(label, partial(new_predictor, name, material), part)
         (decode,) = (its for its in measured if its.kind == "decode")
         found[label] = [its.accuracy or None for its in decode.by_distance]
     return found
+
+
+def new_predictor(name: str, material: Material, parts: ModelParts) -> Predictor:
+    (predictor,) = predictors_by(name, material).values()
+    return predictor
 
 
 def plot(curves: Curves, path: Path) -> None:

@@ -34,24 +34,18 @@ def find_shards(folder: Path) -> list[Path]:
 
 def check_shard(path: Path) -> None:
     """Compare the file's size with what its own header promises."""
-    header, header_bytes = _read_header(path)
-    size_bytes = path.stat().st_size
-    end = max((entry["data_offsets"][1] for entry in _tensors(header)), default=0)
-    expected_bytes = 8 + header_bytes + end
+    header, start = read_header(path)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    size_bytes, expected_bytes = path.stat().st_size, start + end
     if size_bytes != expected_bytes:
         raise ValueError(
             f"{path} has {size_bytes} bytes and should have {expected_bytes}; download it again"
         )
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Name -> dtype, shape and offsets of every tensor in a safetensors file."""
-    header, _ = _read_header(path)
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """And how many bytes it takes."""
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The tensors of a safetensors file: name -> dtype, shape and `data_offsets`, which count from the byte that is
+    returned too. Raises ValueError naming the file."""
     if not path.exists():
         raise ValueError(f"{path} is missing; download it")
     size_bytes = path.stat().st_size
@@ -59,7 +53,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         header_bytes = int.from_bytes(file.read(8), "little")
         if size_bytes < 8 or header_bytes > min(size_bytes - 8, MAX_HEADER_BYTES):
             raise ValueError(f"{path} is truncated or no safetensors file; download it again")
-        return _parse(file.read(header_bytes), path), header_bytes
+        header = _parse(file.read(header_bytes), path)
+    return {name: its for name, its in header.items() if name != "__metadata__"}, 8 + header_bytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,7 +73,3 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object; download it again")
     return value
-
-
-def _tensors(header: dict[str, Any]) -> list[dict[str, Any]]:
-    return [entry for name, entry in header.items() if name != "__metadata__"]

@@ -12,7 +12,8 @@ from sglmoe.units import parse_bytes, show_bytes
 
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 
-AUTO = "auto"  # the predictor that does best
+AUTO = "auto"  # the predictor that does best; packed experts where there are any
+ON, OFF = "on", "off"
 # Those that need no training, trained ones that are beside the model, and two that are wrong, to compare with.
 PREDICTORS = (
     *(AUTO, "last_step", "previous_layer", "frequency", "expert_map", "pregate"),
@@ -65,6 +66,7 @@ class Options(msgspec.Struct, frozen=True):
     expert_prefetch: str | None = None
     expert_predictor: str | None = None
     shutdown_timeout: str | None = None  # the server's; an engine has none
+    packed_experts: str | None = None
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -78,6 +80,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     memory_planner: bool = True  # limit the running requests to what leaves experts enough frames
     expert_prefetch: PrefetchMode = PrefetchMode.OFF
     expert_predictor: str = AUTO  # a name, a trained predictor's file, or AUTO
+    packed_experts: str = AUTO  # OFF, ON, AUTO, or the folder they are in
 
 
 def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) -> EngineConfig:
@@ -104,6 +107,7 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
         memory_planner=parse_memory_planner(options.memory_planner),
         expert_prefetch=parse_expert_prefetch(options.expert_prefetch),
         expert_predictor=parse_expert_predictor(options.expert_predictor),
+        packed_experts=parse_packed_experts(options.packed_experts),
     )
 
 
@@ -162,6 +166,17 @@ def parse_shutdown_timeout(text: str | None) -> float:
     if not 0 <= seconds < float("inf"):
         raise ValueError(f"--shutdown-timeout: {text!r} is not a number of seconds")
     return seconds
+
+
+def parse_packed_experts(text: str | None) -> str:
+    """Read ``"off"``, ``"on"``, ``"auto"``, the default, or a folder. Raises ValueError."""
+    if text is None:
+        return AUTO
+    if text not in (OFF, ON, AUTO) and "/" not in text:
+        raise ValueError(
+            f"--packed-experts: {text!r} is none of off, on, auto, and no folder; write ./{text} for one"
+        )
+    return text
 
 
 def _budget_bytes(text: str | None, machine: Machine) -> int:

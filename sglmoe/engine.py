@@ -20,8 +20,8 @@ from sglmoe.preparation import detokenizer_entry, prepare, scheduler_entry  # no
 class Engine(SglangEngine):
     """As `sglang.Engine`, which documents the methods, under one memory budget.
 
-    `memory_budget`, `host_memory`, `memory_policy`, `memory_planner`, `expert_prefetch` and `expert_predictor` are what the
-    server's flags take, such as ``"2GiB"``.
+    `memory_budget`, `host_memory`, `memory_policy`, `memory_planner`, `expert_prefetch`, `expert_predictor` and
+    `packed_experts` are what the server's flags take, such as ``"2GiB"``.
     All else is sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for what can't be served.
     """
 
@@ -36,6 +36,7 @@ class Engine(SglangEngine):
         memory_planner: str | None = None,
         expert_prefetch: str | None = None,
         expert_predictor: str | None = None,
+        packed_experts: str | None = None,
         **flags: Any,
     ):
         load_plugins()
@@ -47,6 +48,7 @@ class Engine(SglangEngine):
             memory_planner=memory_planner,
             expert_prefetch=expert_prefetch,
             expert_predictor=expert_predictor,
+            packed_experts=packed_experts,
         )
         config = prepare(server_args, options)
         self.run_scheduler_process_func = scheduler_entry(config)

@@ -17,6 +17,7 @@ from sglmoe.config import (
     parse_expert_prefetch,
     parse_memory_planner,
     parse_memory_policy,
+    parse_packed_experts,
     parse_shutdown_timeout,
 )
 from sglmoe.demo_model import DEMO_MODEL
@@ -160,6 +161,12 @@ def our_parser() -> Parser:
         help="How long requests may go on after SIGTERM; those that have not finished by then are answered with what they "
         "have, as aborted. Default: 60.",
     )
+    group.add_argument(
+        "--packed-experts",
+        metavar="off|on|auto|FOLDER",
+        help="Whether experts are read in the smaller form that python -m sglmoe.pack wrote beside the checkpoint, or into "
+        "FOLDER: auto (default) where there are any that match, on refuses to start without. The same bits either way.",
+    )
     return parser
 
 
@@ -179,6 +186,7 @@ def read_options(argv: list[str]) -> Options:
     parse_expert_prefetch(given.expert_prefetch)
     parse_expert_predictor(given.expert_predictor)
     parse_shutdown_timeout(given.shutdown_timeout)
+    parse_packed_experts(given.packed_experts)
     return Options(
         memory_budget=given.memory_budget,
         host_memory=given.host_memory,
@@ -187,6 +195,7 @@ def read_options(argv: list[str]) -> Options:
         expert_prefetch=given.expert_prefetch,
         expert_predictor=given.expert_predictor,
         shutdown_timeout=given.shutdown_timeout,
+        packed_experts=given.packed_experts,
     )
 
 

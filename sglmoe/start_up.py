@@ -90,13 +90,18 @@ def die_with_parent() -> None:
     """Be killed when the process that started this one is gone.
 
     The kernel's parent-death signal would wait for the fork server, which lives on while any child does.
+    Its own children go first: they would do the same by themselves, but not where they are stopped (SIGSTOP).
     """
     parent = multiprocessing.parent_process()
     assert parent is not None, "only a child process has a parent to die with"
 
     def wait() -> None:
         parent.join()
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            for child in multiprocessing.active_children():
+                child.kill()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="die-with-parent", daemon=True).start()
 

@@ -45,14 +45,15 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return (self.num_frames - floor_frames) * self.pages_per_frame * self.page_tokens
 
 
-def arena_bytes_within(budget_bytes: int, dense_bytes: int) -> int:
-    """What the dense weights leave of the budget. Raises ValueError where that is nothing."""
-    if dense_bytes >= budget_bytes:
+def arena_bytes_within(budget_bytes: int, dense_bytes: int, decoding_bytes: int = 0) -> int:
+    """What the dense weights leave of the budget, and decoding packed experts. Raises ValueError where that is nothing."""
+    if dense_bytes + decoding_bytes >= budget_bytes:
+        beside = f", and decoding {show_bytes(decoding_bytes)}," if decoding_bytes else ""
         raise ValueError(
-            f"the dense weights alone take {show_bytes(dense_bytes)} of the {show_bytes(budget_bytes)} budget; "
+            f"the dense weights alone take {show_bytes(dense_bytes)}{beside} of the {show_bytes(budget_bytes)} budget; "
             "raise --memory-budget"
         )
-    return budget_bytes - dense_bytes
+    return budget_bytes - dense_bytes - decoding_bytes
 
 
 def plan_geometry(

@@ -3,19 +3,20 @@
 Three streams: what computes, what a layer waits for (demand), what comes ahead of its layer (prefetch). A copy waits on the
 device for whatever may still read the frame's last tenant; what reads the newcomer waits for the copy. Experts in host
 memory, which is page-locked, are copied from there; others pass through page-locked staging blocks, each of exactly one
-expert. Nothing here waits for the whole device. Tested on streams that are simulated
-(tests/unit/memory/test_device_protocol.py); no GPU has run it.
+expert. Packed ones are decoded on the device (`device_decode`). Nothing here waits for the whole device. Tested on streams
+that are simulated (tests/unit/memory/test_device_protocol.py); no GPU has run it.
 """
 
 import queue
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sglmoe.memory.device_decode import Frames, PlainFrames
 from sglmoe.memory.experts import Load
-from sglmoe.memory.host_tier import HostTier, page_locked
+from sglmoe.memory.host_tier import HostTier, block_bytes, block_reader, page_locked
 from sglmoe.memory.link_gate import Finish
 from sglmoe.memory.store import CHUNK_BYTES, Bytes, ExpertStore
 from sglmoe.units import show_bytes
@@ -55,11 +56,19 @@ def page_lock(blocks: Bytes) -> None:
         )
 
 
+class Lane(NamedTuple):
+    """What one copy at a time needs."""
+
+    staging: torch.Tensor  # page-locked, uint8 [block_bytes]
+    into: Frames
+
+
 class StreamCopier:
     """Copies for prefetches, one at a time, on a stream of their own. `arena` and `tier` as below.
 
     `compute` is the stream that reads the frames; `on_stream` makes its argument the thread's current one. Two threads may
-    copy at a time: the one that prefetches, held up between two chunks, and the one that needs another expert now.
+    copy at a time: the one that prefetches, held up between two chunks, and the one that needs another expert now; for
+    each `new_into` is called once.
     """
 
     def __init__(
@@ -69,57 +78,65 @@ class StreamCopier:
         frame_bytes: int,
         store: ExpertStore,
         tier: HostTier,
+        new_into: Callable[[], Frames] | None = None,
         stream: Stream | None = None,
         compute: Stream | None = None,
         on_stream: OnStream = torch.cuda.stream,
         lock_pages: Callable[[Bytes], None] = page_lock,
     ):
-        self._frames = arena.view(-1, frame_bytes)
         self._store = store
         self._tier = tier
         self._blocks = torch.from_numpy(tier.blocks)
-        self._expert_bytes = store.expert_bytes()
+        self._block_bytes = block_bytes(store, as_stored=tier.as_stored)
         self._stream: Any = stream or torch.cuda.Stream()
         self._compute: Any = compute or torch.cuda.current_stream()
         self._on_stream = on_stream
-        self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()  # those not in use
-        for block in page_locked(NUM_STAGING, self._expert_bytes, lock_pages):
-            self._staging.put(torch.from_numpy(block))
+        frames = arena.view(-1, frame_bytes)
+        self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()  # those not in use
+        for block in page_locked(NUM_STAGING, self._block_bytes, lock_pages):
+            into = new_into() if new_into is not None else PlainFrames(frames)
+            self._lanes.put(Lane(torch.from_numpy(block), into))
 
     def copy(self, load: Load, before_chunk: Callable[[], None]) -> None:
         """Return when the expert is in its frame; a demand load waits for one chunk at most."""
-        target = self._frames[load.frame, : self._expert_bytes]
+        lane = self._lanes.get_nowait()
+        try:
+            self._copy_by(lane, load, before_chunk)
+        finally:
+            self._lanes.put(lane)
+
+    def _copy_by(self, lane: Lane, load: Load, before_chunk: Callable[[], None]) -> None:
         block = self._tier.pin(load.layer, load.expert)
         if block is None:
-            self._stage(load, target, before_chunk)
+            read = block_reader(self._tier, self._store)
+            staging = lane.staging.numpy()
+            num_bytes = read(load.layer, load.expert, staging, before_chunk=before_chunk)
+            self._tier.count_disk_read(load.layer, load.expert, num_bytes)
+            self._move(load, lane.staging, lane.into, before_chunk)
             return
         try:
-            self._copy(self._blocks[block], target, before_chunk)
+            self._move(load, self._blocks[block], lane.into, before_chunk)
         finally:
             self._tier.unpin(block)
 
-    def _stage(self, load: Load, target: torch.Tensor, before_chunk: Callable[[], None]) -> None:
-        staging = self._staging.get_nowait()
-        try:
-            num_bytes = self._store.read(
-                load.layer, load.expert, staging.numpy(), before_chunk=before_chunk
-            )
-            self._tier.count_disk_read(load.layer, load.expert, num_bytes)
-            self._copy(staging, target, before_chunk)
-        finally:
-            self._staging.put(staging)
-
-    def _copy(
-        self, source: torch.Tensor, target: torch.Tensor, before_chunk: Callable[[], None]
+    def _move(
+        self, load: Load, source: torch.Tensor, into: Frames, before_chunk: Callable[[], None]
     ) -> None:
         # What was queued up to now may read the frame's last tenant; what reads this one is queued later.
         self._stream.wait_stream(self._compute)
-        for start in range(0, self._expert_bytes, CHUNK_BYTES):
-            before_chunk()
-            with self._on_stream(self._stream):
-                part = source[start : start + CHUNK_BYTES]
-                target[start : start + CHUNK_BYTES].copy_(part, non_blocking=True)
-            self._stream.synchronize()
+        target = into.place(load, self._block_bytes)
+        try:
+            for start in range(0, self._block_bytes, CHUNK_BYTES):
+                before_chunk()
+                with self._on_stream(self._stream):
+                    part = source[start : start + CHUNK_BYTES]
+                    target[start : start + CHUNK_BYTES].copy_(part, non_blocking=True)
+                    if start + CHUNK_BYTES >= self._block_bytes:
+                        into.flush()
+                self._stream.synchronize()
+        except BaseException:
+            into.forget()
+            raise
 
 
 class DeviceCopier:
@@ -136,13 +153,14 @@ class DeviceCopier:
         frame_bytes: int,
         store: ExpertStore,
         tier: HostTier,
+        into: Frames | None = None,
         stream: Stream | None = None,
         compute: Stream | None = None,
         on_stream: OnStream = torch.cuda.stream,
         new_event: Callable[[], Event] = torch.cuda.Event,
         lock_pages: Callable[[Bytes], None] = page_lock,
     ):
-        self._frames = arena.view(-1, frame_bytes)
+        self._into = into or PlainFrames(arena.view(-1, frame_bytes))
         self._store = store
         self._tier = tier
         self._blocks = torch.from_numpy(tier.blocks)
@@ -153,8 +171,8 @@ class DeviceCopier:
         self._copying: list[
             tuple[Event, list[int]]
         ] = []  # blocks to unpin once the event is reached
-        self._expert_bytes = store.expert_bytes()
-        self._staging = torch.from_numpy(page_locked(NUM_STAGING, self._expert_bytes, lock_pages))
+        self._block_bytes = block_bytes(store, as_stored=tier.as_stored)
+        self._staging = torch.from_numpy(page_locked(NUM_STAGING, self._block_bytes, lock_pages))
         self._staging_free = [new_event() for _ in range(NUM_STAGING)]
         self._next_staging = 0
 
@@ -174,6 +192,7 @@ class DeviceCopier:
                     for load in loads:
                         self._queue(load, pinned)
                 finally:
+                    self._into.flush()
                     copied.record()
                     self._copying.append((copied, pinned))
         except BaseException:
@@ -188,22 +207,23 @@ class DeviceCopier:
         return 0.0
 
     def _queue(self, load: Load, pinned: list[int]) -> None:
-        target = self._frames[load.frame, : self._expert_bytes]
         block = self._tier.pin(load.layer, load.expert)
         if block is None:
-            self._stage(load, target)
+            self._stage(load)
         else:
             pinned.append(block)
+            target = self._into.place(load, self._block_bytes)
             target.copy_(self._blocks[block], non_blocking=True)
 
-    def _stage(self, load: Load, target: torch.Tensor) -> None:
+    def _stage(self, load: Load) -> None:
         """Read into the staging block that was queued longer ago, once its copy is done."""
         index, self._next_staging = self._next_staging, (self._next_staging + 1) % NUM_STAGING
         block, free = self._staging[index], self._staging_free[index]
         free.synchronize()
-        num_bytes = self._store.read(load.layer, load.expert, block.numpy())
+        read = block_reader(self._tier, self._store)
+        num_bytes = read(load.layer, load.expert, block.numpy())
         self._tier.count_disk_read(load.layer, load.expert, num_bytes)
-        target.copy_(block, non_blocking=True)
+        self._into.place(load, self._block_bytes).copy_(block, non_blocking=True)
         free.record()
 
     def _unpin_copied(self) -> None:

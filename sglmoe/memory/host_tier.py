@@ -37,11 +37,15 @@ class _Counters(msgspec.Struct):
 class HostTier:
     """`blocks` is uint8 `[num_blocks, block_bytes]`; `num_blocks` may be 0.
 
-    A block is free, being filled, or holds an expert. What it holds does not change while it is pinned.
+    A block is free, being filled, or holds an expert: as it lies in a frame, or with `as_stored` as the
+    store has it, which may be smaller. What it holds does not change while it is pinned.
     """
 
-    def __init__(self, blocks: Bytes, *, num_layers: int, num_experts: int):
+    def __init__(
+        self, blocks: Bytes, *, num_layers: int, num_experts: int, as_stored: bool = False
+    ):
         self.blocks = blocks
+        self.as_stored = as_stored
         self.demanded = threading.Event()  # set when an expert was missed; cleared by whoever waits
         self._lock = threading.Lock()  # over all that follows
         self._block_of = np.full((num_layers, num_experts), ABSENT, np.int32)
@@ -186,7 +190,7 @@ class HostTier:
 
 
 class TieredStore:
-    """Reads missed experts: from host memory where they are there, from the checkpoint otherwise."""
+    """Reads missed experts: from host memory where they are there, from the store otherwise."""
 
     def __init__(self, tier: HostTier, store: ExpertStore):
         self._tier = tier
@@ -217,6 +221,8 @@ class TieredStore:
         source = self._tier.blocks[block]
         step = source.nbytes if before_chunk is None else CHUNK_BYTES
         try:
+            if self._tier.as_stored:
+                return self._store.unpack(layer, expert, source, target, before_chunk=before_chunk)
             for start in range(0, source.nbytes, step):
                 if before_chunk is not None:
                     before_chunk()
@@ -227,37 +233,48 @@ class TieredStore:
         return int(source.nbytes)
 
 
+def block_bytes(store: ExpertStore, *, as_stored: bool) -> int:
+    """What the largest expert takes in a block."""
+    return store.stored_expert_bytes() if as_stored else store.expert_bytes()
+
+
+def block_reader(tier: HostTier, store: ExpertStore) -> Callable[..., int]:
+    """What reads an expert as the tier's blocks hold it: as `ExpertStore.read`."""
+    return store.read_stored if tier.as_stored else store.read
+
+
 def make_blocks(
     host_bytes: int,
     store: ExpertStore,
     *,
+    as_stored: bool = False,
     lock_pages: Callable[[Bytes], None] | None = None,
 ) -> Bytes:
     """As many blocks of exactly one expert as fit into `host_bytes`, and no more than there are experts.
 
-    uint8 `[num_blocks, block_bytes]`. `lock_pages` keeps all of them in physical memory; without it
-    memory is taken as blocks are filled. Raises ValueError where not one fits.
+    uint8 `[num_blocks, block_bytes]`; `as_stored`: see `HostTier`. `lock_pages` keeps all of them in
+    physical memory; without it memory is taken as blocks are filled. Raises ValueError where not one fits.
     """
-    block_bytes = store.expert_bytes()
-    num_blocks = min(host_bytes // max(1, block_bytes), len(store.experts()))
-    if not num_blocks and host_bytes and block_bytes:
+    expert_bytes = block_bytes(store, as_stored=as_stored)
+    num_blocks = min(host_bytes // max(1, expert_bytes), len(store.experts()))
+    if not num_blocks and host_bytes and expert_bytes:
         raise ValueError(
             f"--host-memory: {show_bytes(host_bytes)} holds no expert, which takes "
-            f"{show_bytes(block_bytes)}; raise it or leave it out"
+            f"{show_bytes(expert_bytes)}; raise it or leave it out"
         )
     if lock_pages is None:
-        return np.empty((num_blocks, block_bytes), np.uint8)
-    return page_locked(num_blocks, block_bytes, lock_pages)
+        return np.empty((num_blocks, expert_bytes), np.uint8)
+    return page_locked(num_blocks, expert_bytes, lock_pages)
 
 
-def page_locked(num_blocks: int, block_bytes: int, lock_pages: Callable[[Bytes], None]) -> Bytes:
-    """uint8 `[num_blocks, block_bytes]`, kept in physical memory.
+def page_locked(num_blocks: int, num_bytes: int, lock_pages: Callable[[Bytes], None]) -> Bytes:
+    """uint8 `[num_blocks, num_bytes]`, kept in physical memory.
 
     In pages that nothing else is in: CUDA refuses to lock a page for two allocations.
     """
-    num_bytes = num_blocks * block_bytes
-    if not num_bytes:
-        return np.empty((num_blocks, block_bytes), np.uint8)
-    blocks = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8).reshape(num_blocks, block_bytes)
+    if not num_blocks * num_bytes:
+        return np.empty((num_blocks, num_bytes), np.uint8)
+    pages = mmap.mmap(-1, num_blocks * num_bytes)
+    blocks = np.frombuffer(pages, np.uint8).reshape(num_blocks, num_bytes)
     lock_pages(blocks)
     return blocks

@@ -13,6 +13,10 @@ import msgspec
 MAPS = Path("/proc/self/maps")
 
 
+class UnreadableError(Exception):
+    """Bytes of a file can't be had, or are not what they were. Says why."""
+
+
 class Extent(msgspec.Struct, frozen=True, gc=False):
     """`nbytes` bytes of an open file, from `offset` on."""
 
@@ -22,12 +26,15 @@ class Extent(msgspec.Struct, frozen=True, gc=False):
     path: str  # for messages
 
     def read_into(self, target: memoryview, start: int = 0) -> None:
-        """Fill `target` from byte `start` of the extent on. Raises OSError, also where the file has become shorter."""
+        """Fill `target` from byte `start` of the extent on. Raises UnreadableError, also where the file has become shorter."""
         done = 0
         while done < len(target):
-            count = os.preadv(self.descriptor, [target[done:]], self.offset + start + done)
+            try:
+                count = os.preadv(self.descriptor, [target[done:]], self.offset + start + done)
+            except OSError as error:
+                raise UnreadableError(str(error)) from error
             if count == 0:
-                raise OSError(f"the file ends {len(target) - done} bytes early")
+                raise UnreadableError(f"the file ends {len(target) - done} bytes early")
             done += count
 
     def will_read(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from sglmoe.memory.host_tier import HostTier
+from sglmoe.memory.host_tier import HostTier, block_reader
 from sglmoe.memory.link_gate import LinkGate
 from sglmoe.memory.promotion import Mask, Promotion, plan_promotions
 from sglmoe.memory.store import ExpertReadError, ExpertStore
@@ -68,8 +68,9 @@ class Promoter:
         if block is None:
             return False
         layer, expert, target = promotion.layer, promotion.expert, self._tier.blocks[block]
+        read = block_reader(self._tier, self._store)
         try:
-            num_bytes = self._store.read(layer, expert, target, before_chunk=self._before_chunk)
+            num_bytes = read(layer, expert, target, before_chunk=self._before_chunk)
         except ExpertReadError as error:
             logger.warning("not kept in host memory: %s", error)
             self._tier.abandon(block, unreadable=True)

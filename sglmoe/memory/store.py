@@ -1,20 +1,37 @@
 """Where the bytes of experts that are not resident come from: views of host memory or of a mapped
-checkpoint file.
+checkpoint file, or the same in packed form in another file.
 
 Knows names and sizes. Keeps no copy: what `put` is given must stay alive and unchanged.
 """
 
+import logging
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from sglmoe.memory.mapped_files import Extent, MappedFiles
+from sglmoe.memory.mapped_files import Extent, MappedFiles, UnreadableError
+from sglmoe.memory.packed_extent import BeforeBytes, InMemory, PackedExtent, PackedPlace, unpack
 from sglmoe.memory.read_rate import ReadRate
 
+logger = logging.getLogger(__name__)
+
 Bytes = npt.NDArray[np.uint8]
-Part = Bytes | Extent
+Part = Bytes | Extent | PackedExtent
+
+
+class StoredPart(NamedTuple):
+    """One of an expert's tensors, in a frame and among what `read_stored` gives, in bytes."""
+
+    offset: int  # in the frame
+    num_bytes: int
+    stored_offset: int
+    stored_bytes: int
+    is_packed: bool
+
 
 # As they lie in a frame: w13 is the rows of w1 (gate), then those of w3 (up); w2 (down) follows.
 PARTS = ("w1", "w3", "w2")
@@ -41,6 +58,7 @@ class ExpertStore:
         self.total_bytes = 0
         self._clock = clock
         self._rate = rate
+        self._damaged: set[str] = set()  # paths of packed files; several threads may add to it
         self._disk_is_asked = True  # by the last read; a guess, so threads need not agree on it
 
     def put(self, layer: int, expert: int, part: str, array: Bytes) -> None:
@@ -75,27 +93,118 @@ class ExpertStore:
     ) -> int:
         """Copy the expert to the start of `target`, contiguous and large enough; its bytes.
 
-        `before_chunk` is called before each CHUNK_BYTES; what it raises ends the read. Raises
+        `before_chunk` is called before each CHUNK_BYTES or less; what it raises ends the read. Raises
         ExpertReadError, and then `target` has changed in part.
         """
         num_bytes, started = 0, self._clock()
+        step = sys.maxsize if before_chunk is None else CHUNK_BYTES
+        before_bytes = self._before_bytes(before_chunk)
         for offset, part in self.parts(layer, expert):
             place = target[offset : offset + part.nbytes]
-            step = part.nbytes if before_chunk is None else CHUNK_BYTES
-            for start in range(0, part.nbytes, step):
-                if before_chunk is not None:
-                    before_chunk()
-                if self._rate is not None:
-                    self._rate.wait(min(step, part.nbytes - start))  # no byte comes before
-                try:
-                    _copy(part, place[start : start + step], start)
-                except OSError as error:
-                    raise _read_error(layer, expert, part, error) from error
+            try:
+                self._read_part(part, place, step, before_bytes)
+            except UnreadableError as error:
+                raise _read_error(layer, expert, part, error) from error
             num_bytes += part.nbytes
         if before_chunk is None:  # else it may have waited
             seconds = self._clock() - started
             self._disk_is_asked = num_bytes < CACHE_BYTES_PER_SECOND * seconds
         return num_bytes
+
+    def stored_parts(self, layer: int, expert: int) -> list[StoredPart]:
+        """Where `read_stored` puts the expert's tensors: one behind the other."""
+        placed, start = [], 0
+        for offset, part in self.parts(layer, expert):
+            is_packed = isinstance(part, PackedExtent)
+            placed.append(StoredPart(offset, part.nbytes, start, stored_bytes(part), is_packed))
+            start += stored_bytes(part)
+        return placed
+
+    def read_stored(
+        self,
+        layer: int,
+        expert: int,
+        target: Bytes,
+        *,
+        before_chunk: Callable[[], None] | None = None,
+    ) -> int:
+        """As `read`, but the bytes as they are stored, packed or not; how many. For `unpack`."""
+        before_bytes = self._before_bytes(before_chunk)
+        stored = self.stored_parts(layer, expert)
+        for its, (_, part) in zip(stored, self.parts(layer, expert), strict=True):
+            place = target[its.stored_offset : its.stored_offset + its.stored_bytes]
+            try:
+                self._read_stored_part(part, place, before_bytes)
+            except UnreadableError as error:
+                raise _read_error(layer, expert, part, error) from error
+        return stored[-1].stored_offset + stored[-1].stored_bytes
+
+    def unpack(
+        self,
+        layer: int,
+        expert: int,
+        stored: Bytes,
+        target: Bytes,
+        *,
+        before_chunk: Callable[[], None] | None = None,
+    ) -> int:
+        """Copy what `read_stored` gave to the start of `target` as `read` would; its bytes."""
+        step = sys.maxsize if before_chunk is None else CHUNK_BYTES
+
+        def before_bytes(num_bytes: int) -> None:
+            if before_chunk is not None:
+                before_chunk()
+
+        num_bytes = 0
+        for part in self.stored_parts(layer, expert):
+            source = stored[part.stored_offset : part.stored_offset + part.stored_bytes]
+            place = target[part.offset : part.offset + part.num_bytes]
+            if part.is_packed:
+                unpack(InMemory(source, before_bytes), source.nbytes, place)
+            else:
+                _read_plain(source, place, step, before_bytes)
+            num_bytes += part.num_bytes
+        return num_bytes
+
+    def _before_bytes(self, before_chunk: Callable[[], None] | None) -> BeforeBytes:
+        def before_bytes(num_bytes: int) -> None:
+            if before_chunk is not None:
+                before_chunk()
+            if self._rate is not None:
+                self._rate.wait(num_bytes)  # no byte comes before
+
+        return before_bytes
+
+    def _read_part(self, part: Part, target: Bytes, step: int, before_bytes: BeforeBytes) -> None:
+        if isinstance(part, PackedExtent):
+            if self._could_read(part, lambda: part.read_into(target, before_bytes)):
+                return
+            _read_plain(part.original, target, step, before_bytes)
+        else:
+            _read_plain(part, target, step, before_bytes)
+
+    def _read_stored_part(self, part: Part, target: Bytes, before_bytes: BeforeBytes) -> None:
+        if not isinstance(part, PackedExtent):
+            _read_plain(part, target, CHUNK_BYTES, before_bytes)
+        elif not self._could_read(part, lambda: part.read_packed(target, before_bytes)):
+            part.pack_again(target, before_bytes)
+
+    def _could_read(self, part: PackedExtent, read: Callable[[], None]) -> bool:
+        """Read the part in its packed form, if its file has been sound so far and is."""
+        if part.path in self._damaged:
+            return False
+        try:
+            read()
+            return True
+        except UnreadableError as error:
+            self._damaged.add(part.path)
+            logger.warning(
+                "%s is damaged (%s): its experts are read from the checkpoint from now on; "
+                "delete it, and run python -m sglmoe.pack again",
+                part.path,
+                error,
+            )
+            return False
 
     def will_read(self, layer: int, expert: int) -> None:
         """Begin to read the expert, if it is in files; `read` is to follow soon.
@@ -105,7 +214,7 @@ class ExpertStore:
         if not self._disk_is_asked:
             return
         for _, part in self.parts(layer, expert):
-            if isinstance(part, Extent):
+            if isinstance(part, Extent | PackedExtent):
                 part.will_read()
 
     def unmap(self) -> int:
@@ -117,7 +226,7 @@ class ExpertStore:
         files = MappedFiles()
         held_bytes = 0
         for key, part in self._parts.items():
-            if isinstance(part, Extent):
+            if not isinstance(part, np.ndarray):
                 continue
             extent = files.extent(part.ctypes.data, part.nbytes)
             if extent is None:
@@ -126,6 +235,20 @@ class ExpertStore:
                 self._parts[key] = extent
         return held_bytes
 
+    def use_packed(self, packed: Mapping[tuple[str, int], PackedPlace]) -> int:
+        """From now on, read packed what lies in a file at one of these `(path, offset)`; how many tensors that are."""
+        num_tensors = 0
+        for key, part in self._parts.items():
+            place = packed.get((part.path, part.offset)) if isinstance(part, Extent) else None
+            if place is not None and isinstance(part, Extent) and place.num_bytes == part.nbytes:
+                self._parts[key] = PackedExtent(place.packed, place.checksum, original=part)
+                num_tensors += 1
+        return num_tensors
+
+    def paths(self) -> set[str]:
+        """The files that experts lie in as they are."""
+        return {part.path for part in self._parts.values() if isinstance(part, Extent)}
+
     def experts(self) -> list[tuple[int, int]]:
         """Every (layer, expert), in order."""
         return sorted({(layer, expert) for layer, expert, _ in self._parts})
@@ -133,9 +256,23 @@ class ExpertStore:
     def expert_bytes(self) -> int:
         """The bytes of the largest expert; 0 if there is none."""
         sizes: dict[tuple[int, int], int] = {}
-        for (layer, expert, _), array in self._parts.items():
-            sizes[layer, expert] = sizes.get((layer, expert), 0) + array.nbytes
+        for (layer, expert, _), part in self._parts.items():
+            sizes[layer, expert] = sizes.get((layer, expert), 0) + part.nbytes
         return max(sizes.values(), default=0)
+
+    def stored_expert_bytes(self) -> int:
+        """Likewise, as experts are stored."""
+        last = (self.stored_parts(*expert)[-1] for expert in self.experts())
+        return max((part.stored_offset + part.stored_bytes for part in last), default=0)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any tensor is."""
+        return any(isinstance(part, PackedExtent) for part in self._parts.values())
+
+    def stored_total_bytes(self) -> int:
+        """Of all experts, as they are stored."""
+        return sum(map(stored_bytes, self._parts.values()))
 
     def check_complete(self, num_layers: int, num_experts: int) -> None:
         """Raises ValueError naming the first tensor that was never put."""
@@ -148,7 +285,20 @@ class ExpertStore:
                         )
 
 
-def _copy(part: Part, target: Bytes, start: int) -> None:
+def stored_bytes(part: Part) -> int:
+    """What a tensor takes where it is stored."""
+    return part.packed.nbytes if isinstance(part, PackedExtent) else part.nbytes
+
+
+def _read_plain(part: Bytes | Extent, target: Bytes, step: int, before_bytes: BeforeBytes) -> None:
+    """Fill `target` with the part, at most `step` bytes at a time."""
+    for start in range(0, part.nbytes, step):
+        piece = target[start : start + step]
+        before_bytes(piece.nbytes)
+        _copy(part, piece, start)
+
+
+def _copy(part: Bytes | Extent, target: Bytes, start: int) -> None:
     """Fill `target` from byte `start` of the part on."""
     if isinstance(part, Extent):
         part.read_into(memoryview(target.data), start)
@@ -156,8 +306,8 @@ def _copy(part: Part, target: Bytes, start: int) -> None:
         target[:] = part[start : start + target.nbytes]
 
 
-def _read_error(layer: int, expert: int, part: Part, error: OSError) -> ExpertReadError:
-    source = part.path if isinstance(part, Extent) else "memory"
+def _read_error(layer: int, expert: int, part: Part, error: UnreadableError) -> ExpertReadError:
+    source = "memory" if isinstance(part, np.ndarray) else part.path
     return ExpertReadError(
         f"expert {expert} of MoE layer {layer} can't be read from {source}: {error}. The file was "
         "changed while being served, or its disk fails: restore the file and restart the server"

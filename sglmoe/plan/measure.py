@@ -128,13 +128,13 @@ def read_seconds(model: Model) -> float:
 
 def _expert_offsets(shard: Path) -> tuple[Path, list[int]]:
     """Where the tensors of a few experts begin; no more than the working set, so that reading once warms them."""
-    header_bytes = 8 + int.from_bytes(shard.open("rb").read(8), "little")
+    header, first = read_header(shard)
     starts = [
-        header_bytes + entry["data_offsets"][0]
-        for name, entry in read_header(shard).items()
+        first + entry["data_offsets"][0]
+        for name, entry in header.items()
         if EXPERT_TENSOR.search(name)
     ]
-    return shard, starts[:64] or [header_bytes]
+    return shard, starts[:64] or [first]
 
 
 def _dtype(shape: ModelShape) -> Any:

@@ -123,7 +123,7 @@ def tensor_shapes(shards: tuple[Path, ...]) -> Shapes:
     return {
         name: tuple(entry["shape"])
         for shard in shards
-        for name, entry in read_header(shard).items()
+        for name, entry in read_header(shard)[0].items()
         if not EXPERT_TENSOR.search(name)
     }
 

@@ -19,7 +19,6 @@ from sglmoe.protocol import (
     Profile,
     RecordRouting,
     RequestReady,
-    RowFailure,
     RowResult,
     StepResult,
     WorkerFailed,
@@ -36,7 +35,7 @@ from sglmoe.scheduler.roster import Roster
 from sglmoe.scheduler.seams import Outputs, WorkerChannel, WorkerLost
 from sglmoe.scheduler.settings import SchedulerSettings
 from sglmoe.scheduler.suspects import Suspects
-from sglmoe.scheduler.timeouts import late_requests
+from sglmoe.scheduler.timeouts import Watchdog, late_requests
 from sglmoe.scheduler.worker_calls import WorkerCalls
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class Scheduler:
         self._clock = clock
         self._calls = WorkerCalls(worker.send)
         self._unannounced: list[Request] = []  # the worker does not know them yet
-        self._last_progress_at = clock()  # the worker spoke, or was given something to do
+        self._watchdog = Watchdog(settings.watchdog_seconds, clock)
         self._changed: dict[int, Request] = {}  # by id(); to be published
         self._refused: list[Request] = []
         self._wake = asyncio.Event()
@@ -149,7 +148,7 @@ class Scheduler:
     @property
     def awaits_worker(self) -> bool:
         """Whether the worker owes a sign of life: an answer, or its first word."""
-        return self.recovery.is_under_way or self.planner.oldest is not None
+        return self.recovery.is_under_way or self._owed is not None
 
     def fail_all(self, message: str) -> None:
         """End everything with an error of ours, and every call too."""
@@ -215,8 +214,8 @@ class Scheduler:
 
     def _send_plans(self) -> None:
         while True:
-            if self.planner.oldest is None:
-                self._last_progress_at = self._clock()
+            if self._owed is None:
+                self._watchdog.feed()
             plan = self.planner.next_plan(paused=self.paused, alone=self._suspects.on_trial)
             if plan is None:
                 return
@@ -259,11 +258,12 @@ class Scheduler:
             if reason := no_longer_fits(request, ready.limits):
                 self._end(request, reason)
         self._outputs.worker_replaced(ready, self.recovery.end())
+        self._watchdog.feed()
 
     # ---------------------------------------------------------------------------------------------------------- results
 
     def _on_message(self, message: FromWorker) -> None:
-        self._last_progress_at = self._clock()
+        self._watchdog.feed()
         match message:
             case StepResult():
                 self._on_step_result(message)
@@ -289,7 +289,8 @@ class Scheduler:
             if not (request := answered.requests[row.rid]).finished
         ]
         for failure in result.failed:
-            self._on_failure(failure)
+            if failing := self.roster.live.get(failure.rid):
+                self._end(failing, aborted(failure.message, failure.status))
         named = [answered.requests[rid] for rid in result.rejected]
         rejected = [request for request in named if not request.finished]
         self._outputs.step_done(summarize(result, tallies, rejected))
@@ -333,10 +334,6 @@ class Scheduler:
         else:
             self.roster.enqueue(request)
 
-    def _on_failure(self, failure: RowFailure) -> None:
-        if request := self.roster.live.get(failure.rid):
-            self._end(request, aborted(failure.message, failure.status))
-
     def _on_rejected(self, rejected: Sequence[Request], step_id: int) -> None:
         self.planner.reject(rejected, step_id=step_id)
         if rejected:
@@ -378,16 +375,21 @@ class Scheduler:
 
     def check_clocks(self) -> None:
         """End what waited or ran for too long, and the worker if it owes an answer for too long."""
-        now = self._clock()
-        for request, reason in list(late_requests(self.roster, self._settings, now)):
+        for request, reason in list(late_requests(self.roster, self._settings, self._clock())):
             self._end(request, aborted(reason, 503))
             self._wake.set()
-        due, limit = self.planner.oldest, self._settings.watchdog_seconds
-        if due is not None and limit is not None and now - self._last_progress_at > limit:
-            self._last_progress_at = now
-            self._worker.kill(
-                f"the worker made no progress for {limit:.0f} s in step {due.step_id} (--watchdog-timeout)"
-            )
+        if cause := self._watchdog.overdue(self._owed):
+            self._worker.kill(cause)
+
+    @property
+    def _owed(self) -> str | None:
+        """What a worker that serves has to answer, if anything: its plans, and while nobody else may run, a grammar."""
+        tried = self._suspects.on_trial
+        if self.recovery.is_under_way:
+            return None
+        if self.planner.oldest is not None:
+            return f"step {self.planner.oldest.step_id}"
+        return "a grammar" if tried and tried.state is State.PREPARING else None
 
     def _is_idle(self) -> bool:
         return not self.roster.running and (self.paused or not self.roster.live)

@@ -1,6 +1,6 @@
-"""Requests that waited or ran for too long."""
+"""Requests that waited or ran for too long, and a worker that has owed an answer for too long."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from sglmoe.scheduler.request import Request
 from sglmoe.scheduler.roster import Roster
@@ -19,3 +19,24 @@ def late_requests(
         for request in roster.running:
             if now - request.timing.scheduled_at > limit:
                 yield request, "Request running timeout reached."
+
+
+class Watchdog:
+    """Barks when it has not been fed for `limit_seconds` while something is owed; never with None."""
+
+    def __init__(self, limit_seconds: float | None, clock: Callable[[], float]) -> None:
+        self._limit_seconds = limit_seconds
+        self._clock = clock
+        self._fed_at = clock()
+
+    def feed(self) -> None:
+        """The worker spoke, or was given something to do."""
+        self._fed_at = self._clock()
+
+    def overdue(self, owed: str | None) -> str | None:
+        """Why the worker is to be killed, if it is; said once. `owed` is what it is waited for, None for nothing."""
+        limit = self._limit_seconds
+        if owed is None or limit is None or self._clock() - self._fed_at <= limit:
+            return None
+        self.feed()
+        return f"the worker made no progress for {limit:.0f} s in {owed} (--watchdog-timeout)"

@@ -17,6 +17,7 @@ import torch
 from sglmoe.config import EngineConfig, PrefetchMode
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_geometry
 from sglmoe.memory.background_copier import BackgroundCopier, Copy
+from sglmoe.memory.device_decode import NUM_STAGED, DecodedFrames, can_decode, staged_bytes
 from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier, page_lock
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.host_tier import HostTier, TieredStore, make_blocks
@@ -28,6 +29,7 @@ from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import parse_bytes, show_bytes
 from sglmoe.worker.moe_layer import PagedExperts, install
+from sglmoe.worker.packed_experts import use_packed
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +114,14 @@ def load_model(
     on_progress("loading dense weights", 0, 0)
     runner = build_runner(server_args, gpu_id=gpu_id, nccl_port=nccl_port)
     close_store(experts)
+    use_packed(store, config.packed_experts, server_args.model_path)
     dense_bytes = model_bytes(runner.model)
     runner.alloc_memory_pool()
     kv = KvLayout.of(runner.token_to_kv_pool)
     geometry = plan_geometry(
-        arena_bytes=arena_bytes_within(config.memory_budget_bytes, dense_bytes),
+        arena_bytes=arena_bytes_within(
+            config.memory_budget_bytes, dense_bytes, decoding_bytes(store, server_args.device)
+        ),
         expert_bytes=experts.shape.expert_bytes if experts.shape else 0,
         token_bytes=kv.token_bytes,
         token_rows=kv.token_rows,
@@ -182,6 +187,13 @@ def close_store(experts: PagedExperts) -> None:
         )
 
 
+def decoding_bytes(store: ExpertStore, device: str) -> int:
+    """What decoding packed experts takes of the device's memory beside their frames."""
+    if device == "cpu" or not store.is_packed:
+        return 0
+    return (NUM_STAGED + 1) * staged_bytes(store)
+
+
 class KvLayout(msgspec.Struct, frozen=True):
     """How a token's KV lies in the arena: one row a layer for MLA, a row of K and a row of V a layer otherwise."""
 
@@ -235,12 +247,19 @@ def manage(
     """The owner of the arena, and below it host memory, which fills in the background from now on."""
     num_layers = len(experts.layer_ids)
     num_experts = experts.shape.num_experts if experts.shape else 0
-    lock_pages = None if arena.device.type == "cpu" else page_lock
-    blocks = make_blocks(config.host_memory_bytes, experts.store, lock_pages=lock_pages)
-    tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts)
+    is_cpu = arena.device.type == "cpu"
+    store = experts.store
+    as_stored = store.is_packed if is_cpu else can_decode(store, geometry.frame_bytes)
+    blocks = make_blocks(
+        config.host_memory_bytes,
+        store,
+        as_stored=as_stored,
+        lock_pages=None if is_cpu else page_lock,
+    )
+    tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts, as_stored=as_stored)
     demand = LinkGate()
     prefetch = LinkGate(above=demand)
-    load_experts, copy_in_background = expert_copiers(arena, geometry, experts.store, tier)
+    load_experts, copy_in_background = expert_copiers(arena, geometry, store, tier)
     background = None
     if config.expert_prefetch is PrefetchMode.ON and num_experts:
         background = BackgroundCopier(copy_in_background, demand=demand, prefetch=prefetch)
@@ -258,7 +277,7 @@ def manage(
     if len(blocks):
         Promoter(
             tier,
-            experts.store,
+            store,
             prefetch,
             heat=lambda: memory.expert_demand,
             residents=lambda: memory.frame_table != ABSENT,
@@ -279,7 +298,11 @@ def expert_copiers(
         )
         return copier.load, copier.copy_in_background
     frames = {"arena": arena, "frame_bytes": geometry.frame_bytes, "store": store, "tier": tier}
-    return DeviceCopier(**frames).load, StreamCopier(**frames).copy
+    if not tier.as_stored:
+        return DeviceCopier(**frames).load, StreamCopier(**frames).copy
+    rows = arena.view(-1, geometry.frame_bytes)
+    ahead = StreamCopier(**frames, new_into=lambda: DecodedFrames(rows, store, num_staged=1))
+    return DeviceCopier(**frames, into=DecodedFrames(rows, store)).load, ahead.copy
 
 
 def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:

@@ -79,6 +79,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
         ("--memory-budget 900TiB", "--memory-budget: 900TiB is more than"),
         ("--expert-prefetch maybe", "--expert-prefetch: 'maybe' is none of off, observe, on"),
         ("--expert-predictor astrologer", "--expert-predictor: 'astrologer' is none of auto, "),
+        ("--packed-experts maybe", "--packed-experts: 'maybe' is none of off, on, auto"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ],
 )

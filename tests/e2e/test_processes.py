@@ -54,8 +54,8 @@ class Server:
 
     @property
     def scheduler(self) -> psutil.Process:
-        (scheduler,) = [p for p in self.children if "sglmoe::scheduler" in " ".join(p.cmdline())]
-        return scheduler
+        """The first that the fork server is asked for."""
+        return min(self.worker.parent().children(), key=lambda process: process.create_time())
 
     def survivors(self) -> list[psutil.Process]:
         """Processes that still run `END_SECONDS` later. A zombie does not: nobody has asked for its status."""

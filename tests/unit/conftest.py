@@ -7,4 +7,7 @@ from hypothesis import settings
 # Before torch is imported. Threads that spin while they wait for each other take a hundred times as long on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# No test says how long an example may take: a busy machine decides that.
+settings.register_profile("usual", deadline=None)
 settings.register_profile("long", deadline=None)
+settings.load_profile("usual")

@@ -12,6 +12,7 @@ from sglmoe.config import (
     parse_expert_prefetch,
     parse_memory_planner,
     parse_memory_policy,
+    parse_packed_experts,
     plan_config,
 )
 
@@ -111,3 +112,15 @@ def test_the_planner_is_on_unless_switched_off() -> None:
     assert not config.memory_planner
     with pytest.raises(ValueError, match="--memory-planner: 'maybe' is none of on, off"):
         parse_memory_planner("maybe")
+
+
+def test_packed_experts_are_used_where_there_are_any_unless_told_otherwise() -> None:
+    assert plan_config(Options(), CPU, page_tokens=None).packed_experts == "auto"
+    config = plan_config(Options(packed_experts="off"), CPU, page_tokens=None)
+    assert config.packed_experts == "off"
+    assert parse_packed_experts("on") == "on"
+    assert parse_packed_experts("disk/packed") == "disk/packed"
+    with pytest.raises(
+        ValueError, match=r"'disk' is none of off, on, auto, and no folder; write ./disk"
+    ):
+        parse_packed_experts("disk")

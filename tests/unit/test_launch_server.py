@@ -10,6 +10,7 @@ def test_our_flags_are_found_among_sglangs() -> None:
     argv = ["--port", "1", "--memory-budget", "2GiB", "--tp", "1", "--host-memory=50%"]
     argv += ["--memory-planner=off", "--expert-prefetch=on", "--expert-predictor", "pregate"]
     argv += ["--shutdown-timeout=5"]
+    argv += ["--packed-experts=./packed"]
     expected = Options(
         memory_budget="2GiB",
         host_memory="50%",
@@ -17,6 +18,7 @@ def test_our_flags_are_found_among_sglangs() -> None:
         expert_prefetch="on",
         expert_predictor="pregate",
         shutdown_timeout="5",
+        packed_experts="./packed",
     )
     assert read_options(argv) == expected
 
@@ -37,6 +39,7 @@ def test_abbreviations_are_left_to_sglang() -> None:
         ["--expert-predictor", ""],
         ["--shutdown-timeout", "soon"],
         ["--shutdown-timeout", "-1"],
+        ["--packed-experts", "perhaps"],
     ],
 )
 def test_nonsense_is_refused_by_flag_before_anything_starts(argv: list[str]) -> None:

@@ -4,7 +4,10 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from sglmoe.start_up import ChildEntry, restore_environment
@@ -65,3 +68,39 @@ def test_nothing_holds_a_process_that_leaves(ending: str, status: int, words: st
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert outcome.returncode == status
     assert outcome.stderr.endswith(words)
+
+
+STOPPED = """
+import multiprocessing, os, signal, time
+from sglmoe.start_up import ChildEntry
+
+def start_and_wait():
+    child = multiprocessing.get_context("forkserver").Process(
+        target=ChildEntry("time", "sleep"), args=(3600,)
+    )
+    child.start()
+    time.sleep(0.5)  # it is through with its start
+    os.kill(child.pid, signal.SIGSTOP)
+    print(child.pid, flush=True)
+    time.sleep(3600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    context.Process(target=ChildEntry("stopped", "start_and_wait")).start()
+    time.sleep(3600)
+"""
+
+
+def test_a_stopped_child_of_a_child_does_not_outlive_the_process_either(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    command = [sys.executable, str(tmp_path / "stopped.py")]
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
+        try:
+            assert process.stdout is not None
+            grandchild = psutil.Process(int(process.stdout.readline()))
+            while grandchild.status() != psutil.STATUS_STOPPED:
+                time.sleep(0.01)
+        finally:
+            process.kill()
+        grandchild.wait(20)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sglmoe.memory.mapped_files import Extent, MappedFiles
+from sglmoe.memory.mapped_files import Extent, MappedFiles, UnreadableError
 
 
 @pytest.fixture
@@ -43,5 +43,5 @@ def test_a_file_that_became_shorter_is_an_error(mapped: np.ndarray) -> None:
     assert extent is not None
     assert extent.path.endswith("a checkpoint.bin")
     beyond = Extent(extent.descriptor, offset=9_950, nbytes=100, path=extent.path)
-    with pytest.raises(OSError, match="ends 50 bytes early"):
+    with pytest.raises(UnreadableError, match="ends 50 bytes early"):
         beyond.read_into(memoryview(bytearray(100)))

@@ -426,6 +426,32 @@ def test_a_grammar_that_compiles_every_time_clears_nobody_of_what_comes_after() 
     play(scene)
 
 
+def test_a_grammar_that_never_compiles_holds_nobody_up_for_ever() -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.add("pill", 4, has_grammar=True)
+        stage.now += 1000  # beside others it may take as long as it likes
+        stage.scheduler.check_clocks()
+        await settle()
+        await die_and_be_born(stage)
+        await die(stage)
+        stage.now += 1000  # so may the next worker
+        stage.scheduler.check_clocks()
+        await be_born(stage)
+        stage.now += 29
+        await stage.add("b", 4)  # waits, as the other is on trial, and buys that no time
+        stage.scheduler.check_clocks()
+        await settle()
+        assert "pill" not in stage.client.refused
+        stage.now += 2
+        stage.scheduler.check_clocks()
+        await settle()
+        assert "no progress for 30 s in a grammar" in stage.client.refused["pill"].message
+        await be_born(stage)
+        assert stage.plans[0].rows == (Row("b", 4),)
+
+    play(scene, watchdog_seconds=30)
+
+
 def test_a_suspect_that_is_aborted_holds_nobody_up() -> None:
     async def scene(stage: Stage) -> None:
         await stage.add("pill", 4)

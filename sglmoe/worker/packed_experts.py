@@ -1,0 +1,88 @@
+"""Finds the packed experts that `python -m sglmoe.pack` wrote for a checkpoint, and has the store read them."""
+
+import logging
+import os
+from pathlib import Path
+
+from sglmoe.config import AUTO, OFF, ON
+from sglmoe.memory.mapped_files import Extent
+from sglmoe.memory.packed_extent import PackedPlace, load_decoder
+from sglmoe.memory.store import ExpertStore
+from sglmoe.packed_checkpoint import FOLDER, PATTERN, PackedLayer, read_layer, stamp
+from sglmoe.units import show_bytes
+
+logger = logging.getLogger(__name__)
+
+
+def use_packed(store: ExpertStore, wanted: str, model_path: str) -> None:
+    """Have `store`, which is unmapped, read packed what there is packed of it. `wanted`: `EngineConfig.packed_experts`.
+
+    Raises ValueError, saying what to do, where they are wanted and can't be used.
+    """
+    if wanted == OFF:
+        return
+    folder = Path(model_path, FOLDER) if wanted in (AUTO, ON) else Path(wanted)
+    is_required = wanted != AUTO
+    paths = sorted(folder.glob(PATTERN))
+    shards = store.paths()
+    if not paths and not is_required:
+        return
+    if why := why_none(paths, shards, folder, model_path):
+        if is_required:
+            raise ValueError(f"--packed-experts={wanted}: {why}")
+        logger.warning("packed experts are not used: %s", why)
+        return
+    layers = matching_layers(paths, shards, is_required=is_required)
+    if not layers:
+        return
+    load_decoder()  # now, rather than in the first request
+    store.use_packed(places(layers, shards))
+    logger.info(
+        "packed experts of %d layers in %s: all experts take %s instead of %s",
+        len(layers),
+        folder,
+        show_bytes(store.stored_total_bytes()),
+        show_bytes(store.total_bytes),
+    )
+
+
+def why_none(paths: list[Path], shards: set[str], folder: Path, model_path: str) -> str | None:
+    """Why there can be no packed experts, whatever is in their files."""
+    if not paths:
+        return (
+            f"there are none in {folder}; make them with python -m sglmoe.pack --model-path {model_path}, "
+            "or leave the flag out"
+        )
+    if not shards:
+        return (
+            "the model's experts are not read from the checkpoint as they lie there: it is served with another "
+            "--dtype, its experts have to be rounded up on a CPU, or it has none"
+        )
+    return None
+
+
+def matching_layers(paths: list[Path], shards: set[str], *, is_required: bool) -> list[PackedLayer]:
+    """Those that are sound and of this checkpoint. Raises ValueError for any other, or warns of it."""
+    stamps = [stamp(Path(shard)) for shard in shards]
+    layers = []
+    for path in paths:
+        try:
+            layers.append(read_layer(path, stamps))
+        except ValueError as error:
+            if is_required:
+                raise ValueError(f"--packed-experts: {error}") from error
+            logger.warning("packed experts are not used: %s", error)
+    return layers
+
+
+def places(layers: list[PackedLayer], shards: set[str]) -> dict[tuple[str, int], PackedPlace]:
+    """By where tensors lie in the checkpoint: where they lie packed. Opens the packed files; they stay open."""
+    path_of = {Path(shard).name: shard for shard in shards}
+    found = {}
+    for layer in layers:
+        descriptor = os.open(layer.path, os.O_RDONLY | os.O_CLOEXEC)
+        for tensor in layer.index.tensors:
+            packed = Extent(descriptor, tensor.packed_offset, tensor.packed_bytes, str(layer.path))
+            place = PackedPlace(packed, tensor.checksum, tensor.num_bytes)
+            found[path_of[tensor.shard], tensor.shard_offset] = place
+    return found
