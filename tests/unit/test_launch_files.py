@@ -204,3 +204,13 @@ def test_panels_do_not_overlap() -> None:
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in dashboard["panels"]]
     assert len(set(places)) == len(places)
     assert len({p["id"] for p in dashboard["panels"]}) == len(places)
+
+
+def test_a_recipe_too_large_for_its_machine_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large this one is."""
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(recipe, "check_here", lambda *_: ["note: all is well"])
+    with pytest.raises(SystemExit, match="not started"):
+        recipe.main([str(write_recipe(tmp_path))])

@@ -132,3 +132,14 @@ def test_a_step_reads_dense_weights_experts_and_kv_once() -> None:
     )
     model = costs.model(num_running=2, num_used=4, host_ratio=0.5)
     assert model.step_seconds(2, 3) == pytest.approx(5.5 + 2 * 1.6 + 4 * 1.024 + 3 * 9.0)
+
+
+def test_two_clients_use_more_experts_than_one_and_share_some() -> None:
+    """An expert is used by one with probability 1/4, by either with 7/16: 7 in a step, of which 3.5 are in no frame,
+    and as much again is lost as 2 passing frames would have hit."""
+    demand = msgspec.structs.replace(EVEN, concurrency=(2,))
+    now = msgspec.structs.replace(NOW, demand=demand)
+    (forecast,) = plan_budget(now, budget_of(10), 0).forecasts
+    assert forecast.expert_frames == 8
+    assert forecast.loads == pytest.approx(3.5 + 2 * 7 / 16)
+    assert forecast.hit_ratio == pytest.approx(1 - 4.375 / 7)

@@ -1,11 +1,15 @@
 """From a model and a machine to a command, and what an operator is told before it runs."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from tiny_model import COSTS, TINY, budget_of
 
-from sglmoe.config import Machine, Options
+from sglmoe.config import EngineConfig, Machine, Options
+from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.launch_server import read_options
+from sglmoe.plan.at_start import start_report
 from sglmoe.plan.budgets import Demand
 from sglmoe.plan.launch_plan import LaunchPlan, Question, plan_launch, size_flag
 from sglmoe.plan.machine_limits import Limits
@@ -118,7 +122,9 @@ def test_memory_that_others_use_now_is_a_warning() -> None:
 def test_memlock_matters_beside_a_gpu() -> None:
     limits = Limits(memlock_bytes=8 * 2**20)
     assert "ulimit -l allows 8.00 MiB" in told(plan(limits=limits))
-    assert "ulimit -l" not in told(plan(BOX, limits=limits))
+    assert "ulimit -l" not in told(
+        plan(BOX, limits=limits, memory_budget="8GiB", host_memory="1GiB")
+    )
 
 
 def test_too_few_addresses_can_not_start() -> None:
@@ -163,3 +169,23 @@ def test_the_smallest_arena_that_works_is_planned() -> None:
             options=Options(memory_budget=str(budget_of(3))),
         )
     ).can_start
+
+
+def test_the_page_cache_is_a_tier_only_without_a_gpu() -> None:
+    """With 8 GiB and 2 for the server taken of 16, pages of the checkpoint may have 6; so fewer loads are from disk."""
+    of_box, of_gpu = (
+        plan(machine, memory_budget="6GiB", host_memory="1GiB") for machine in (BOX, GPU)
+    )
+    seconds = [the.chosen.forecasts[0].step_seconds for the in (of_box, of_gpu)]
+    assert of_box.chosen.forecasts[0].loads == of_gpu.chosen.forecasts[0].loads
+    assert seconds[0] < seconds[1]
+
+
+def test_a_server_on_this_machine_says_its_plan_or_why_there_is_none(tmp_path: Path) -> None:
+    config = EngineConfig(memory_budget_bytes=8 * 10**6, host_memory_bytes=0)
+    asked = {"dtype": "auto", "device": "cpu", "gpu_id": 0}
+    said = start_report(config, model_path=str(DEMO_MODEL), **asked)
+    assert "104 frames of 48.00 KiB for 192 experts and KV" in said  # (8e6 - 2839296) / 49152
+    (tmp_path / "config.json").write_text("{}")
+    said = start_report(config, model_path=str(tmp_path), **asked)
+    assert said.startswith("no plan for ")

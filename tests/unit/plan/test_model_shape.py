@@ -87,3 +87,8 @@ def test_a_server_counts_its_rotary_table_as_dense(device: str, item_bytes: int)
     model = read_model(str(DEMO_MODEL), device=device)
     weights = 2 * sum(math.prod(shape) for shape in tensor_shapes(model.shards).values())
     assert model.shape.dense_bytes == weights + 4352 * 64 * item_bytes
+
+
+def test_the_demo_model_is_as_large_as_a_server_on_a_cpu_found_it() -> None:
+    """`dense_bytes` in its /server_info; `tests/e2e/test_plan.py` asks one."""
+    assert read_model(str(DEMO_MODEL), device="cpu").shape.dense_bytes == 2_839_296
