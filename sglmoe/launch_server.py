@@ -63,7 +63,22 @@ def read_command_line(argv: list[str], options: Options) -> tuple[Any, EngineCon
     server_args = read_server_args(argv)
     from sglmoe.preparation import prepare
 
-    return server_args, prepare(server_args, options)
+    config = prepare(server_args, options)
+    print(plan_of(server_args, config), file=sys.stderr)
+    return server_args, config
+
+
+def plan_of(server_args: Any, config: EngineConfig) -> str:
+    """What to expect of these flags on this machine, in a few lines; `python -m sglmoe.plan` says more."""
+    from sglmoe.plan.at_start import start_report
+
+    return start_report(
+        config,
+        model_path=server_args.model_path,
+        dtype=server_args.dtype,
+        device=server_args.device,
+        gpu_id=server_args.base_gpu_id,
+    )
 
 
 def serve(server_args: Any, config: EngineConfig, shutdown_seconds: float) -> None:

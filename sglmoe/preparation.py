@@ -14,11 +14,9 @@ from sglmoe.checkpoint import check_checkpoint
 from sglmoe.config import EngineConfig, Options, plan_config
 from sglmoe.flags import refused_environment, refused_flags
 from sglmoe.machine import measure_machine
+from sglmoe.plan.families import num_experts_of
 from sglmoe.start_up import ChildEntry
 from sglmoe.supported_models import ModelFacts, refused_model
-
-# How Hugging Face configs of different families call the number of routed experts in a layer.
-NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def prepare(server_args: Any, options: Options) -> EngineConfig:
@@ -150,7 +148,7 @@ def read_facts(model_config: Any) -> ModelFacts:
     layer_types = set(config.get("layer_types") or ())
     return ModelFacts(
         architecture=model_config.hf_config.architectures[0],
-        num_experts=next((config[key] for key in NUM_EXPERTS_KEYS if config.get(key)), 0),
+        num_experts=num_experts_of(config),
         quantization=model_config.quantization or quantization.get("quant_method"),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
         generates=model_config.is_generation,

@@ -15,6 +15,8 @@ from sglmoe.units import ceil_div, show_bytes
 PAGE_TOKENS_TRIED = (16, 8, 4, 2, 1)
 MAX_WASTE_RATIO = 0.02  # DESIGN.md, section 3
 DENSE_FRAME_BYTES = 2**20  # arbitrary: much less than a budget, much more than its bookkeeping
+# To which SGLang pads the inner size of experts on a CPU: get_moe_padding_size.
+CPU_INNER_MULTIPLE = 32
 NUM_TOKEN_IDS = 2**31  # SGLang's req_to_token is int32
 
 
@@ -37,6 +39,21 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def arena_bytes(self) -> int:
         return self.num_frames * self.frame_bytes
+
+    def kv_tokens(self, floor_frames: int) -> int:
+        """That fit where so many frames are kept for experts."""
+        return (self.num_frames - floor_frames) * self.pages_per_frame * self.page_tokens
+
+
+def arena_bytes_within(budget_bytes: int, dense_bytes: int, decoding_bytes: int = 0) -> int:
+    """What the dense weights leave of the budget, and decoding packed experts. Raises ValueError where that is nothing."""
+    if dense_bytes + decoding_bytes >= budget_bytes:
+        beside = f", and decoding {show_bytes(decoding_bytes)}," if decoding_bytes else ""
+        raise ValueError(
+            f"the dense weights alone take {show_bytes(dense_bytes)}{beside} of the {show_bytes(budget_bytes)} budget; "
+            "raise --memory-budget"
+        )
+    return budget_bytes - dense_bytes - decoding_bytes
 
 
 def plan_geometry(

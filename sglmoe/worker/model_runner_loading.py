@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from sglmoe.config import EngineConfig, PrefetchMode
-from sglmoe.memory.arena import Geometry, plan_geometry
+from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_geometry
 from sglmoe.memory.background_copier import BackgroundCopier, Copy
 from sglmoe.memory.device_decode import NUM_STAGED, DecodedFrames, can_decode, staged_bytes
 from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier, page_lock
@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 # Arbitrary: requests that may run at once, where --max-running-requests does not say.
 DEFAULT_MAX_RUNNING = 256
 READ_RATE = "SGLMOE_READ_RATE"
-# To which SGLang pads the inner size of experts on a CPU: get_moe_padding_size.
-CPU_INNER_MULTIPLE = 32
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -196,17 +194,6 @@ def decoding_bytes(store: ExpertStore, device: str) -> int:
     return (NUM_STAGED + 1) * staged_bytes(store)
 
 
-def arena_bytes_within(budget_bytes: int, dense_bytes: int, decoding_bytes: int) -> int:
-    """What the dense weights leave of the budget. Raises ValueError where that is nothing."""
-    if dense_bytes + decoding_bytes >= budget_bytes:
-        beside = f", and decoding {show_bytes(decoding_bytes)}," if decoding_bytes else ""
-        raise ValueError(
-            f"the dense weights alone take {show_bytes(dense_bytes)}{beside} of the {show_bytes(budget_bytes)} budget; "
-            "raise --memory-budget"
-        )
-    return budget_bytes - dense_bytes - decoding_bytes
-
-
 class KvLayout(msgspec.Struct, frozen=True):
     """How a token's KV lies in the arena: one row a layer for MLA, a row of K and a row of V a layer otherwise."""
 
@@ -354,7 +341,7 @@ def fit_token_table(runner: Any, geometry: Geometry, floor: int) -> None:
     """Give the token table rows as long as the longest request that can be held."""
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
-    total_tokens = (geometry.num_frames - floor) * geometry.pages_per_frame * geometry.page_tokens
+    total_tokens = geometry.kv_tokens(floor)
     runner.req_to_token_pool = ReqToTokenPool(
         size=runner.req_to_token_pool.size,
         max_context_len=min(runner.model_config.context_len, total_tokens) + geometry.page_tokens,

@@ -32,9 +32,11 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "worker": FOUNDATION | {"transport", "memory", "prediction", "kernels", "packed_checkpoint"},
     "start_up": {"machine"},
     "preload": {"scheduler", "worker"},
-    "preparation": LAUNCH,
+    "preparation": LAUNCH | {"plan"},
     "graceful_stop": set(),
-    "launch_server": LAUNCH | {"graceful_stop", "preparation", "units"},
+    "plan": LAUNCH | {"memory", "units"},
+    "recipe": {"config", "machine", "plan", "units"},
+    "launch_server": LAUNCH | {"graceful_stop", "plan", "preparation", "units"},
     "engine": LAUNCH | {"preparation"},
 }
 DEVICE = {"torch", "triton"}
@@ -45,6 +47,7 @@ FORBIDDEN = {  # packages that a part must not see
     "checkpoint": DEVICE | {"zmq", "sglang"},
     "packed_checkpoint": DEVICE | {"zmq", "sglang"},
     "config": DEVICE | {"zmq", "sglang"},
+    "recipe": DEVICE | {"zmq", "sglang"},
     "protocol": DEVICE | {"zmq", "sglang", "pickle"},
     "transport": DEVICE | {"sglang", "pickle"},
     "kernels": {"zmq", "sglang", "asyncio"},

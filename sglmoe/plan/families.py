@@ -1,0 +1,167 @@
+"""What a model of each served family is made of, by its config alone: names and shapes as in its checkpoint.
+
+For models whose checkpoint is not here; where it is, its headers are read instead (`model_shape.py`).
+Pure: knows the published layouts, reads nothing.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sglmoe.units import ceil_div
+
+Config = Mapping[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+# How configs of different families call the number of routed experts in a layer.
+NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+MIXTRAL_LIKE = ("MixtralForCausalLM", "PhiMoEForCausalLM")  # experts are called w1, w2, w3
+# SGLANG_ROPE_CACHE_SAFETY_MARGIN and SGLANG_ROPE_CACHE_ALIGN.
+ROPE_MARGIN, ROPE_MULTIPLE = 256, 128
+DEEPSEEK = "DeepseekV2ForCausalLM"
+PHI = "PhiMoEForCausalLM"
+
+
+def architecture_of(config: Config) -> str:
+    """SGLang's model class. Raises ValueError where the config names none."""
+    names = config.get("architectures") or [""]
+    if not names[0]:
+        raise ValueError("config.json names no architecture; take the checkpoint's own")
+    return str(names[0])
+
+
+def num_experts_of(config: Config) -> int:
+    """Routed experts of a layer; 0 for a dense model."""
+    return next((int(config[key]) for key in NUM_EXPERTS_KEYS if config.get(key)), 0)
+
+
+def inner_size_of(config: Config) -> int:
+    """Of a routed expert."""
+    return int(config.get("moe_intermediate_size") or config["intermediate_size"])
+
+
+def head_dim_of(config: Config) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def moe_layers_of(config: Config) -> list[int]:
+    """The layers that have routed experts."""
+    layers = range(config["num_hidden_layers"])
+    if not num_experts_of(config):
+        return []
+    if architecture_of(config) == DEEPSEEK:
+        first, every = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
+        return [layer for layer in layers if layer >= first and layer % every == 0]
+    every, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    return [layer for layer in layers if (layer + 1) % every == 0 and layer not in dense]
+
+
+def dense_shapes(config: Config) -> Shapes:
+    """Every tensor of the checkpoint but the routed experts'."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (vocab, hidden)
+        if config.get("lm_head_bias"):
+            shapes["lm_head.bias"] = (vocab,)
+    shapes |= _norm(config, "model.norm", hidden)
+    moe_layers = set(moe_layers_of(config))
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= _norm(config, f"{prefix}.{name}", hidden)
+        shapes |= dict(_attention(config, f"{prefix}.self_attn"))
+        if layer in moe_layers:
+            shapes |= dict(_beside_experts(config, prefix))
+        else:
+            shapes |= dict(_mlp(f"{prefix}.mlp", hidden, config["intermediate_size"]))
+    return shapes
+
+
+def _norm(config: Config, name: str, size: int) -> Shapes:
+    shapes: Shapes = {f"{name}.weight": (size,)}
+    if architecture_of(config) == PHI:  # LayerNorm
+        shapes[f"{name}.bias"] = (size,)
+    return shapes
+
+
+def _mlp(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{prefix}.gate_proj.weight", (inner, hidden)
+    yield f"{prefix}.up_proj.weight", (inner, hidden)
+    yield f"{prefix}.down_proj.weight", (hidden, inner)
+
+
+def _attention(config: Config, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if architecture_of(config) == DEEPSEEK:
+        yield from _latent_attention(config, prefix)
+        return
+    architecture, hidden, dim = architecture_of(config), config["hidden_size"], head_dim_of(config)
+    query = config["num_attention_heads"] * dim
+    key = config.get("num_key_value_heads", config["num_attention_heads"]) * dim
+    rows = {"q_proj": query, "k_proj": key, "v_proj": key}
+    for name, size in rows.items():
+        yield f"{prefix}.{name}.weight", (size, hidden)
+        if config.get("attention_bias") or (
+            architecture == "Qwen2MoeForCausalLM" and config.get("qkv_bias", True)
+        ):
+            yield f"{prefix}.{name}.bias", (size,)
+    yield f"{prefix}.o_proj.weight", (hidden, query)
+    if config.get("attention_bias"):
+        yield f"{prefix}.o_proj.bias", (hidden,)
+    if architecture.startswith("Qwen3"):
+        yield f"{prefix}.q_norm.weight", (dim,)
+        yield f"{prefix}.k_norm.weight", (dim,)
+    if architecture == "OlmoeForCausalLM":
+        yield f"{prefix}.q_norm.weight", (query,)
+        yield f"{prefix}.k_norm.weight", (key,)
+
+
+def _latent_attention(config: Config, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+    hidden, heads, latent = (
+        config["hidden_size"],
+        config["num_attention_heads"],
+        config["kv_lora_rank"],
+    )
+    nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    value, query_latent = config["v_head_dim"], config.get("q_lora_rank")
+    query = heads * (nope + rope)
+    if query_latent:
+        yield f"{prefix}.q_a_proj.weight", (query_latent, hidden)
+        yield f"{prefix}.q_a_layernorm.weight", (query_latent,)
+        yield f"{prefix}.q_b_proj.weight", (query, query_latent)
+    else:
+        yield f"{prefix}.q_proj.weight", (query, hidden)
+    yield f"{prefix}.kv_a_proj_with_mqa.weight", (latent + rope, hidden)
+    yield f"{prefix}.kv_a_layernorm.weight", (latent,)
+    yield f"{prefix}.kv_b_proj.weight", (heads * (nope + value), latent)
+    yield f"{prefix}.o_proj.weight", (hidden, heads * value)
+
+
+def _beside_experts(config: Config, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Router and shared experts of a MoE layer."""
+    architecture, hidden = architecture_of(config), config["hidden_size"]
+    block = f"{prefix}.{'block_sparse_moe' if architecture in MIXTRAL_LIKE else 'mlp'}"
+    yield f"{block}.gate.weight", (num_experts_of(config), hidden)
+    if architecture == "Qwen2MoeForCausalLM":
+        inner = config["shared_expert_intermediate_size"]
+        yield from _mlp(f"{block}.shared_expert", hidden, inner)
+        yield f"{block}.shared_expert_gate.weight", (1, hidden)
+    if architecture == DEEPSEEK and config.get("n_shared_experts"):
+        inner = config["n_shared_experts"] * config["moe_intermediate_size"]
+        yield from _mlp(f"{block}.shared_experts", hidden, inner)
+
+
+def rotary_items(config: Config) -> int:
+    """Numbers in SGLang's table of cosines and sines, which all layers share and a server counts as dense."""
+    positions = int(config.get("max_position_embeddings") or 0)
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    original = int(scaling.get("original_max_position_embeddings") or positions)
+    # It is made longer than the context, by ROPE_MARGIN at least.
+    reserved = ceil_div(positions + ROPE_MARGIN, ROPE_MULTIPLE) * ROPE_MULTIPLE
+    if architecture_of(config) == DEEPSEEK:
+        rows = max(int(original * scaling.get("factor", 1)), reserved)  # yarn
+        return rows * int(config["qk_rope_head_dim"])
+    if architecture_of(config) == PHI:  # longrope: the short table, the long one, and both in one
+        original = int(config.get("original_max_position_embeddings") or original)
+        return 2 * (original + positions) * head_dim_of(config)
+    return int(reserved * head_dim_of(config) * config.get("partial_rotary_factor", 1))

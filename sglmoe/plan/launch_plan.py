@@ -1,0 +1,131 @@
+"""From a model and a machine to flags: which budget, what it will bring, what stands in the way, and the command. Pure."""
+
+import msgspec
+
+from sglmoe.config import Machine, Options, plan_config
+from sglmoe.plan.budgets import (
+    BudgetPlan,
+    Demand,
+    PlanSnapshot,
+    budgets_to_try,
+    plan_budget,
+)
+from sglmoe.plan.machine_limits import (
+    HEADROOM_BYTES,
+    Finding,
+    Limits,
+    Severity,
+    find_problems,
+)
+from sglmoe.plan.model_shape import ModelShape
+from sglmoe.plan.step_costs import StepCosts
+from sglmoe.units import parse_bytes
+
+PROGRAM = "python -m sglmoe.launch_server"
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked: may this model run on that machine, with these flags where some are given?"""
+
+    model_path: str
+    shape: ModelShape
+    machine: Machine
+    limits: Limits
+    demand: Demand
+    costs: StepCosts
+    costs_are: str  # where they come from, in words
+    options: Options = Options()
+    budgets: tuple[int, ...] = ()  # to compare; those of `budgets_to_try` if none
+    page_tokens: int | None = None
+    server_flags: tuple[str, ...] = ()  # others for the command
+
+
+class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer."""
+
+    model_path: str
+    shape: ModelShape
+    machine: Machine
+    demand: Demand
+    costs: StepCosts
+    costs_are: str
+    chosen: BudgetPlan
+    compared: tuple[BudgetPlan, ...]
+    findings: tuple[Finding, ...]
+    command: tuple[str, ...]
+
+    @property
+    def can_start(self) -> bool:
+        return all(finding.severity is not Severity.PROBLEM for finding in self.findings)
+
+
+def plan_launch(asked: Question) -> LaunchPlan:
+    """Fill in the server's own defaults where no flag is given. Raises ValueError for what the machine has not got."""
+    options = fill_in(asked)
+    config = plan_config(options, asked.machine, page_tokens=asked.page_tokens)
+    now = snapshot_of(asked, config.memory_budget_bytes, config.host_memory_bytes)
+    chosen = plan_budget(now, config.memory_budget_bytes, config.host_memory_bytes)
+    budgets = asked.budgets or budgets_to_try(now)
+    return LaunchPlan(
+        model_path=asked.model_path,
+        shape=asked.shape,
+        machine=asked.machine,
+        demand=asked.demand,
+        costs=asked.costs,
+        costs_are=asked.costs_are,
+        chosen=chosen,
+        compared=tuple(
+            plan_budget(
+                snapshot_of(asked, budget, config.host_memory_bytes),
+                budget,
+                config.host_memory_bytes,
+            )
+            for budget in sorted(budgets)
+        ),
+        findings=tuple(find_problems(asked.shape, chosen, asked.machine, asked.limits)),
+        command=launch_command(asked, options),
+    )
+
+
+def fill_in(asked: Question) -> Options:
+    """The flags of the command: what was given, and the server's defaults, written so that they can be read."""
+    options = asked.options
+    config = plan_config(options, asked.machine, page_tokens=asked.page_tokens)
+    host_bytes = min(config.host_memory_bytes, asked.shape.all_expert_bytes)  # blocks of no use
+    host = options.host_memory or (size_flag(host_bytes) if host_bytes else None)
+    return msgspec.structs.replace(
+        options,
+        memory_budget=options.memory_budget or size_flag(config.memory_budget_bytes),
+        host_memory=host,
+    )
+
+
+def snapshot_of(asked: Question, budget_bytes: int, host_bytes: int) -> PlanSnapshot:
+    """On a CPU whatever memory is left keeps pages of the checkpoint."""
+    taken = budget_bytes + host_bytes + HEADROOM_BYTES
+    left = 0 if asked.machine.has_gpu else max(0, asked.machine.host_bytes - taken)
+    return PlanSnapshot(
+        shape=asked.shape,
+        costs=asked.costs,
+        demand=asked.demand,
+        page_cache_bytes=left,
+        page_tokens=asked.page_tokens,
+    )
+
+
+def launch_command(asked: Question, options: Options) -> tuple[str, ...]:
+    flags = [*PROGRAM.split(), "--model-path", asked.model_path]
+    if options.memory_budget:
+        flags += ["--memory-budget", options.memory_budget]
+    if options.host_memory:
+        flags += ["--host-memory", options.host_memory]
+    return (*flags, *asked.server_flags)
+
+
+def size_flag(size_bytes: int) -> str:
+    """The size, rounded down to a hundredth of its unit, as --memory-budget reads it."""
+    unit, name = (2**30, "GiB") if size_bytes >= 2**30 else (2**20, "MiB")
+    text = f"{size_bytes * 100 // unit / 100:.2f}{name}"
+    return (
+        text if size_bytes * 100 >= unit and parse_bytes(text, whole_bytes=0) else str(size_bytes)
+    )

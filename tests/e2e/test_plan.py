@@ -1,0 +1,83 @@
+"""`sglmoe.plan` foretells what a server ends up with, and its flags are flags that a server takes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import FAMILIES, make_checkpoint
+from forking import run_in_fork
+
+from sglmoe.checkpoint import read_json
+from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.plan.budgets import Demand, PlanSnapshot, geometry_of
+from sglmoe.plan.model_shape import ModelShape, read_model, shape_of
+from sglmoe.plan.step_costs import assumed_speeds, costs_of
+
+pytestmark = pytest.mark.usefixtures("preloaded")
+
+BUDGET_BYTES = 64 * 10**6  # `LoadedWorker`'s
+RECIPES = sorted((Path(__file__).parents[2] / "launch").glob("*/*.toml"))
+
+
+def as_loaded(model_dir: Path) -> dict[str, Any]:
+    from loaded_worker import LoadedWorker
+
+    loaded = LoadedWorker(model_dir).loaded
+    geometry = loaded.geometry
+    return {
+        "dense_bytes": loaded.dense_bytes,
+        "floor_frames": loaded.floor_frames,
+        "geometry": geometry,
+        "kv_tokens": geometry.kv_tokens(loaded.floor_frames),
+    }
+
+
+def as_planned(shape: ModelShape) -> dict[str, Any]:
+    costs = costs_of(shape, assumed_speeds("cpu"), request_tokens=1)
+    geometry = geometry_of(PlanSnapshot(shape, costs, Demand()), BUDGET_BYTES)
+    return {
+        "dense_bytes": shape.dense_bytes,
+        "floor_frames": shape.floor_frames,
+        "geometry": geometry,
+        "kv_tokens": geometry.kv_tokens(shape.floor_frames),
+    }
+
+
+@pytest.mark.parametrize("family", ["demo", *FAMILIES])
+def test_the_plan_has_the_servers_frames_and_kv_tokens(family: str, tmp_path: Path) -> None:
+    """Byte for byte, from the headers; and from the config alone, as for a model that is not here."""
+    model_dir = DEMO_MODEL if family == "demo" else run_in_fork(make_checkpoint, family, tmp_path)
+    loaded = run_in_fork(as_loaded, model_dir)
+    assert as_planned(read_model(str(model_dir), device="cpu").shape) == loaded
+    config = read_json(model_dir / "config.json")
+    assert as_planned(shape_of(config, dense=None, dtype="auto", device="cpu")) == loaded
+
+
+def refused_commands() -> dict[str, str]:
+    """Of the recipes' commands, those that our parser or our tables of flags refuse, and why."""
+    from sglang.srt.server_args import ServerArgs
+
+    from sglmoe.flags import refused_flags
+    from sglmoe.launch_server import Parser, our_parser, read_options
+    from sglmoe.preparation import flag_defaults, flag_namespaces
+    from sglmoe.recipe import read_plan
+
+    parser = Parser()
+    ServerArgs.add_cli_args(parser)
+    refused = {}
+    for path in RECIPES:
+        argv = list(read_plan(path, [])[0].command[3:])
+        try:
+            read_options(argv)
+            given = vars(parser.parse_args(our_parser().parse_known_args(argv)[1]))
+            values = {name: given[name] for name in flag_namespaces() if name in given}
+            if problems := refused_flags(values, flag_defaults(), flag_namespaces()):
+                refused[path.name] = "; ".join(problems)
+        except ValueError as error:
+            refused[path.name] = str(error)
+    return refused
+
+
+def test_the_flags_of_every_recipe_are_taken() -> None:
+    assert len(RECIPES) == 30
+    assert run_in_fork(refused_commands) == {}

@@ -1,0 +1,191 @@
+"""From a model and a machine to a command, and what an operator is told before it runs."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from tiny_model import COSTS, TINY, budget_of
+
+from sglmoe.config import EngineConfig, Machine, Options
+from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.launch_server import read_options
+from sglmoe.plan.at_start import start_report
+from sglmoe.plan.budgets import Demand
+from sglmoe.plan.launch_plan import LaunchPlan, Question, plan_launch, size_flag
+from sglmoe.plan.machine_limits import Limits
+from sglmoe.plan.report import full_report, short_report
+from sglmoe.units import parse_bytes
+
+GIB = 2**30
+GPU = Machine(8 * GIB, 8 * GIB, 16 * GIB, has_gpu=True)
+BOX = Machine(16 * GIB, 16 * GIB, 16 * GIB, has_gpu=False)
+UNLIMITED, USUAL = Limits(), Demand()
+# 64 experts of 256 MiB: 16 GiB, and a GiB of dense weights.
+BIG = msgspec.structs.replace(
+    TINY, num_experts=32, expert_bytes=2**28, dense_bytes=GIB, token_bytes=2**14
+)
+
+
+def plan(
+    machine: Machine = GPU, limits: Limits = UNLIMITED, demand: Demand = USUAL, **options: str
+) -> LaunchPlan:
+    return plan_launch(
+        Question(
+            model_path="big",
+            shape=BIG,
+            machine=machine,
+            limits=limits,
+            demand=demand,
+            costs=COSTS,
+            costs_are="made up",
+            options=Options(**options),
+        )
+    )
+
+
+def told(the: LaunchPlan) -> str:
+    return "\n".join(map(str, the.findings))
+
+
+def test_the_command_has_the_servers_own_defaults_in_figures() -> None:
+    """85 % of the free GPU memory, and 70 % of the host's; rounded down; no more than all experts take."""
+    small_host = msgspec.structs.replace(GPU, host_bytes=10 * GIB)
+    the = plan(small_host)
+    assert " ".join(the.command) == (
+        "python -m sglmoe.launch_server --model-path big --memory-budget 6.79GiB --host-memory 7.00GiB"
+    )
+    assert plan(msgspec.structs.replace(GPU, host_bytes=64 * GIB)).command[-1] == "16.00GiB"
+
+
+def test_the_plan_is_of_exactly_what_the_command_asks_for() -> None:
+    the = plan()
+    given = read_options(list(the.command[3:]))
+    assert given.memory_budget is not None
+    assert parse_bytes(given.memory_budget, whole_bytes=0) == the.chosen.budget_bytes
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(GIB * 5 // 2, "2.50GiB"), (GIB - 1, "1023.99MiB"), (2**20, "1.00MiB"), (1234, "1234")],
+)
+def test_sizes_are_rounded_down(size: int, text: str) -> None:
+    assert size_flag(size) == text
+    assert parse_bytes(text, whole_bytes=0) <= size
+
+
+def test_a_plan_without_worries_has_no_findings() -> None:
+    the = plan(msgspec.structs.replace(GPU, host_bytes=64 * GIB))
+    assert the.can_start
+    assert told(the) == ""
+
+
+def test_paging_that_is_not_needed_is_told() -> None:
+    roomy = msgspec.structs.replace(GPU, device_bytes=64 * GIB, free_device_bytes=64 * GIB)
+    assert "warning: paging is not needed: all 64 experts fit" in told(plan(roomy))
+    # With 32 requests at a time they do not fit.
+    budget = str(GIB + 64 * 2**28 + 2**28)
+    assert "not needed" not in told(plan(roomy, memory_budget=budget))
+
+
+def test_experts_that_only_the_disk_holds_are_told() -> None:
+    assert "the rest is read from the checkpoint" in told(plan(host_memory="1GiB"))
+
+
+def test_a_budget_too_small_can_not_start() -> None:
+    the = plan(memory_budget="1GiB")
+    assert not the.can_start
+    assert "raise --memory-budget" in told(the)
+
+
+def test_a_budget_beyond_what_is_free_can_not_start() -> None:
+    busy = msgspec.structs.replace(GPU, free_device_bytes=2 * GIB)
+    assert "are free on the device; lower it" in told(plan(busy, memory_budget="4GiB"))
+
+
+def test_what_the_machine_has_not_got_is_refused_as_by_the_server() -> None:
+    with pytest.raises(ValueError, match="--memory-budget: 9GiB is more than the"):
+        plan(memory_budget="9GiB")
+
+
+def test_a_cgroup_without_room_for_the_server_itself_can_not_start() -> None:
+    the = plan(BOX, memory_budget="15GiB")
+    assert not the.can_start
+    assert "problem: --memory-budget and --host-memory together and 2.00 GiB" in told(the)
+
+
+def test_memory_that_others_use_now_is_a_warning() -> None:
+    the = plan(BOX, limits=Limits(available_bytes=4 * GIB), memory_budget="8GiB")
+    assert the.can_start
+    assert "other programs leave 4.00 GiB now" in told(the)
+
+
+def test_memlock_matters_beside_a_gpu() -> None:
+    limits = Limits(memlock_bytes=8 * 2**20)
+    assert "ulimit -l allows 8.00 MiB" in told(plan(limits=limits))
+    assert "ulimit -l" not in told(
+        plan(BOX, limits=limits, memory_budget="8GiB", host_memory="1GiB")
+    )
+
+
+def test_too_few_addresses_can_not_start() -> None:
+    the = plan(limits=Limits(address_space_bytes=4 * GIB))
+    assert not the.can_start
+    assert "ulimit -v allows 4.00 GiB" in told(the)
+
+
+def test_a_report_names_what_it_assumes_marks_the_choice_and_ends_in_the_command() -> None:
+    the = plan(memory_budget="6GiB")
+    lines = full_report(the).splitlines()
+    assert any(line.startswith("| 6.00 GiB * |") for line in lines)
+    assert any(line.startswith("| 17.") and " ! |" in line for line in lines)  # all experts and KV
+    assert "routing as uneven as in the demo model's reference traces" in full_report(the)
+    assert "made up" in full_report(the)
+    assert "--memory-budget 6GiB" in lines[-1]
+
+
+def test_a_server_says_it_in_a_few_lines() -> None:
+    lines = short_report(
+        plan(memory_budget="6GiB", host_memory="16GiB"),
+    ).splitlines()
+    assert lines[1].startswith("--memory-budget 6.00 GiB: 20 frames of 256.00 MiB for 64 experts")
+    assert lines[2].startswith("expected hits at so many requests: ")
+    assert len(lines) <= 5
+
+
+def test_an_explicit_skew_is_said() -> None:
+    assert "routing of skew 2.5;" in full_report(plan(demand=Demand(skew=2.5)))
+
+
+def test_the_smallest_arena_that_works_is_planned() -> None:
+    assert plan_launch(
+        Question(
+            model_path="tiny",
+            shape=TINY,
+            machine=BOX,
+            limits=Limits(),
+            demand=Demand(request_tokens=16),
+            costs=COSTS,
+            costs_are="",
+            options=Options(memory_budget=str(budget_of(3))),
+        )
+    ).can_start
+
+
+def test_the_page_cache_is_a_tier_only_without_a_gpu() -> None:
+    """With 8 GiB and 2 for the server taken of 16, pages of the checkpoint may have 6; so fewer loads are from disk."""
+    of_box, of_gpu = (
+        plan(machine, memory_budget="6GiB", host_memory="1GiB") for machine in (BOX, GPU)
+    )
+    seconds = [the.chosen.forecasts[0].step_seconds for the in (of_box, of_gpu)]
+    assert of_box.chosen.forecasts[0].loads == of_gpu.chosen.forecasts[0].loads
+    assert seconds[0] < seconds[1]
+
+
+def test_a_server_on_this_machine_says_its_plan_or_why_there_is_none(tmp_path: Path) -> None:
+    config = EngineConfig(memory_budget_bytes=8 * 10**6, host_memory_bytes=0)
+    asked = {"dtype": "auto", "device": "cpu", "gpu_id": 0}
+    said = start_report(config, model_path=str(DEMO_MODEL), **asked)
+    assert "104 frames of 48.00 KiB for 192 experts and KV" in said  # (8e6 - 2839296) / 49152
+    (tmp_path / "config.json").write_text("{}")
+    said = start_report(config, model_path=str(tmp_path), **asked)
+    assert said.startswith("no plan for ")

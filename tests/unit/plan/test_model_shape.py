@@ -1,0 +1,94 @@
+"""A model in bytes, from its config alone and from its checkpoint's headers."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.plan.families import dense_shapes, inner_size_of, moe_layers_of, num_experts_of
+from sglmoe.plan.model_shape import read_model, resolve_dtype, shape_of, tensor_shapes
+
+MODELS = Path(__file__).parents[3] / "launch" / "models"
+# As their pages on Hugging Face give them.
+PUBLISHED_PARAMETERS = {
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v2-lite": 15_706_484_224,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "olmoe-1b-7b": 6_919_161_856,
+}
+
+
+def test_every_recipes_model_has_a_published_size() -> None:
+    assert {path.stem for path in MODELS.glob("*.json")} == set(PUBLISHED_PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_a_published_config_has_the_published_number_of_parameters(name: str) -> None:
+    config = json.loads((MODELS / f"{name}.json").read_text())
+    dense = sum(math.prod(shape) for shape in dense_shapes(config).values())
+    expert = 3 * config["hidden_size"] * inner_size_of(config)
+    experts = len(moe_layers_of(config)) * num_experts_of(config) * expert
+    assert dense + experts == PUBLISHED_PARAMETERS[name]
+
+
+def test_a_config_alone_tells_the_tensors_that_the_headers_have() -> None:
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    model = read_model(str(DEMO_MODEL), device="cpu")
+    assert dense_shapes(config) == tensor_shapes(model.shards)
+
+
+def test_experts_are_as_large_as_the_device_pads_them() -> None:
+    """The demo's inner size is 48: a CPU rounds up to 64."""
+    on_cpu, on_gpu = (read_model(str(DEMO_MODEL), device=d).shape for d in ("cpu", "cuda"))
+    assert on_cpu.expert_bytes == 3 * 128 * 64 * 2
+    assert on_gpu.expert_bytes == 3 * 128 * 48 * 2
+
+
+def test_mla_keeps_one_latent_row_a_layer() -> None:
+    """576 numbers of 2 bytes in 27 layers; plain attention keeps K and V of every head."""
+    lite = json.loads((MODELS / "deepseek-v2-lite.json").read_text())
+    shape = shape_of(lite, dense=None, dtype="auto", device="cuda")
+    assert (shape.token_rows, shape.token_bytes) == (27, 27 * 576 * 2)
+    qwen = json.loads((MODELS / "qwen3-30b-a3b.json").read_text())
+    shape = shape_of(qwen, dense=None, dtype="auto", device="cuda")
+    assert (shape.token_rows, shape.token_bytes) == (2 * 48, 2 * 48 * 4 * 128 * 2)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "resolved"),
+    [
+        ("bfloat16", "auto", "bfloat16"),
+        ("float32", "auto", "float16"),
+        ("float32", "float32", "float32"),
+    ],
+)
+def test_auto_means_what_it_means_to_sglang(own: str, asked: str, resolved: str) -> None:
+    assert resolve_dtype({"torch_dtype": own}, asked) == resolved
+
+
+def test_what_is_not_here_is_not_downloaded() -> None:
+    with pytest.raises(ValueError, match=r"hf download nobody/has-this-model config\.json"):
+        read_model("nobody/has-this-model", device="cpu")
+
+
+def test_what_the_server_refuses_is_refused_here(tmp_path: Path) -> None:
+    config = {"architectures": ["GptOssForCausalLM"], "num_local_experts": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the experts of GptOssForCausalLM can't be paged yet"):
+        read_model(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(("device", "item_bytes"), [("cpu", 2), ("cuda", 4)])
+def test_a_server_counts_its_rotary_table_as_dense(device: str, item_bytes: int) -> None:
+    """Of the demo model 4096 positions and 256 to spare, of 64 numbers; in float32 on a GPU."""
+    model = read_model(str(DEMO_MODEL), device=device)
+    weights = 2 * sum(math.prod(shape) for shape in tensor_shapes(model.shards).values())
+    assert model.shape.dense_bytes == weights + 4352 * 64 * item_bytes
+
+
+def test_the_demo_model_is_as_large_as_a_server_on_a_cpu_found_it() -> None:
+    """`dense_bytes` in its /server_info; `tests/e2e/test_plan.py` asks one."""
+    assert read_model(str(DEMO_MODEL), device="cpu").shape.dense_bytes == 2_839_296
