@@ -220,8 +220,7 @@ class Scheduler:
             plan = self.planner.next_plan(now=now, paused=self.paused, alone=alone)
             if plan is None:
                 return
-            for row in plan.rows:
-                timing = self.roster.live[row.rid].timing
+            for timing in (self.roster.live[row.rid].timing for row in plan.rows):
                 timing.scheduled_at = timing.scheduled_at or now
             self._worker.send(plan)
 
@@ -323,8 +322,7 @@ class Scheduler:
 
     def _on_token(self, request: Request, row: RowResult, token_id: int) -> None:
         self._changed[id(request)] = request
-        ended = request.take_token(row, token_id, now=self._clock(), decode=self._decode)
-        if ended is not None:
+        if ended := request.take_token(row, token_id, now=self._clock(), decode=self._decode):
             self._end(request, ended)
 
     def _on_ready(self, ready: RequestReady) -> None:

@@ -175,7 +175,7 @@ def test_prometheus_reads_where_the_server_exports() -> None:
 
 def exported() -> set[str]:
     """What the code names, as Prometheus sees it: counters end in _total, histograms have buckets."""
-    ours = (ROOT / "sglmoe" / "scheduler" / "frontend_metrics.py").read_text()
+    ours = (ROOT / "sglmoe" / "scheduler" / "frontend_own_metrics.py").read_text()
     counters, gauges = ours.split("COUNTERS = {")[1].split("\n}\n")[0], ours
     names = {f"{name}_total" for name in re.findall(r'"(sglmoe_\w+)": \(', counters)}
     names |= {f"{name}_total" for name in re.findall(r'Counter\(\s*"(sglmoe_\w+)"', ours)}
