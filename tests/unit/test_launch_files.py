@@ -178,7 +178,7 @@ def exported() -> set[str]:
     ours = (ROOT / "sglmoe" / "scheduler" / "frontend_own_metrics.py").read_text()
     counters, gauges = ours.split("COUNTERS = {")[1].split("\n}\n")[0], ours
     names = {f"{name}_total" for name in re.findall(r'"(sglmoe_\w+)": \(', counters)}
-    names |= {f"{name}_total" for name in re.findall(r'Counter\(\s*"(sglmoe_\w+)"', ours)}
+    names |= {f"{name}_total" for name in re.findall(r'counter\(\s*"(sglmoe_\w+)"', ours)}
     gauges = gauges.replace(counters, "")
     names |= set(re.findall(r'"(sglmoe_\w+)": \(', gauges))
     names |= set(re.findall(r'gauge\(\s*"(sglmoe_\w+)"', gauges))
