@@ -23,9 +23,9 @@ from eval.parity import memory_budget
 from eval.servers import OURS, Server, describe_run, running
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.plan.budgets import DecodeForecast, Demand, PlanSnapshot, plan_budget
+from sglmoe.plan.cost_model import CostModel
 from sglmoe.plan.measure import measure_costs
 from sglmoe.plan.model_shape import read_model
-from sglmoe.plan.step_costs import StepCosts
 
 PROMPT_CHARACTERS = 60
 NUM_TRACED = 48  # the first of each domain, which the reference traces are made from
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.concurrency = tuple(map(int, options.concurrency.split(",")))
     request_tokens = options.output_tokens // 2 + PROMPT_CHARACTERS // 2
     model = read_model(options.model_path, device="cpu")
-    costs: StepCosts = measure_costs(model, device="cpu", request_tokens=request_tokens)
+    costs: CostModel = measure_costs(model, device="cpu", request_tokens=request_tokens)
     with running(OURS, f"--model-path={options.model_path}") as server:
         state = server.state()
     kv_tokens = max(options.concurrency) * (options.output_tokens + PROMPT_CHARACTERS)

@@ -18,11 +18,11 @@ import msgspec
 from sglmoe.config import Machine, Options
 from sglmoe.machine import has_accelerator, measure_machine
 from sglmoe.plan.budgets import Demand
+from sglmoe.plan.cost_model import Speeds, costs_of
 from sglmoe.plan.launch_plan import LaunchPlan, Question, plan_launch
 from sglmoe.plan.machine_limits import Limits, find_problems, measure_limits
 from sglmoe.plan.model_shape import Model, find_folder, read_model
 from sglmoe.plan.report import full_report
-from sglmoe.plan.step_costs import Speeds, costs_of
 from sglmoe.units import parse_bytes
 
 PROGRAM = "python -m sglmoe.recipe"

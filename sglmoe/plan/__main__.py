@@ -18,11 +18,11 @@ from sglmoe.config import Machine, Options
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.machine import has_accelerator, measure_machine
 from sglmoe.plan.budgets import Demand
+from sglmoe.plan.cost_model import CostModel, Speeds, assumed_speeds, costs_of
 from sglmoe.plan.launch_plan import Question, plan_launch
 from sglmoe.plan.machine_limits import Limits, measure_limits
 from sglmoe.plan.model_shape import Model, read_model
 from sglmoe.plan.report import draw, full_report
-from sglmoe.plan.step_costs import Speeds, StepCosts, assumed_speeds, costs_of
 from sglmoe.units import parse_bytes
 
 PROGRAM = "python -m sglmoe.plan"
@@ -100,7 +100,7 @@ def described(options: argparse.Namespace, device: str) -> Machine:
 
 def costs_for(
     model: Model, options: argparse.Namespace, device: str, *, measure: bool
-) -> tuple[StepCosts, str]:
+) -> tuple[CostModel, str]:
     """And where they come from, in words."""
     if measure and not (options.link or options.device_bandwidth):
         from sglmoe.plan.measure import measure_costs

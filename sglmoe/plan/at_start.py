@@ -3,11 +3,11 @@
 from sglmoe.config import EngineConfig, Options
 from sglmoe.machine import measure_machine
 from sglmoe.plan.budgets import Demand
+from sglmoe.plan.cost_model import assumed_speeds, costs_of
 from sglmoe.plan.launch_plan import Question, plan_launch
 from sglmoe.plan.machine_limits import measure_limits
 from sglmoe.plan.model_shape import read_model
 from sglmoe.plan.report import short_report
-from sglmoe.plan.step_costs import assumed_speeds, costs_of
 
 
 def start_report(

@@ -16,9 +16,9 @@ from sglmoe.memory.residency import (
     most_running,
     predict,
 )
+from sglmoe.plan.cost_model import CostModel
 from sglmoe.plan.model_shape import ModelShape
 from sglmoe.plan.routing import expert_uses, reference_skew
-from sglmoe.plan.step_costs import StepCosts
 from sglmoe.units import ceil_div
 
 # Of the experts, beside the KV of as many requests as are asked about.
@@ -64,7 +64,7 @@ class PlanSnapshot(msgspec.Struct, frozen=True):
     """What a plan is made from."""
 
     shape: ModelShape
-    costs: StepCosts
+    costs: CostModel
     demand: Demand
     page_cache_bytes: int = 0  # that keeps experts beside --host-memory; on a CPU
     page_tokens: int | None = None

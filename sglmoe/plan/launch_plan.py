@@ -10,6 +10,7 @@ from sglmoe.plan.budgets import (
     budgets_to_try,
     plan_budget,
 )
+from sglmoe.plan.cost_model import CostModel
 from sglmoe.plan.machine_limits import (
     HEADROOM_BYTES,
     Finding,
@@ -18,7 +19,6 @@ from sglmoe.plan.machine_limits import (
     find_problems,
 )
 from sglmoe.plan.model_shape import ModelShape
-from sglmoe.plan.step_costs import StepCosts
 from sglmoe.units import parse_bytes
 
 PROGRAM = "python -m sglmoe.launch_server"
@@ -32,7 +32,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     machine: Machine
     limits: Limits
     demand: Demand
-    costs: StepCosts
+    costs: CostModel
     costs_are: str  # where they come from, in words
     options: Options = Options()
     budgets: tuple[int, ...] = ()  # to compare; those of `budgets_to_try` if none
@@ -47,7 +47,7 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     shape: ModelShape
     machine: Machine
     demand: Demand
-    costs: StepCosts
+    costs: CostModel
     costs_are: str
     chosen: BudgetPlan
     compared: tuple[BudgetPlan, ...]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sglmoe.checkpoint import read_header
+from sglmoe.plan.cost_model import GPU_LAYER_SECONDS, CostModel, assumed_speeds
 from sglmoe.plan.model_shape import EXPERT_TENSOR, Model, ModelShape
-from sglmoe.plan.step_costs import GPU_LAYER_SECONDS, StepCosts, assumed_speeds
 
 # Arbitrary: more than caches, less than would be felt.
 WORKING_SET_BYTES = 128 * 2**20
@@ -26,7 +26,7 @@ EXPERT_OPS = 15.0
 LOAD_OPS = 45.0
 
 
-def measure_costs(model: Model, *, device: str, request_tokens: int) -> StepCosts:
+def measure_costs(model: Model, *, device: str, request_tokens: int) -> CostModel:
     """Costs on this machine; on a GPU bandwidths alone, its layers are assumed (no GPU has run sglmoe)."""
     if device == "cpu":
         return _cpu_costs(model, request_tokens)
@@ -36,13 +36,13 @@ def measure_costs(model: Model, *, device: str, request_tokens: int) -> StepCost
 # --------------------------------------------------------------------------------------------- on a CPU
 
 
-def _cpu_costs(model: Model, request_tokens: int) -> StepCosts:
+def _cpu_costs(model: Model, request_tokens: int) -> CostModel:
     shape = model.shape
     op = small_op_seconds()
     dense_byte, dense_row_byte = product_seconds(shape)
     expert, expert_row = expert_seconds(shape) if shape.num_experts else (0.0, 0.0)
     load = LOAD_OPS * op + (read_seconds(model) if shape.num_experts else 0.0)
-    return StepCosts(
+    return CostModel(
         fixed_seconds=shape.num_layers * LAYER_OPS * op + shape.dense_bytes * dense_byte,
         request_seconds=shape.num_layers * REQUEST_LAYER_OPS * op
         + shape.dense_bytes * dense_row_byte
@@ -183,7 +183,7 @@ def least_seconds(run: Callable[[int], Any]) -> float:
 # --------------------------------------------------------------------------------------------- on a GPU
 
 
-def _gpu_costs(model: Model, request_tokens: int) -> StepCosts:
+def _gpu_costs(model: Model, request_tokens: int) -> CostModel:
     import torch
 
     shape = model.shape
@@ -202,7 +202,7 @@ def _gpu_costs(model: Model, request_tokens: int) -> StepCosts:
 
     byte_seconds = least_seconds(copied(target, source)) / (2 * WORKING_SET_BYTES)  # read, written
     load = least_seconds(copied(frame, host)) * shape.expert_bytes / size
-    return StepCosts(
+    return CostModel(
         fixed_seconds=shape.num_layers * GPU_LAYER_SECONDS + shape.dense_bytes * byte_seconds,
         request_seconds=request_tokens * shape.token_bytes * byte_seconds,
         expert_seconds=shape.expert_bytes * byte_seconds,

@@ -10,8 +10,8 @@ from forking import run_in_fork
 from sglmoe.checkpoint import read_json
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.plan.budgets import Demand, PlanSnapshot, geometry_of
+from sglmoe.plan.cost_model import assumed_speeds, costs_of
 from sglmoe.plan.model_shape import ModelShape, read_model, shape_of
-from sglmoe.plan.step_costs import assumed_speeds, costs_of
 
 pytestmark = pytest.mark.usefixtures("preloaded")
 

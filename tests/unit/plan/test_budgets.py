@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tiny_model import COSTS, TINY, budget_of
 
 from sglmoe.plan.budgets import Demand, PlanSnapshot, budgets_to_try, plan_budget, tier_ratio
+from sglmoe.plan.cost_model import CostModel, Speeds, costs_of
 from sglmoe.plan.routing import expert_uses, reference_skew, scaled_to
-from sglmoe.plan.step_costs import Speeds, StepCosts, costs_of
 
 EVEN = Demand(concurrency=(1,), request_tokens=64, skew=0.0)
 NOW = PlanSnapshot(shape=TINY, costs=COSTS, demand=EVEN)
@@ -123,7 +123,7 @@ def test_a_step_reads_dense_weights_experts_and_kv_once() -> None:
         layer_seconds=0.25,
     )
     costs = costs_of(TINY, speeds, request_tokens=100)
-    assert costs == StepCosts(
+    assert costs == CostModel(
         fixed_seconds=2 * 0.25 + 5.0,
         request_seconds=1.6,
         expert_seconds=1.024,

@@ -1,7 +1,7 @@
 """A model that fits a page, for plans."""
 
+from sglmoe.plan.cost_model import CostModel
 from sglmoe.plan.model_shape import ModelShape
-from sglmoe.plan.step_costs import StepCosts
 
 # 2 layers of 8 experts of 1024 bytes, of which a token takes 2. A frame holds an expert, or 4 pages of 16 tokens.
 TINY = ModelShape(
@@ -19,7 +19,7 @@ TINY = ModelShape(
     context_tokens=4096,
     item_bytes=2,
 )
-COSTS = StepCosts(
+COSTS = CostModel(
     fixed_seconds=1.0, request_seconds=0.0, expert_seconds=0.0, load_seconds=0.5, disk_seconds=8.0
 )
 

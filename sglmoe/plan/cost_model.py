@@ -27,7 +27,7 @@ class Speeds(msgspec.Struct, frozen=True, kw_only=True):
     layer_seconds: float  # of a layer in a step, beside reading weights
 
 
-class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
+class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     """Of one model on one machine, in seconds."""
 
     fixed_seconds: float  # a step of any size
@@ -58,13 +58,13 @@ def assumed_speeds(device: str) -> Speeds:
     )
 
 
-def costs_of(shape: ModelShape, speeds: Speeds, *, request_tokens: int) -> StepCosts:
+def costs_of(shape: ModelShape, speeds: Speeds, *, request_tokens: int) -> CostModel:
     """A step reads the dense weights, each expert that it uses, and each request's KV, once.
 
     Arithmetic is not counted: up to some 30 requests weights take longer to read than to multiply by.
     """
     bandwidth = speeds.memory_bytes_per_second
-    return StepCosts(
+    return CostModel(
         fixed_seconds=shape.num_layers * speeds.layer_seconds + shape.dense_bytes / bandwidth,
         request_seconds=request_tokens * shape.token_bytes / bandwidth,
         expert_seconds=shape.expert_bytes / bandwidth,
