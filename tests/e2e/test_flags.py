@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import make_checkpoint
@@ -81,7 +82,6 @@ def model(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
         ("--expert-predictor astrologer", "--expert-predictor: 'astrologer' is none of auto, "),
         ("--ttft-target 1", "--ttft-target bounds how long prompts wait"),
         ("--itl-target 1 --chunked-prefill-size -1", "prompts are computed in one piece"),
-        ("--itl-target 1 --enable-deterministic-inference", "not with --enable-determ"),
         ("--packed-experts maybe", "--packed-experts: 'maybe' is none of off, on, auto"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ],
@@ -108,3 +108,15 @@ def test_the_launcher_leaves_with_one_message_and_no_traceback(tmp_path: Path) -
     assert outcome.exitcode == 1
     assert outcome.log.rstrip().endswith("none is not a folder with a checkpoint")
     assert "Traceback" not in outcome.log
+
+
+@pytest.mark.usefixtures("preloaded")
+def test_answers_that_have_to_be_the_same_bits_are_not_cut_by_measured_times() -> None:
+    """Not by the launcher: on a CPU SGLang refuses deterministic inference before we can."""
+    from sglmoe.preparation import check_prompts_can_be_cut
+
+    flags = SimpleNamespace(chunked_prefill_size=512, enable_deterministic_inference=True)
+    with pytest.raises(ValueError, match="not with --enable-deterministic-inference"):
+        check_prompts_can_be_cut(flags)
+    flags.enable_deterministic_inference = False
+    check_prompts_can_be_cut(flags)
