@@ -10,7 +10,6 @@ answer of the worker `violations` is asked whether anything is lost.
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import time
 from array import array
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from eval.bursty_trace import Arrival, bursty_trace
 from eval.servers import describe_run
 from sglmoe.protocol import (
     AddRequests,
@@ -52,29 +52,6 @@ STREAMED = StepCosts(
     stream_seconds=0.48, token_seconds=0.000125, decode_seconds=0.06, row_seconds=0.0005
 )
 RESIDENT = msgspec.structs.replace(STREAMED, stream_seconds=0.0, decode_seconds=0.02)
-
-
-class Arrival(NamedTuple):
-    """A request of the trace."""
-
-    at: float  # seconds
-    num_prompt: int
-    num_output: int
-
-
-def bursty_trace(num_requests: int, *, per_second: float, seed: int = 0) -> list[Arrival]:
-    """Poisson arrivals, for 5 seconds in the mean at 4 times the rate, then for 15 at none or little; long-tailed lengths."""
-    rng = random.Random(seed)
-    now, burst_ends, quiet_ends = 0.0, 0.0, 0.0
-    arrivals: list[Arrival] = []
-    while len(arrivals) < num_requests:
-        if now >= quiet_ends:
-            burst_ends = now + rng.expovariate(1 / 5)
-            quiet_ends = burst_ends + rng.expovariate(1 / 15)
-        now += rng.expovariate(per_second * (3.7 if now < burst_ends else 0.1))
-        num_prompt = min(4000, max(8, int(rng.lognormvariate(5.3, 0.9))))
-        arrivals.append(Arrival(now, num_prompt, 1 + min(200, int(rng.expovariate(1 / 16)))))
-    return arrivals
 
 
 class Clock:

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from eval.bursty_trace import Arrival, bursty_trace
 from eval.simulated_serving import (
     RESIDENT,
     STREAMED,
-    Arrival,
     Outcome,
-    bursty_trace,
     settings,
     simulate,
     violations,
