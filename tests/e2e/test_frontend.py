@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -285,19 +286,22 @@ def test_metrics_and_loads(server: Server) -> None:
     assert loads[0]["max_total_num_tokens"] == LIMITS.total_tokens
 
 
-def test_workers_that_die_of_a_request_fail_it_alone(server: Server) -> None:
-    answers: list[httpx.Response] = []
+def start_long_answer(server: Server) -> "Future[httpx.Response]":
+    """600 tokens of it, the first of which have come."""
     body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 600}}
-    thread = threading.Thread(
-        target=lambda: answers.append(server.client.post("/generate", json=body))
-    )
-    thread.start()
+    executor = ThreadPoolExecutor(1)
+    answer = executor.submit(server.client.post, "/generate", json=body)
+    executor.shutdown(wait=False)
     time.sleep(0.4)
+    return answer
+
+
+def test_workers_that_die_of_a_request_fail_it_alone(server: Server) -> None:
+    answer = start_long_answer(server)
     killer = server.client.post("/generate", json={"input_ids": [5, KILL_TOKEN]})
-    thread.join(timeout=20)
     assert killer.status_code == 500
     assert "killed by SIGKILL, probably out of memory; lower --memory-budget" in killer.text
-    assert answers[0].json()["output_ids"] == tokens(600)
+    assert answer.result(timeout=20).json()["output_ids"] == tokens(600)
     state = server.client.get("/server_info").json()["internal_states"][0]["sglmoe"]
     assert (state["restarts"]["count"], state["restarts"]["failed_requests"]) == (3, 1)
     assert "sglmoe_worker_restarts_total{" in server.client.get("/metrics/").text
@@ -316,14 +320,7 @@ def test_a_worker_that_closes_its_sockets_is_replaced(server: Server) -> None:
 
 def test_sigterm_lets_requests_finish(server: Server) -> None:
     """Last, because the server does not survive it."""
-    answers: list[httpx.Response] = []
-    body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 600}}
-    thread = threading.Thread(
-        target=lambda: answers.append(server.client.post("/generate", json=body))
-    )
-    thread.start()
-    time.sleep(0.4)
+    answer = start_long_answer(server)
     server.process.terminate()
-    thread.join(timeout=20)
-    assert answers[0].json()["output_ids"] == tokens(600)
+    assert answer.result(timeout=20).json()["output_ids"] == tokens(600)
     assert server.process.wait(timeout=40) == 0
