@@ -34,6 +34,16 @@ class StopRules(msgspec.Struct, frozen=True):
     regexes: tuple[str, ...] = ()
     tail_tokens: int = 1  # a stop string or regex can't be longer than this many tokens
 
+    def lets_go_on(self, token_id: int, num_tokens: int) -> bool:
+        """Whether this token, number `num_tokens` of the output, ends nothing, as far as can be said without its text."""
+        return (
+            num_tokens < self.max_new_tokens
+            and 0 <= token_id < self.vocab_size
+            and token_id not in self.token_ids
+            and not self.strings
+            and not self.regexes
+        )
+
 
 class Finish(msgspec.Struct, frozen=True):
     """The end of a request: its first `num_tokens` output tokens are the answer, the last of them may be replaced."""

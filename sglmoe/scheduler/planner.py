@@ -173,7 +173,7 @@ class Planner:
             return None
         if plan.rows:
             self._after_pass = only_prompts
-        self._promise(plan)
+        self._promise(plan, now)
         return plan
 
     def answer(self, result: StepResult) -> InFlight:
@@ -211,19 +211,21 @@ class Planner:
             num_running=len(running),
         )
 
-    def _promise(self, plan: StepPlan) -> None:
+    def _promise(self, plan: StepPlan, now: float) -> None:
         """Remember what a plan that is about to be sent will do."""
         for rid in plan.preempt[len(self._to_preempt) :]:
             self._roster.evict(self._roster.live[rid], step_id=plan.step_id)
         self._to_drop, self._to_preempt = [], []
         self._next_step_id += 1
-        requests = {row.rid: self._roster.live[row.rid] for row in plan.rows}
-        self._plans.append(InFlight(plan, requests))
+        live, requests = self._roster.live, {}
         for row in plan.rows:
-            request = requests[row.rid]
+            request = requests[row.rid] = live[row.rid]
             request.in_flight.append(row.num_tokens)
+            if not request.timing.scheduled_at:
+                request.timing.scheduled_at = now
             if request.state is State.QUEUED:
                 self._roster.start(request)
+        self._plans.append(InFlight(plan, requests))
 
     def _admissible(self) -> Sequence[Request]:
         """The queue as far as a plan could take it, and a few more whose cached prefixes to ask for."""
@@ -239,15 +241,15 @@ class Planner:
 
     def _view(self, request: Request, now: float) -> Candidate:
         computed, total = request.expected_progress()
-        allowed = max(1, request.stop.max_new_tokens)  # every request samples once
+        allowed = request.stop.max_new_tokens or 1  # every request samples once
         return Candidate(  # hundreds for each plan: positions cost half of what names do
             request.rid,
             total,
             computed,
-            allowed - (total - len(request.prompt_ids)),
+            allowed - total + len(request.prompt_ids),
             request.num_computed,
             request.probed_cached if request.state is State.QUEUED else None,
-            self._roster.rank(request),
+            0 if request.priority is None else self._roster.rank(request),
             request.arrival,
             0.0 if request.output_ids else now - request.timing.queued_at,
         )

@@ -80,10 +80,10 @@ class Recovery:
             self.restarts, failed_requests=self.restarts.failed_requests + 1
         )
 
-    def step_done(self, *, num_tokens: int) -> None:
-        """The worker answered a step that had rows, with so many tokens."""
+    def step_done(self, *, got_tokens: bool) -> None:
+        """The worker answered a step that had rows, some of them with tokens or none."""
         self._num_in_vain = 0
-        if num_tokens and self.restarts.count and not self.restarts.token_seconds:
+        if got_tokens and self.restarts.count and not self.restarts.token_seconds:
             seconds = self._clock() - self._lost_at
             self.restarts = msgspec.structs.replace(self.restarts, token_seconds=seconds)
             logger.warning("First token, %.1f s after the last worker was lost", seconds)

@@ -29,7 +29,7 @@ from sglmoe.scheduler.endings import fatal, never_fits, no_longer_fits
 from sglmoe.scheduler.finish import Decode, FinishReason, aborted
 from sglmoe.scheduler.planner import Planner
 from sglmoe.scheduler.recovery import Recovery
-from sglmoe.scheduler.report import RowTally, summarize, tally_row
+from sglmoe.scheduler.report import ONE_DECODED, RowTally, summarize, tally_row
 from sglmoe.scheduler.request import Request, State
 from sglmoe.scheduler.roster import Roster
 from sglmoe.scheduler.seams import Outputs, WorkerChannel, WorkerLost
@@ -216,12 +216,10 @@ class Scheduler:
         while True:
             if self._owed is None:
                 self._watchdog.feed()
-            now, alone = self._clock(), self._suspects.on_trial
-            plan = self.planner.next_plan(now=now, paused=self.paused, alone=alone)
+            alone = self._suspects.on_trial
+            plan = self.planner.next_plan(now=self._clock(), paused=self.paused, alone=alone)
             if plan is None:
                 return
-            for timing in (self.roster.live[row.rid].timing for row in plan.rows):
-                timing.scheduled_at = timing.scheduled_at or now
             self._worker.send(plan)
 
     def _announce(self) -> None:
@@ -295,12 +293,15 @@ class Scheduler:
         rejected = [request for request in named if not request.finished]
         self._outputs.step_done(summarize(result, tallies, rejected))
         if answered.requests:
-            self.recovery.step_done(num_tokens=sum(r.token_id is not None for r in result.rows))
+            self.recovery.step_done(got_tokens=any(r.token_id is not None for r in result.rows))
         self._on_rejected(rejected, result.step_id)
         for request in self.roster.take_held_back(lambda _: True):
             self.add(request)
 
     def _on_row(self, request: Request, row: RowResult, step_id: int) -> RowTally:
+        if request.takes_decoded(row, step_id):
+            self._changed[id(request)] = request
+            return ONE_DECODED
         tally = tally_row(request, row)
         request.reached(row.num_computed)
         was_rejected = step_id >= request.evicted_step and request.state is State.QUEUED
@@ -310,10 +311,8 @@ class Scheduler:
             request.num_computed = row.num_computed
             if was_rejected:  # but the plan behind had room for it
                 self.roster.start(request)
-        if request.logprobs is not None:
-            request.record_prompt_logprobs(row.prompt_logprobs)
-        if row.routed_experts is not None:
-            request.record_routing(row.routed_experts, end=row.num_computed)
+        request.record_prompt_logprobs(row.prompt_logprobs)
+        request.record_routing(row.routed_experts, end=row.num_computed)
         if row.token_id is not None:
             self._on_token(request, row, row.token_id)
         if was_rejected and not request.finished:
