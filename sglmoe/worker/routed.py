@@ -1,11 +1,12 @@
-"""What a layer's router did, on its way from the device to the predictor's thread."""
+"""What a layer's router did, on its way from the device to the predictor."""
 
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import torch
 
-from sglmoe.prediction.predictor import LayerRouting
+from sglmoe.predictor.messages import Event, LayerRouted, array_bytes
 
 
 class Routed(msgspec.Struct, frozen=True, eq=False):
@@ -16,33 +17,50 @@ class Routed(msgspec.Struct, frozen=True, eq=False):
     logits: torch.Tensor  # [T, experts]
     hidden: torch.Tensor  # [T, hidden], the router's input
 
-    def arrays(
-        self, *, with_probabilities: bool, with_gate_input: bool
-    ) -> Callable[[], LayerRouting]:
-        """Begins to copy; what it returns waits for that, and may be called later in another thread.
-
-        Without probabilities there are those of no token.
-        """
-        logits = self.logits if with_probabilities else self.logits[:0]
+    def to_host(
+        self, residents: bytes, *, with_logits: bool, with_gate_input: bool
+    ) -> "RoutingOnItsWay":
+        """Begins to copy, what of it is wanted. `residents`: `pack_mask` of the experts that are in frames."""
+        logits = self.logits if with_logits else self.logits[:0]
         hidden = self.hidden if with_gate_input else self.hidden[:0]
-        (ids, logits, hidden), wait = copy_to_host(self.ids, logits, hidden)
-
-        def arrays() -> LayerRouting:
-            wait()
-            probabilities = logits.float().softmax(dim=-1).numpy()
-            gate_input = hidden.float().numpy() if with_gate_input else None
-            return LayerRouting(self.layer, ids.numpy(), probabilities, gate_input)
-
-        return arrays
+        copies, is_there = copy_to_host(self.ids, logits, hidden)
+        return RoutingOnItsWay(self.layer, copies, residents, is_there)
 
 
-def copy_to_host(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[], None]]:
-    """Copies, and what returns when they are there; no GPU has run that part."""
+class RoutingOnItsWay:
+    """A `client.Coming`; on a CPU it has arrived, and its tensors are the model's own."""
+
+    def __init__(
+        self,
+        layer: int,
+        copies: list[torch.Tensor],
+        residents: bytes,
+        is_there: Callable[[], bool],
+    ):
+        self._layer = layer
+        self._copies = copies
+        self._residents = residents
+        self.is_there = is_there
+
+    def event(self) -> Event:
+        ids, logits, hidden = self._copies
+        return LayerRouted(
+            layer=self._layer,
+            num_tokens=len(ids),
+            expert_ids=array_bytes(ids.numpy(), np.int16),
+            logits=array_bytes(logits.float().numpy(), np.float32),
+            gate_input=array_bytes(hidden.float().numpy(), np.float32),
+            residents=self._residents,
+        )
+
+
+def copy_to_host(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[], bool]]:
+    """Copies, and what says whether they are there; no GPU has run that part."""
     if tensors[0].device.type == "cpu":
-        return [tensor.clone() for tensor in tensors], lambda: None
+        return list(tensors), lambda: True
     copies = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
-    return copies, copied.synchronize
+    return copies, copied.query
