@@ -98,6 +98,11 @@ class PredictorClient:
         probabilities = np.frombuffer(latest.probabilities, np.float32).reshape(self._shape)
         return Outlook(latest.step, latest.layer, probabilities, list(latest.wanted))
 
+    def check(self) -> None:
+        """See whether it still lives: it may be told nothing for long."""
+        if not self.failed and (death := self._line.death()) is not None:
+            self._fail(death)
+
     def close(self) -> None:
         """End the predictor."""
         self._line.send(Closed())
@@ -116,8 +121,7 @@ class PredictorClient:
             return
         self._skips = True
         self.num_skipped += 1
-        if (death := self._line.death()) is not None:
-            self._fail(death)
+        self.check()
 
     def _fail(self, why: str) -> None:
         self.failed = True

@@ -225,6 +225,7 @@ class Prefetching:
         )
 
     def _new_report(self) -> PrefetchReport:
+        self._predictor.check()
         its = self._predictor.report
         return PrefetchReport(
             mode=self._mode.value,

@@ -181,8 +181,18 @@ def test_one_that_has_died_without_a_word_is_noticed(caplog: pytest.LogCaptureFi
     bench.line.end = "The predictor's process has ended (exit code -9)."
     with caplog.at_level(logging.ERROR):
         bench.tell(begun(2))
+        bench.client.check()
     assert bench.client.failed
-    assert "exit code -9" in caplog.text
+    assert caplog.text.count("exit code -9") == 1
+
+
+def test_one_that_dies_while_it_is_told_nothing_is_noticed_when_somebody_looks() -> None:
+    bench = Bench()
+    bench.client.check()
+    assert not bench.client.failed
+    bench.line.end = "dead"
+    bench.client.check()
+    assert bench.client.failed
 
 
 def test_closing_says_so_first() -> None:
