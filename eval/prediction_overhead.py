@@ -252,7 +252,7 @@ def predictor_cpu_seconds() -> float:
     """Of the predictor's process, since it began; the kernel counts hundredths."""
     [process] = (its for its in multiprocessing.active_children() if its.name == PROCESS_NAME)
     times = psutil.Process(process.pid).cpu_times()
-    return times.user + times.system
+    return float(times.user + times.system)
 
 
 def table(found: Sequence[Figures]) -> str:

@@ -93,7 +93,7 @@ class Receiver(Generic[T]):
         poller.register(self._socket, zmq.POLLIN)
         for other in others:
             poller.register(other, zmq.POLLIN)
-        poller.poll(timeout_seconds * 1000)
+        poller.poll(int(timeout_seconds * 1000))
 
     def close(self) -> None:
         self._socket.close()

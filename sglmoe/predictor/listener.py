@@ -11,7 +11,6 @@ from sglmoe.prediction.predictor import LayerRouting, StepTokens
 from sglmoe.predictor.messages import (
     Advice,
     AdvisorReport,
-    Closed,
     LayerRouted,
     StepBegun,
     Wishes,
@@ -32,9 +31,7 @@ class SentEmbeddings:
         self._token_ids: npt.NDArray[np.int32] = np.zeros(0, np.int32)  # ascending
         self._rows: npt.NDArray[np.float32] = np.zeros((0, 0), np.float32)
 
-    def note(
-        self, token_ids: npt.NDArray[np.int32], embeddings: npt.NDArray[np.float32]
-    ) -> None:
+    def note(self, token_ids: npt.NDArray[np.int32], embeddings: npt.NDArray[np.float32]) -> None:
         """Of the next step: `embeddings` [T, hidden], or of no columns if they were not sent."""
         self.is_asked = False
         self._token_ids, places = np.unique(token_ids, return_index=True)
@@ -90,8 +87,7 @@ class Listener:
         for owner in event.ended:
             self._advisor.forget(owner)
         token_ids, positions, owners = (
-            np.frombuffer(its, np.int32)
-            for its in (event.token_ids, event.positions, event.owners)
+            np.frombuffer(its, np.int32) for its in (event.token_ids, event.positions, event.owners)
         )
         self._embeddings.note(token_ids, rows(event.embeddings, np.float32, len(token_ids)))
         self._note_residents(event.residents)
