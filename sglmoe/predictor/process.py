@@ -25,6 +25,8 @@ from sglmoe.transport import Receiver, Sender
 
 PROCESS_NAME = "sglmoe-predictor"
 SHORT_NAME = "sglmoe-predict"  # the kernel keeps 15 bytes
+# Where cores are short, the forward pass has them: a prediction comes late, or a step is not told.
+NICENESS = 10
 # Arbitrary: so many events wait for the predictor before a step is not told; twice that, with what is in the sockets.
 MAX_WAITING = 128
 # Arbitrary: a process that is not there by then is not going to be.
@@ -103,6 +105,7 @@ def run_predictor(
     sender: Sender[Answer] = Sender(context, answers_address, bind=False, limit=MAX_WAITING)
     compute_in_one_thread()
     Path("/proc/self/comm").write_text(SHORT_NAME)
+    os.nice(NICENESS)
     try:
         sender.send(Ready())
         listen(Listener(advisor, frame_table, embeddings), receiver, sender)

@@ -21,46 +21,59 @@ class Routed(msgspec.Struct, frozen=True, eq=False):
         self, residents: bytes, *, with_logits: bool, with_gate_input: bool
     ) -> "RoutingOnItsWay":
         """Begins to copy, what of it is wanted. `residents`: `pack_mask` of the experts that are in frames."""
-        logits = self.logits if with_logits else self.logits[:0]
-        hidden = self.hidden if with_gate_input else self.hidden[:0]
-        copies, is_there = copy_to_host(self.ids, logits, hidden)
-        return RoutingOnItsWay(self.layer, copies, residents, is_there)
-
-
-class RoutingOnItsWay:
-    """A `client.Coming`; on a CPU it has arrived, and its tensors are the model's own."""
-
-    def __init__(
-        self,
-        layer: int,
-        copies: list[torch.Tensor],
-        residents: bytes,
-        is_there: Callable[[], bool],
-    ):
-        self._layer = layer
-        self._copies = copies
-        self._residents = residents
-        self.is_there = is_there
-
-    def event(self) -> Event:
-        ids, logits, hidden = self._copies
-        return LayerRouted(
-            layer=self._layer,
-            num_tokens=len(ids),
-            expert_ids=array_bytes(ids.numpy(), np.int16),
-            logits=array_bytes(logits.float().numpy(), np.float32),
-            gate_input=array_bytes(hidden.float().numpy(), np.float32),
-            residents=self._residents,
+        wanted = [self.ids]
+        if with_logits:
+            wanted.append(self.logits)
+        if with_gate_input:
+            wanted.append(self.hidden)
+        copies, is_there = copy_to_host(wanted)
+        ids, *others = copies
+        return RoutingOnItsWay(
+            layer=self.layer,
+            ids=ids,
+            logits=others.pop(0) if with_logits else None,
+            hidden=others.pop(0) if with_gate_input else None,
+            residents=residents,
+            is_there=is_there,
         )
 
 
-def copy_to_host(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[], bool]]:
+class RoutingOnItsWay(msgspec.Struct, frozen=True, eq=False):
+    """A `client.Coming`; on a CPU it has arrived, and its tensors are the model's own."""
+
+    layer: int
+    ids: torch.Tensor
+    logits: torch.Tensor | None
+    hidden: torch.Tensor | None
+    residents: bytes
+    is_there: Callable[[], bool]
+
+    def event(self) -> Event:
+        return LayerRouted(
+            layer=self.layer,
+            num_tokens=len(self.ids),
+            expert_ids=array_bytes(self.ids.numpy(), np.int16),
+            logits=float_bytes(self.logits),
+            gate_input=float_bytes(self.hidden),
+            residents=self.residents,
+        )
+
+
+def float_bytes(tensor: torch.Tensor | None) -> bytes:
+    return b"" if tensor is None else tensor.float().numpy().tobytes()
+
+
+def copy_to_host(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], bool]]:
     """Copies, and what says whether they are there; no GPU has run that part."""
     if tensors[0].device.type == "cpu":
-        return list(tensors), lambda: True
+        return tensors, always
     copies = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
     return copies, copied.query
+
+
+def always() -> bool:
+    return True
