@@ -204,7 +204,7 @@ def start_prefetching(model: Model, predictor: str, layer_seconds: float) -> Pre
     client = start_predictor(
         make_advisor(predictor, sources, frame_table=frame_table),
         frame_table,
-        SentEmbeddings(),
+        SentEmbeddings(HIDDEN),
         context=zmq.Context.instance(),
         directory=directory,
     )

@@ -24,22 +24,31 @@ REPORT_STEPS = 16
 
 
 class SentEmbeddings:
-    """The model's embeddings of a step's tokens, as predictors ask for them (`predictor.Embed`)."""
+    """The model's embeddings of a step's tokens, as predictors ask for them (`predictor.Embed`).
 
-    def __init__(self) -> None:
+    Of a step that they were not sent for, of many tokens for instance, all are zeros `[hidden]`.
+    """
+
+    def __init__(self, hidden: int) -> None:
         self.is_asked = False  # whether anyone has been, in this step
+        self._hidden = hidden
         self._token_ids: npt.NDArray[np.int32] = np.zeros(0, np.int32)  # ascending
-        self._rows: npt.NDArray[np.float32] = np.zeros((0, 0), np.float32)
+        self._rows: npt.NDArray[np.float32] = np.zeros((0, hidden), np.float32)
 
     def note(self, token_ids: npt.NDArray[np.int32], embeddings: npt.NDArray[np.float32]) -> None:
-        """Of the next step: `embeddings` [T, hidden], or of no columns if they were not sent."""
+        """Of the next step: `embeddings` [T, hidden], or [0, hidden] if they were not sent."""
         self.is_asked = False
-        self._token_ids, places = np.unique(token_ids, return_index=True)
+        self._token_ids, places = np.unique(token_ids[: len(embeddings)], return_index=True)
         self._rows = embeddings[places]
+
+    def unpack(self, data: bytes) -> npt.NDArray[np.float32]:
+        return np.frombuffer(data, np.float32).reshape(-1, self._hidden)
 
     def __call__(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """[T, hidden] of tokens of this step."""
         self.is_asked = True
+        if not len(self._rows):
+            return np.zeros((len(token_ids), self._hidden), np.float32)
         found: npt.NDArray[np.float32] = self._rows[np.searchsorted(self._token_ids, token_ids)]
         return found
 
@@ -89,7 +98,7 @@ class Listener:
         token_ids, positions, owners = (
             np.frombuffer(its, np.int32) for its in (event.token_ids, event.positions, event.owners)
         )
-        self._embeddings.note(token_ids, rows(event.embeddings, np.float32, len(token_ids)))
+        self._embeddings.note(token_ids, self._embeddings.unpack(event.embeddings))
         self._note_residents(event.residents)
         self._advisor.begin_step(
             event.step,

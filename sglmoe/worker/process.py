@@ -166,7 +166,7 @@ def start_prefetching(
     if config.expert_prefetch is PrefetchMode.OFF or experts.shape is None:
         return None
     model = loaded.runner.model
-    embeddings = SentEmbeddings()
+    embeddings = SentEmbeddings(experts.shape.hidden)
     parts = ModelParts(
         num_layers=len(experts.layer_ids),
         num_experts=experts.shape.num_experts,

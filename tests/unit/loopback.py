@@ -67,6 +67,6 @@ def loopback(
     advisor: Advisor, frame_table: np.ndarray, embeddings: SentEmbeddings | None = None
 ) -> tuple[PredictorClient, Loopback]:
     """`frame_table` is the one that the advisor reads."""
-    line = Loopback(Listener(advisor, frame_table, embeddings or SentEmbeddings()))
+    line = Loopback(Listener(advisor, frame_table, embeddings or SentEmbeddings(2)))
     num_layers, num_experts = frame_table.shape
     return PredictorClient(line, num_layers=num_layers, num_experts=num_experts), line

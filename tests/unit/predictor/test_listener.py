@@ -56,20 +56,26 @@ class Noting:
 
 class Bench:
     def __init__(self, *, wants: bool = True):
-        self.embeddings = SentEmbeddings()
+        self.embeddings = SentEmbeddings(3)
         self.predictor = Noting(self.embeddings if wants else None, wants=wants)
         frame_table = np.full((2, 4), ABSENT, np.int32)
         advisor = Advisor({"noting": self.predictor}, Noting(wants=False), frame_table=frame_table)
         self.listener = Listener(advisor, frame_table, self.embeddings)
 
-    def begin(self, step: int, *, residents: tuple[tuple[int, int], ...] = ()) -> None:
+    def begin(
+        self,
+        step: int,
+        *,
+        residents: tuple[tuple[int, int], ...] = (),
+        embeddings: bytes = EMBEDDINGS.tobytes(),
+    ) -> None:
         self.listener.hear(
             StepBegun(
                 step=step,
                 token_ids=array_bytes(np.array([70, 7]), np.int32),
                 positions=array_bytes(np.array([5, 6]), np.int32),
                 owners=array_bytes(np.array([1, 2]), np.int32),
-                embeddings=EMBEDDINGS.tobytes(),
+                embeddings=embeddings,
                 ended=[2],
                 residents=mask(*residents),
                 times=LinkTimes(expert_seconds=0.001, layer_seconds=0.004),
@@ -129,6 +135,14 @@ def test_what_was_not_sent_is_of_no_token() -> None:
     [routing] = bench.predictor.routing
     assert routing.probabilities.shape == (0, 4)
     assert routing.gate_input is None
+
+
+def test_embeddings_that_were_not_sent_are_zeros() -> None:
+    bench = Bench()
+    bench.begin(1)
+    bench.begin(2, embeddings=b"")
+    assert bench.predictor.looked_up == [EMBEDDINGS.tolist(), [[0, 0, 0]] * 2]
+    assert bench.listener.advice().wishes.embeddings, "somebody has asked"
 
 
 def test_advice_says_what_predictors_want_from_now_on() -> None:

@@ -64,7 +64,7 @@ class Bench:
             {"frequency": Frequency(PARTS)}, Frequency(PARTS), frame_table=frame_table
         )
         self.client: PredictorClient = start_predictor(
-            advisor, frame_table, SentEmbeddings(), context=context, directory=directory
+            advisor, frame_table, SentEmbeddings(2), context=context, directory=directory
         )
         shutil.rmtree(directory)  # as the scheduler does it: they need no names any more
         line = self.client._line
