@@ -137,11 +137,8 @@ def serve(model_dir: Path, budget: int, log: Path) -> Served:
         answers = ask(server.url)
         state = server_state(server.url)
         metrics = requests.get(f"{server.url}/metrics", timeout=60).text
-        [predictor] = (
-            child
-            for child in psutil.Process(server.process.pid).children(recursive=True)
-            if child.name() == SHORT_NAME
-        )
+        fork_server = psutil.Process(state["worker_pid"]).parent()
+        [predictor] = (its for its in fork_server.children() if its.name() == SHORT_NAME)
         predictor.kill()
         after_kill = ask(server.url)
         return Served(answers, state, metrics, after_kill, server_state(server.url))
