@@ -7,15 +7,24 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
+import numpy as np
+import numpy.typing as npt
 import zmq
 
 from sglmoe.config import EngineConfig, MemoryPolicy, PrefetchMode
+from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.step_times import StepTimes
 from sglmoe.memory.use_counter import UseCounter
+from sglmoe.prediction.advisor import Advisor
 from sglmoe.prediction.predictor import ModelParts
+from sglmoe.predictor.client import PredictorClient
+from sglmoe.predictor.listener import SentEmbeddings
+from sglmoe.predictor.process import start_predictor
 from sglmoe.protocol import (
     PROTOCOL_VERSION,
     AddRequests,
@@ -74,7 +83,11 @@ def run_worker(
             loads_overlap=False
         )  # experts travel while their layer waits, on a GPU too
         prefetching = model.prefetching = start_prefetching(
-            loaded, config, times, Path(server_args.model_path)
+            loaded,
+            config,
+            times,
+            model_folder=Path(server_args.model_path),
+            start=partial(start_predictor, context=context, directory=directory),
         )
         worker = Worker(
             memory=loaded.memory,
@@ -141,32 +154,40 @@ def residency_planner(
 
 
 def start_prefetching(
-    loaded: Loaded, config: EngineConfig, times: StepTimes, folder: Path
+    loaded: Loaded,
+    config: EngineConfig,
+    times: StepTimes,
+    *,
+    model_folder: Path,
+    start: Callable[[Advisor, npt.NDArray[np.int32], SentEmbeddings], PredictorClient],
 ) -> Prefetching | None:
     """None where nothing is to be predicted. Raises ValueError for a predictor that does not exist or fit."""
     experts = loaded.experts
     if config.expert_prefetch is PrefetchMode.OFF or experts.shape is None:
         return None
     model = loaded.runner.model
+    embeddings = SentEmbeddings(experts.shape.hidden)
     parts = ModelParts(
         num_layers=len(experts.layer_ids),
         num_experts=experts.shape.num_experts,
         top_k=loaded.floor_frames,
-        embed=embedding_of(model),
+        embed=embeddings,
     )
     sources = Sources(
         parts=parts,
         router=read_router(model, experts.layer_ids),
         vocab_size=loaded.runner.model_config.vocab_size,
-        folder=folder,
+        folder=model_folder,
     )
-    frame_table = loaded.memory.frame_table
+    frame_table = np.full_like(loaded.memory.frame_table, ABSENT)  # the predictor's own
+    advisor = make_advisor(config.expert_predictor, sources, frame_table=frame_table)
     prefetching = experts.observer = Prefetching(
         loaded.memory,
-        make_advisor(config.expert_predictor, sources, frame_table=frame_table),
+        start(advisor, frame_table, embeddings),
         mode=config.expert_prefetch,
         times=times,
         first_load_seconds=loaded.memory.prices.expert_nanoseconds / 1e9,
+        embed=embedding_of(model),
     )
     return prefetching
 

@@ -28,8 +28,10 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "kernels": {"units"},
     "memory": FOUNDATION | {"kernels"},
     "prediction": FOUNDATION | {"memory"},
+    "predictor": FOUNDATION | {"transport", "memory", "prediction", "start_up"},
     "scheduler": FOUNDATION | {"transport"},
-    "worker": FOUNDATION | {"transport", "memory", "prediction", "kernels", "packed_checkpoint"},
+    "worker": FOUNDATION
+    | {"transport", "memory", "prediction", "predictor", "kernels", "packed_checkpoint"},
     "start_up": {"machine"},
     "preload": {"scheduler", "worker"},
     "preparation": LAUNCH | {"plan"},
@@ -53,6 +55,7 @@ FORBIDDEN = {  # packages that a part must not see
     "kernels": {"zmq", "sglang", "asyncio"},
     "memory": {"zmq", "sglang", "asyncio"},
     "prediction": {"zmq", "sglang", "asyncio"},
+    "predictor": DEVICE | {"sglang", "pickle", "asyncio"},
     "scheduler": DEVICE | {"sglang", "pickle"},
 }
 KNOWS_SGLANG = (  # the only files that do, as patterns
