@@ -45,6 +45,22 @@ def test_the_readme_opens_with_a_sentence_a_command_and_a_measured_table() -> No
     assert "serving-demo-cpu/report.md" in after
 
 
+def rows_of(table: str) -> list[list[str]]:
+    lines = re.findall(r"^\|(.*)\|$", table, re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def test_the_readmes_table_is_the_reports() -> None:
+    """Its ratios of tokens per second: by requests at a time, at 100, 50 and 25 % of the experts."""
+    report = (ROOT / "eval" / "results" / "serving-demo-cpu" / "report.md").read_text()
+    measured: dict[str, list[str]] = {}
+    for concurrency, _, system, _, ratio, *_ in rows_of(report)[2:]:
+        if system.startswith("sglmoe@"):
+            measured.setdefault(concurrency, []).append(ratio.split()[0])
+    quoted = {row[0]: row[1:] for row in rows_of((ROOT / "README.md").read_text())[2:5]}
+    assert quoted == measured
+
+
 # Names in code that look like paths and are not of this repository, or are patterns.
 NOT_OUR_FILES = {
     ".venv/bin/activate": "made by make",
