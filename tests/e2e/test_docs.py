@@ -7,6 +7,7 @@ import io
 import re
 import shlex
 import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import requests
 from command_lines import parsed, refused, run_module
 from documents import ROOT, blocks, commands
 from forking import run_in_fork
-from serving import running_server
+from serving import run_as_a_user, running_server
 
 from sglmoe.demo_model import DEMO_MODEL
 
@@ -174,8 +175,17 @@ def test_the_curl_examples_are_answered(seen: dict[str, Any]) -> None:
 
 def test_the_python_examples_run(seen: dict[str, Any]) -> None:
     assert seen["python"] == ["85"]
+
+
+def test_the_offline_example_runs_as_a_file_of_its_own(tmp_path: Path) -> None:
+    """As a user does it: its processes run the file again as their main module."""
     (offline,) = [block.text for block in SNIPPETS if URL not in block.text]
-    assert run_in_fork(run_snippet, offline).startswith("\n    ")  # it goes on as Python
+    script = tmp_path / "offline.py"
+    script.write_text(offline)
+    command = ("env", f"PYTHONPATH={ROOT}", sys.executable, str(script))
+    outcome = run_as_a_user(*command, log=tmp_path / "log")
+    assert outcome.exitcode == 0, outcome.log[-3000:]
+    assert outcome.log.count('\n    """Add') == 1  # it goes on as Python
 
 
 def test_metrics_md_has_what_the_server_says(seen: dict[str, Any]) -> None:
