@@ -24,6 +24,7 @@ from sglmoe.config import (
     parse_ttft_target,
 )
 from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.errors.options import did_not_start, not_a_size, usage
 from sglmoe.start_up import keep_start_method, leave_after, start_importing
 from sglmoe.units import parse_bytes
 
@@ -100,7 +101,7 @@ def serve(server_args: Any, config: EngineConfig, shutdown_seconds: float) -> No
         # sglang's words for a scheduler that has logged its reasons and left.
         if "died during initialization" not in str(error):
             raise
-        sys.exit(f"{PROGRAM}: the server did not start; the reason is in the log above")
+        sys.exit(f"{PROGRAM}: {did_not_start()}")
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -110,7 +111,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong and nothing else: sglang's usage alone fills three screens."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
+        raise usage(why=message)
 
 
 def our_parser() -> Parser:
@@ -206,7 +207,7 @@ def read_options(argv: list[str]) -> Options:
         try:
             parse_bytes(text or "100%", whole_bytes=1)
         except ValueError as error:
-            raise ValueError(f"{flag}: {error}") from None
+            raise not_a_size(flag=flag, why=str(error)) from None
     parse_memory_policy(given.memory_policy)
     parse_memory_planner(given.memory_planner)
     parse_expert_prefetch(given.expert_prefetch)

@@ -9,6 +9,9 @@ from typing import Literal
 
 import msgspec
 
+from sglmoe.errors.requests import bad_stop_regex
+from sglmoe.errors.user_error import UserError
+
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -58,6 +61,11 @@ def aborted(message: str, status: int | None = None) -> FinishReason:
     names = {400: "BadRequestError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
     error_type = names.get(status) if status is not None else None
     return FinishReason(kind="abort", message=message, status=status, error_type=error_type)
+
+
+def failed(error: UserError) -> FinishReason:
+    """An end that is an error of ours or of the client's, with what to change."""
+    return aborted(str(error), error.status)
 
 
 def is_our_fault(reason: FinishReason | None) -> bool:
@@ -121,7 +129,8 @@ def _check_text(output_ids: Sequence[int], rules: StopRules, decode: Decode) -> 
         try:
             matched = re.search(regex, tail)
         except (re.error, RecursionError) as error:
-            return Finish(aborted(f"invalid stop_regex {regex!r}: {error}", 400), len(output_ids))
+            reason = failed(bad_stop_regex(regex=regex, why=str(error)))
+            return Finish(reason, len(output_ids))
         if matched:
             return Finish(FinishReason("stop", matched=regex), len(output_ids))
     return None

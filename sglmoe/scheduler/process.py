@@ -9,6 +9,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from sglmoe.errors.requests import going_down
 from sglmoe.scheduler.seams import WorkerLost
 from sglmoe.scheduler.worker_client import RunWorker, WorkerProcess
 from sglmoe.scheduler.worker_line import WorkerLine
@@ -98,6 +99,6 @@ async def _say_farewell(
 ) -> None:
     """Refuse what still comes in for a moment, then raise what ended the scheduling."""
     with contextlib.suppress(TimeoutError):
-        frontend.refuse_all(f"The server is going down: {scheduling.exception()}")
+        frontend.refuse_all(going_down(cause=str(scheduling.exception())))
         await asyncio.wait_for(receiving, FAREWELL_SECONDS)
     scheduling.result()

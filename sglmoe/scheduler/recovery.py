@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from sglmoe.errors.workers import given_up
 from sglmoe.protocol import WorkerReady
 from sglmoe.scheduler.report import Restarts
 from sglmoe.scheduler.seams import WorkerChannel, WorkerLost
@@ -52,10 +53,8 @@ class Recovery:
         """The next worker that can serve. Raises WorkerLost when it is no use trying any more."""
         while True:
             if self._num_in_vain >= MAX_IN_VAIN:
-                cause = self.restarts.cause
-                raise WorkerLost(
-                    f"{self._num_in_vain} workers in a row ended before they served anything, the last one so: {cause}"
-                )
+                why = given_up(num_workers=self._num_in_vain, cause=self.restarts.cause)
+                raise WorkerLost(str(why))
             await asyncio.sleep(PAUSE_SECONDS * self._num_in_vain)
             try:
                 return await self._worker.replace(silence_seconds=self._silence_seconds)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import assert_never
 
+from sglmoe.errors import requests, sglang_words
 from sglmoe.protocol import (
     AddRequests,
     CallDone,
@@ -26,7 +27,7 @@ from sglmoe.protocol import (
     WorkerReady,
 )
 from sglmoe.scheduler.endings import fatal, never_fits, no_longer_fits
-from sglmoe.scheduler.finish import Decode, FinishReason, aborted
+from sglmoe.scheduler.finish import Decode, FinishReason, aborted, failed
 from sglmoe.scheduler.planner import Planner
 from sglmoe.scheduler.recovery import Recovery
 from sglmoe.scheduler.report import ONE_DECODED, RowTally, summarize, tally_row
@@ -91,7 +92,7 @@ class Scheduler:
         self.roster.number(request)
         request.timing.queued_at = self._clock()
         if request.rid in self.roster.live:
-            self.reject(request, aborted(f"a request with rid {request.rid!r} is running", 400))
+            self.reject(request, failed(requests.rid_in_use(rid=request.rid)))
         elif self.roster.is_leaving(request.rid):
             self.roster.hold_back(request)
         elif self._has_room_for(request):
@@ -134,15 +135,15 @@ class Scheduler:
                     await self._until(self._is_idle)
             except TimeoutError:
                 queued, running = len(self.roster.queue), len(self.roster.running)
-                message = f"requests are pending: {queued} queued, {running} running"
-                return CallDone(-1, success=False, message=message)
+                why = requests.requests_pending(num_queued=queued, num_running=running)
+                return CallDone(-1, success=False, message=str(why))
         await self._until(lambda: self.planner.settled)
         return await self.ask_worker(FlushCache(-1))
 
     async def ask_worker(self, request: FlushCache | Profile | RecordRouting) -> CallDone:
         """Pass it on and wait for the answer; its call_id is replaced."""
         if self.recovery.is_under_way:
-            return CallDone(-1, success=False, message="the worker is being replaced; ask again")
+            return CallDone(-1, success=False, message=str(requests.worker_being_replaced()))
         return await self._calls.call(request)
 
     @property
@@ -240,7 +241,7 @@ class Scheduler:
         ]
         present = self.planner.at_work + compiling
         self.recovery.begin(cause, num_suspects=len(present), num_waiting=len(self.roster.live))
-        self._calls.fail_all(f"the worker was lost, ask again: {cause}")
+        self._calls.fail_all(str(requests.worker_lost(cause=cause)))
         self.planner.lose_worker()
         self._unannounced = list(self.roster.live.values())
         if guilty := self._suspects.accuse(present):
@@ -367,10 +368,9 @@ class Scheduler:
         if limit is None or len(queue) < limit:
             return True
         if queue and self.roster.rank(request) < self.roster.rank(queue[-1]):
-            reason = "The request is aborted by a higher priority request."
-            self._end(queue[-1], aborted(reason, 503))
+            self._end(queue[-1], aborted(sglang_words.MORE_IMPORTANT, 503))
             return True
-        self.reject(request, aborted("The request queue is full.", 503))
+        self.reject(request, aborted(sglang_words.QUEUE_FULL, 503))
         return False
 
     def check_clocks(self) -> None:

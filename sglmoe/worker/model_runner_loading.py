@@ -15,6 +15,8 @@ import msgspec
 import torch
 
 from sglmoe.config import EngineConfig, PrefetchMode
+from sglmoe.errors import models
+from sglmoe.errors.budgets import experts_held_beside_budget
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_geometry
 from sglmoe.memory.background_copier import BackgroundCopier, Copy
 from sglmoe.memory.device_decode import NUM_STAGED, DecodedFrames, can_decode, staged_bytes
@@ -27,7 +29,7 @@ from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.read_rate import ReadRate
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
-from sglmoe.units import parse_bytes, show_bytes
+from sglmoe.units import parse_bytes
 from sglmoe.worker.moe_layer import PagedExperts, install
 from sglmoe.worker.packed_experts import use_packed
 
@@ -180,11 +182,7 @@ def close_store(experts: PagedExperts) -> None:
     num_experts = experts.shape.num_experts if experts.shape else 0
     experts.store.check_complete(len(experts.layer_ids), num_experts)
     if held_bytes := experts.store.unmap():
-        logger.warning(
-            "%s of experts are held in memory beside the budget: their tensors are not views of a mapped file "
-            "(another dtype than the checkpoint's, or no safetensors)",
-            show_bytes(held_bytes),
-        )
+        logger.warning("%s", experts_held_beside_budget(held_bytes=held_bytes))
 
 
 def decoding_bytes(store: ExpertStore, device: str) -> int:
@@ -211,10 +209,10 @@ class KvLayout(msgspec.Struct, frozen=True):
         elif type(pool) is MHATokenToKVPool:
             layers = tuple(zip(pool.k_buffer, pool.v_buffer, strict=True))
         else:
-            raise ValueError(f"KV of kind {type(pool).__name__} does not fit the arena yet")
+            raise models.unknown_kv(kind=type(pool).__name__)
         shapes = {tuple(buffer.shape[1:]) for buffers in layers for buffer in buffers}
         if len(shapes) != 1:
-            raise ValueError(f"K and V rows of different shapes do not fit the arena yet: {shapes}")
+            raise models.uneven_kv(shapes=str(shapes))
         return cls(pool=pool, layers=layers, row_shape=shapes.pop())
 
     @property

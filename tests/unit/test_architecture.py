@@ -9,19 +9,21 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "sglmoe"
 
-FOUNDATION = {"units", "config", "protocol"}
-LAUNCH = {"checkpoint", "config", "demo_model", "flags", "machine", "start_up", "supported_models"}
+FOUNDATION = {"units", "errors", "config", "protocol"}
+LAUNCH = {"checkpoint", "config", "demo_model", "errors", "flags", "machine", "start_up"}
+LAUNCH |= {"supported_models"}
 MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "units": set(),
+    "errors": {"units"},
     "flags": set(),
-    "supported_models": set(),
-    "checkpoint": set(),
-    "packed_checkpoint": {"checkpoint"},
-    "pack": {"checkpoint", "packed_checkpoint", "kernels", "units"},
+    "supported_models": {"errors"},
+    "checkpoint": {"errors"},
+    "packed_checkpoint": {"checkpoint", "errors"},
+    "pack": {"checkpoint", "packed_checkpoint", "kernels", "units", "errors"},
     "demo_model": set(),
     "cpu_kernels": set(),
     "cpu_platform": {"cpu_kernels"},
-    "config": {"units"},
+    "config": {"units", "errors"},
     "machine": {"config"},
     "protocol": {"units"},
     "transport": {"protocol"},
@@ -37,12 +39,13 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "preparation": LAUNCH | {"plan"},
     "graceful_stop": set(),
     "plan": LAUNCH | {"memory", "units"},
-    "recipe": {"config", "machine", "plan", "units"},
+    "recipe": {"config", "machine", "plan", "units", "errors"},
     "launch_server": LAUNCH | {"graceful_stop", "plan", "preparation", "units"},
     "engine": LAUNCH | {"preparation"},
 }
 DEVICE = {"torch", "triton"}
 FORBIDDEN = {  # packages that a part must not see
+    "errors": DEVICE | {"zmq", "sglang", "numpy"},
     "units": DEVICE | {"zmq", "sglang"},
     "flags": DEVICE | {"zmq", "sglang"},
     "supported_models": DEVICE | {"zmq", "sglang"},
