@@ -130,9 +130,7 @@ def queue_of(library: Library, repeats: int, seed: int) -> list[Course]:
     return queue
 
 
-def rows_of(
-    name: str, workload: Workload, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
+def rows_of(name: str, workload: Workload, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     library = library_of([load_trace(TRACES / f"{its}.npz") for its in workload.traces])
     info = library.traces[0].info
     machine = Machine(
@@ -145,9 +143,7 @@ def rows_of(
             runs = []
             for seed in range(options.seeds):
                 queue = queue_of(library, workload.repeats, seed)
-                made = schedule(
-                    library, queue, scheme, num_running=workload.num_running, seed=seed
-                )
+                made = schedule(library, queue, scheme, num_running=workload.num_running, seed=seed)
                 runs.append(count(library, made, num_frames))
             row = row_of(Counts(*map(statistics.mean, zip(*runs, strict=True))), machine)
             first = first or row
@@ -185,9 +181,7 @@ def plan_seconds(num_requests: int = 128, num_layers: int = 48, num_experts: int
     seconds = []
     for _ in range(50):
         started = time.perf_counter()
-        plan_affinity(
-            uses, expert_frames=num_layers * num_experts // 4, costs=costs, turn_steps=8
-        )
+        plan_affinity(uses, expert_frames=num_layers * num_experts // 4, costs=costs, turn_steps=8)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
 
@@ -200,7 +194,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---" * (6 + len(LINKS)) + "|",
     ]
     for row in rows:
-        speeds = [f"{row[f'speed_{link}']:.2f}, {row[f'speed_{link}_hidden']:.2f}" for link in LINKS]
+        speeds = [
+            f"{row[f'speed_{link}']:.2f}, {row[f'speed_{link}_hidden']:.2f}" for link in LINKS
+        ]
         lines.append(
             f"| {row['workload']} | {row['frames']} | {row['scheme']} | {row['activated_a_token']:.1f}, "
             f"{row['loads_a_token']:.2f} | {row['together']:.0f}, {row['in_halves']:.0f} "

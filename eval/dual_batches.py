@@ -41,18 +41,14 @@ CELLS = (  # scheme, policy, predictor
 )
 
 
-def rows_of(
-    name: str, workload: Workload, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
+def rows_of(name: str, workload: Workload, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     library = library_of([load_trace(TRACES / f"{its}.npz") for its in workload.traces])
     info = library.traces[0].info
     schemes = {scheme.name: scheme for scheme in SCHEMES}
     materials, num_tokens = {}, {}
     for scheme in {cell[0] for cell in CELLS}:
         queue = queue_of(library, workload.repeats, seed=0)
-        made = schedule(
-            library, queue, schemes[scheme], num_running=workload.num_running, seed=0
-        )
+        made = schedule(library, queue, schemes[scheme], num_running=workload.num_running, seed=0)
         num_tokens[scheme] = sum(len(its.rows) for its in made.passes if its.is_decode)
         materials[scheme] = Material(as_trace(library, made), DEMO_MODEL)
     for link in options.bandwidth.split(","):
@@ -99,7 +95,9 @@ def main() -> None:
     rows = []
     for name in options.workloads.split(";"):
         for row in rows_of(name, WORKLOADS[name], options):
-            rows.append({k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()})
+            rows.append(
+                {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
+            )
             print("| " + " | ".join(map(str, rows[-1].values())) + " |", flush=True)
     if options.output is not None:
         head = json.dumps(describe_run() | {"columns": list(rows[0])}, indent=1)

@@ -89,7 +89,10 @@ class NextPlan(LastStep):
 
     def observe(self, routing: LayerRouting) -> None:
         super().observe(routing)
-        if routing.layer + 1 == self._trace.info.num_layers and self._step + 1 < self._trace.num_steps:
+        if (
+            routing.layer + 1 == self._trace.info.num_layers
+            and self._step + 1 < self._trace.num_steps
+        ):
             start, stop = self._trace.step_bounds[self._step + 1 : self._step + 3].tolist()
             owners = set(self._trace.owners[start:stop].tolist())
             self._scores = self._scores_of([its for its in self._experts if its in owners])

@@ -43,12 +43,9 @@ def admission_order(
     """
     left = list(range(len(waiting)))
     overtaken = [its.num_overtaken for its in waiting]
-    company = list(running)
-    likeness = np.zeros(len(waiting))
-    if waiting:
-        sketches = np.stack([its.sketch for its in waiting])
-        for sketch in company:
-            likeness += jaccard(sketches, sketch)
+    sketches = np.array([its.sketch for its in waiting])
+    company = np.array(running)
+    likeness = [float(jaccard(company, its.sketch).sum()) if running else 0.0 for its in waiting]
     order: list[int] = []
     while left and len(order) < num_places:
         considered = _until_bound(left[:NUM_CONSIDERED], overtaken)
@@ -57,7 +54,8 @@ def admission_order(
             overtaken[index] += 1
         left.remove(chosen)
         order.append(chosen)
-        likeness += jaccard(sketches, sketches[chosen])
+        more = jaccard(sketches, sketches[chosen]).tolist()
+        likeness = [likeness[index] + more[index] for index in range(len(waiting))]
     return order + left
 
 

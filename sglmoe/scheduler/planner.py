@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from sglmoe.protocol import Limits, MemorySnapshot, ResidencyPlan, StepPlan, StepResult
+from sglmoe.scheduler.affinity import NUM_CONSIDERED, Waiting, admission_order
 from sglmoe.scheduler.passes import Held, most_running
 from sglmoe.scheduler.policy import (
     MAX_PREFIX_MATCHES,
@@ -223,6 +224,7 @@ class Planner:
             request = requests[row.rid]
             request.in_flight.append(row.num_tokens)
             if request.state is State.QUEUED:
+                self._overtake(request)
                 self._roster.start(request)
 
     def _admissible(self) -> Sequence[Request]:
@@ -235,7 +237,38 @@ class Planner:
         in_order_of_arrival = self.policy.order == "fcfs" or (
             self.policy.order == "lpm" and len(queue) > MAX_PREFIX_MATCHES
         )
-        return queue[: room + NUM_PROBES] if in_order_of_arrival else queue
+        if not in_order_of_arrival:
+            return queue
+        first = queue[: room + NUM_PROBES]
+        return self._by_affinity(first, room) if self._has_affinity else first
+
+    @property
+    def _has_affinity(self) -> bool:
+        """Whether it counts who runs together: only while passes have to load experts."""
+        if not self.policy.expert_affinity or self.policy.order != "fcfs":
+            return False
+        return self.snapshot.costs.stream_seconds > 0
+
+    def _by_affinity(self, waiting: Sequence[Request], room: int) -> Sequence[Request]:
+        """Those who are most like the running ones first. Nobody overtakes another priority."""
+        if len(waiting) < 2:
+            return waiting
+        rank = self._roster.rank(waiting[0])
+        num_peers = sum(self._roster.rank(request) == rank for request in waiting)
+        num_peers = min(num_peers, 2 * NUM_CONSIDERED)  # no more than that can be picked
+        order = admission_order(
+            [Waiting(request.sketch, request.num_overtaken) for request in waiting[:num_peers]],
+            [request.sketch for request in self._roster.running],
+            num_places=min(room, NUM_CONSIDERED),
+        )
+        return [*(waiting[index] for index in order), *waiting[num_peers:]]
+
+    def _overtake(self, request: Request) -> None:
+        """It is admitted now: who waited before it, and waits on, was overtaken once more."""
+        if self.policy.expert_affinity:
+            queue = self._roster.queue
+            for senior in queue[: queue.index(request)]:
+                senior.num_overtaken += 1
 
     def _view(self, request: Request, now: float) -> Candidate:
         computed, total = request.expected_progress()

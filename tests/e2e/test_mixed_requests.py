@@ -49,11 +49,17 @@ def mixed_requests(*, as_asked: bool = True) -> list[tuple[list[int], dict[str, 
     return requests
 
 
-def answers(model_dir: Path, memory_budget: str) -> tuple[list[Any], list[Any], dict[str, Any]]:
+def answers(
+    model_dir: Path, memory_budget: str, **options: Any
+) -> tuple[list[Any], list[Any], dict[str, Any]]:
     """Each alone, all together, and the state of memory in the end."""
     requests = mixed_requests()
     with running_sglmoe(
-        model_dir, dtype="float32", memory_budget=memory_budget, enable_return_routed_experts=True
+        model_dir,
+        dtype="float32",
+        memory_budget=memory_budget,
+        enable_return_routed_experts=True,
+        **options,
     ) as engine:
         alone = ask_alone(engine, requests)
         engine.flush_cache()
@@ -66,10 +72,10 @@ def answers(model_dir: Path, memory_budget: str) -> tuple[list[Any], list[Any], 
         return alone, [output["output_ids"] for output in together], state_of(engine)
 
 
-def answers_in_halves(model_dir: Path, memory_budget: str) -> tuple[Any, ...]:
+def answers_in_halves(model_dir: Path, memory_budget: str, **options: Any) -> tuple[Any, ...]:
     """As `answers`, by a scheduler that alternates between two halves."""
     decode_in_halves()
-    return answers(model_dir, memory_budget)
+    return answers(model_dir, memory_budget, **options)
 
 
 def answers_of_sglang(model_dir: Path) -> tuple[list[Any], list[Any]]:
@@ -123,7 +129,9 @@ def test_halves_that_take_turns_answer_the_same(tmp_path: Path) -> None:
     # Steps of the crowd, 24 and a few more, are twice as many; those of lone requests are not.
     more_steps = halved["memory"]["step_id"] - whole["memory"]["step_id"]
     assert 20 <= more_steps <= 40
-    in_tight_halves = run_in_fork(answers_in_halves, model_dir, frames_budget(whole, 20))[1]
+    # Many wait here, and go by whom they are like.
+    tight = frames_budget(whole, 20)
+    in_tight_halves = run_in_fork(answers_in_halves, model_dir, tight, expert_affinity="on")[1]
     assert in_tight_halves == alone
 
 

@@ -127,7 +127,9 @@ def test_a_schedule_is_a_trace() -> None:
     made = run(library, Scheme("together"), num_running=4)
     trace = as_trace(library, made)
     assert trace.num_steps == len(made.passes)
-    for its, start, stop in zip(made.passes, trace.step_bounds, trace.step_bounds[1:], strict=False):
+    for its, start, stop in zip(
+        made.passes, trace.step_bounds, trace.step_bounds[1:], strict=False
+    ):
         tokens = np.concatenate([tokens for _, tokens in its.rows])
         assert trace.token_ids[start:stop].tolist() == TRACE.token_ids[tokens].tolist()
         assert trace.expert_ids[start:stop].tolist() == TRACE.expert_ids[tokens].tolist()
