@@ -15,6 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from eval.replay_memory import LoadCounter, new_memory, run_step
 from eval.servers import describe_run
 from sglmoe.config import MemoryPolicy
 from sglmoe.prediction.trace import load_trace
+from sglmoe.scheduler.affinity import NUM_CONSIDERED, Waiting, admission_order, sketch_of
 from sglmoe.scheduler.halves import PassCosts, RecentUses, plan_affinity
 from sglmoe.units import parse_bytes
 
@@ -61,11 +63,9 @@ SCHEMES = (
     Scheme("halves, last step", turn_steps=1, window=1),
     Scheme("halves, last 8", turn_steps=1),
     Scheme("halves, foreseen", turn_steps=1, window=0),
-    Scheme("turns of 8 by chance", turn_steps=8, split_by="chance"),
     Scheme("turns of 8, last 8", turn_steps=8),
     Scheme("turns of 8, foreseen", turn_steps=8, window=0),
     Scheme("together, alike in words, of 4", admit="words", num_considered=4),
-    Scheme("together, alike in words, of 8", admit="words", num_considered=8),
     Scheme("together, alike in words", admit="words"),
     Scheme("together, alike in experts", admit="experts"),
     Scheme("half run", share_running=0.5),
@@ -186,6 +186,22 @@ def plan_seconds(num_requests: int = 128, num_layers: int = 48, num_experts: int
     return statistics.median(seconds)
 
 
+def admission_seconds(num_running: int = 255, num_prompt: int = 500) -> float:
+    """Median of an order of those that are considered, for one place; prompts of random tokens."""
+    rng = np.random.default_rng(0)
+    sketches = [
+        sketch_of(rng.integers(0, 150_000, num_prompt).tolist())
+        for _ in range(num_running + NUM_CONSIDERED)
+    ]
+    waiting = [Waiting(sketch, 0) for sketch in sketches[num_running:]]
+    seconds = []
+    for _ in range(50):
+        started = time.perf_counter()
+        admission_order(waiting, sketches[:num_running], num_places=1)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| workload | frames | scheme | activated, loads a token | objective | longest wait | "
@@ -211,7 +227,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--workloads", default=";".join(WORKLOADS), help="separated by ;")
-    parser.add_argument("--expert-frames", default="25%,50%,75%")
+    parser.add_argument("--expert-frames", default="25%,50%")
     parser.add_argument("--latency", type=float, default=1e-6, help="seconds, of a group of loads")
     parser.add_argument("--layer-seconds", type=float, default=200e-6)
     parser.add_argument("--seeds", type=int, default=3, help="orders of the queue")
@@ -220,22 +236,35 @@ def main() -> None:
     for name in options.workloads.split(";"):
         rows += list(rows_of(name, WORKLOADS[name], options))
     print(table(rows))
-    seconds = plan_seconds()
-    print(f"\nA plan for 128 requests, 48 layers of 128 experts: {1000 * seconds:.1f} ms")
+    plan, admission = plan_seconds(), admission_seconds()
+    print(f"\nA plan for 128 requests, 48 layers of 128 experts: {1000 * plan:.1f} ms")
+    print(f"Who of those that wait is next, beside 255 that run: {1000 * admission:.2f} ms")
     if options.output is not None:
-        options.output.write_text(report(rows, seconds))
+        options.output.write_text(report(rows, plan, admission))
 
 
-def report(rows: Sequence[dict[str, Any]], seconds: float) -> str:
+COLUMNS = (
+    *("rows_a_pass", "activated_a_token", "loads_a_token", "together", "in_halves"),
+    *("longest_wait", *(f"speed_{link}" for link in LINKS)),
+)
+
+
+def report(rows: Sequence[dict[str, Any]], plan: float, admission: float) -> str:
     """One line a row, so that the file stays small."""
-    columns = [key for key in rows[0] if not key.startswith("seconds")]
-    shown = [
-        [float(f"{row[key]:.3g}") if isinstance(row[key], float) else row[key] for key in columns]
-        for row in rows
-    ]
-    head = json.dumps(describe_run() | {"plan_seconds": float(f"{seconds:.3g}")}, indent=1)
-    lines = ",\n".join(json.dumps(row) for row in shown)
-    return f'{head[:-2]},\n "columns": {json.dumps(columns)},\n "rows": [\n{lines}\n ]\n}}\n'
+    head = describe_run() | {
+        "plan_seconds": float(f"{plan:.3g}"),
+        "admission_seconds": float(f"{admission:.3g}"),
+        "columns": COLUMNS,
+    }
+    lines = []
+    for cell, group in groupby(rows, key=lambda row: f"{row['workload']}, {row['frames']}"):
+        shown = {its["scheme"]: [float(f"{its[key]:.3g}") for key in COLUMNS] for its in group}
+        inner = ",\n".join(
+            f"  {json.dumps(name)}: {json.dumps(values, separators=(',', ':'))}"
+            for name, values in shown.items()
+        )
+        lines.append(f" {json.dumps(cell)}: {{\n{inner}\n }}")
+    return json.dumps(head, indent=1)[:-2] + ",\n" + ",\n".join(lines) + "\n}\n"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from sglmoe.prediction.trace import Kind, Trace
-from sglmoe.scheduler.affinity import NUM_CONSIDERED, Sketch, Waiting, admission_order, sketch_of
+from sglmoe.scheduler.affinity import (
+    NUM_CONSIDERED,
+    SKETCH_BITS,
+    Sketch,
+    Waiting,
+    admission_order,
+    sketch_of,
+)
 from sglmoe.scheduler.halves import RecentUses, Turns, num_activated, pack, split
 
 Tokens = npt.NDArray[np.intp]  # numbers of tokens of a `Library`
@@ -248,7 +255,9 @@ class Admission:
             else:
                 share = self._library.used[prompt].mean(axis=0)
                 often = share > self._library.used.mean()
-                self._sketches[key] = pack(often[np.newaxis])[0]
+                bits = np.zeros(SKETCH_BITS, np.bool_)
+                bits[: often.size] = often.ravel()
+                self._sketches[key] = pack(bits[np.newaxis])[0]
         return self._sketches[key]
 
 

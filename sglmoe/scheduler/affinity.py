@@ -43,9 +43,8 @@ def admission_order(
     """
     left = list(range(len(waiting)))
     overtaken = [its.num_overtaken for its in waiting]
-    sketches = np.array([its.sketch for its in waiting])
-    company = np.array(running)
-    likeness = [float(jaccard(company, its.sketch).sum()) if running else 0.0 for its in waiting]
+    company, candidates = Crowd(running), Crowd([its.sketch for its in waiting])
+    likeness = [float(company.likeness(its.sketch).sum()) for its in waiting]
     order: list[int] = []
     while left and len(order) < num_places:
         considered = _until_bound(left[:NUM_CONSIDERED], overtaken)
@@ -54,8 +53,9 @@ def admission_order(
             overtaken[index] += 1
         left.remove(chosen)
         order.append(chosen)
-        more = jaccard(sketches, sketches[chosen]).tolist()
-        likeness = [likeness[index] + more[index] for index in range(len(waiting))]
+        if left and len(order) < num_places:
+            more = candidates.likeness(waiting[chosen].sketch).tolist()
+            likeness = [a + b for a, b in zip(likeness, more, strict=True)]
     return order + left
 
 
@@ -67,9 +67,22 @@ def _until_bound(indices: list[int], overtaken: Sequence[int]) -> list[int]:
     return indices
 
 
-def jaccard(sketches: npt.NDArray[np.uint64], other: Sketch) -> npt.NDArray[np.float64]:
-    """float64 [n], 0 to 1: bits that each of `sketches` [n, words] has in common with `other`, of those that either has."""
-    both = np.bitwise_count(sketches & other).sum(axis=1, dtype=np.int64)
-    either = np.bitwise_count(sketches | other).sum(axis=1, dtype=np.int64)
-    likeness: npt.NDArray[np.float64] = both / np.maximum(either, 1)
-    return likeness
+class Crowd:
+    """Requests to compare one with."""
+
+    def __init__(self, sketches: Sequence[Sketch]) -> None:
+        self._sketches = np.array(sketches, np.uint64).reshape(len(sketches), SKETCH_BITS // 64)
+        self._sizes = count_bits(self._sketches)
+
+    def likeness(self, other: Sketch) -> npt.NDArray[np.float64]:
+        """float64 [requests], 0 to 1: tokens that each has in common with `other`, of those that either has (Jaccard)."""
+        both = count_bits(self._sketches & other)
+        either = self._sizes + count_bits(other) - both
+        likeness: npt.NDArray[np.float64] = both / np.maximum(either, 1)
+        return likeness
+
+
+def count_bits(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Over the last axis."""
+    counted: npt.NDArray[np.int64] = np.bitwise_count(words).sum(axis=-1, dtype=np.int64)
+    return counted

@@ -253,13 +253,14 @@ class Planner:
         """Those who are most like the running ones first. Nobody overtakes another priority."""
         if len(waiting) < 2:
             return waiting
+        num_places = min(room, NUM_CONSIDERED)
         rank = self._roster.rank(waiting[0])
         num_peers = sum(self._roster.rank(request) == rank for request in waiting)
-        num_peers = min(num_peers, 2 * NUM_CONSIDERED)  # no more than that can be picked
+        num_peers = min(num_peers, num_places - 1 + NUM_CONSIDERED)  # nobody else can be picked
         order = admission_order(
             [Waiting(request.sketch, request.num_overtaken) for request in waiting[:num_peers]],
             [request.sketch for request in self._roster.running],
-            num_places=min(room, NUM_CONSIDERED),
+            num_places=num_places,
         )
         return [*(waiting[index] for index in order), *waiting[num_peers:]]
 

@@ -3,7 +3,6 @@
 from array import array
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,9 +14,9 @@ from sglmoe.scheduler.affinity import (
     MOST_OVERTAKEN,
     NUM_CONSIDERED,
     SKETCH_BITS,
+    Crowd,
     Waiting,
     admission_order,
-    jaccard,
     sketch_of,
 )
 from sglmoe.scheduler.finish import StopRules, aborted
@@ -45,8 +44,8 @@ def order(
 
 
 def test_likeness_is_the_share_of_tokens_in_common() -> None:
-    sketches = np.array([sketch_of(ids) for ids in ([1, 2, 3], [3, 4, 5], [7, 7])])
-    assert jaccard(sketches, sketch_of([3, 2, 1, 1])).tolist() == [1.0, 0.2, 0.0]
+    crowd = Crowd([sketch_of(ids) for ids in ([1, 2, 3], [3, 4, 5], [7, 7])])
+    assert crowd.likeness(sketch_of([3, 2, 1, 1])).tolist() == [1.0, 0.2, 0.0]
 
 
 def test_token_ids_beyond_the_sketch_come_round() -> None:
