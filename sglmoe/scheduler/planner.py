@@ -245,9 +245,7 @@ class Planner:
     @property
     def _has_affinity(self) -> bool:
         """Whether it counts who runs together: only while passes have to load experts."""
-        if not self.policy.expert_affinity or self.policy.order != "fcfs":
-            return False
-        return self.snapshot.costs.stream_seconds > 0
+        return self.policy.expert_affinity and self.snapshot.costs.stream_seconds > 0
 
     def _by_affinity(self, waiting: Sequence[Request], room: int) -> Sequence[Request]:
         """Those who are most like the running ones first. Nobody overtakes another priority."""

@@ -84,6 +84,14 @@ def test_who_was_overtaken_often_is_overtaken_by_nobody() -> None:
     waiting = [LOW, LOW, HIGH]
     assert order(waiting, [HIGH], overtaken={1: MOST_OVERTAKEN - 1}) == [2, 0, 1]
     assert order(waiting, [HIGH], overtaken={1: MOST_OVERTAKEN}) == [0, 1, 2]
+    assert order([LOW, HIGH, HIGH], [HIGH], overtaken={1: MOST_OVERTAKEN})[0] == 1, "itself it may"
+
+
+def test_every_place_counts() -> None:
+    """The first is overtaken for the last time, and then has its place."""
+    waiting = [LOW, HIGH, HIGH]
+    overtaken = {0: MOST_OVERTAKEN - 1}
+    assert order(waiting, [HIGH], num_places=2, overtaken=overtaken) == [1, 0, 2]
 
 
 @given(
@@ -191,7 +199,9 @@ def test_nobody_overtakes_another_priority() -> None:
     desk = Desk(use_priority=True)
     desk.add("low value", HIGH, priority=-1)
     desk.add("like the others", LOW, priority=1)
-    assert desk.next_admitted() == ["low value"]
+    desk.add("like them too", LOW, priority=1)
+    desk.leave("run 1")
+    assert desk.next_admitted() == ["low value", "like the others"]
 
 
 def test_nobody_is_overtaken_more_often_than_so() -> None:

@@ -13,8 +13,10 @@ from sglmoe.scheduler.halves import (
     PassCosts,
     RecentUses,
     Turns,
+    assign,
     distances,
     expected_misses,
+    medoid,
     misses_in_turn,
     num_activated,
     pack,
@@ -59,10 +61,17 @@ class TestSplit:
         like_first = [FOUR[0], FOUR[1], FOUR[2], FOUR[0]]
         assert as_lists(split(pack(used_by(like_first)))) == [[0, 3], [1, 2]]
 
-    def test_a_better_medoid_is_found(self) -> None:
-        """Experts on a line. 0 and 5 differ most; the middle of 0, 1, 2 is 1, and of 3, 4, 5 it is 4."""
-        line = np.tril(np.ones((6, 5), np.bool_), -1)
-        assert as_lists(split(pack(line))) == [[0, 1, 2], [3, 4, 5]]
+    def test_medoids_move_until_nothing_gets_closer(self) -> None:
+        """The first and the last differ most, and would draw one each of two that are the same."""
+        packed = pack(used_by([([1], [3]), ([0, 1], []), ([0, 1], []), ([0, 2], [3])]))
+        assert as_lists(assign(distances(packed), 0, 3)) == [[0, 1], [2, 3]]
+        assert as_lists(split(packed)) == [[0, 3], [1, 2]]
+
+    def test_a_medoid_is_the_nearest_to_all_others(self) -> None:
+        """Experts on a line: request 2 is in the middle of 0 to 4, and 1 of 0, 1 and 3."""
+        apart = distances(pack(np.tril(np.ones((5, 5), np.bool_), -1)))
+        assert medoid(apart, np.arange(5)) == 2
+        assert medoid(apart, np.array([0, 1, 3])) == 1
 
     def test_all_alike_are_split_anyhow(self) -> None:
         assert as_lists(split(pack(used_by([FOUR[0]] * 3)))) == [[0, 1], [2]]
@@ -134,6 +143,13 @@ class TestPlan:
         hidden = PassCosts(1.0, 0.0, 10.0, loads_overlap=True)
         plan = plan_affinity(always(FOUR), expert_frames=5, costs=hidden, turn_steps=100)
         assert plan.gain_ratio == pytest.approx(plan.misses_together / plan.misses_in_turn)
+
+
+def test_what_halves_exchange_is_loaded_twice_a_round() -> None:
+    """Each needs two experts of its own, and there are two frames: four loads in four steps of each."""
+    halves = np.array([[1, 1, 0, 0], [0, 0, 1, 1]], np.float32)
+    assert misses_in_turn(*halves, frames=2, turn_steps=4) == 1.0
+    assert misses_in_turn(*halves, frames=2, turn_steps=1) == 2.0, "two stay, and two come and go"
 
 
 probabilities = st.lists(st.floats(0, 1, width=32), min_size=6, max_size=6)
