@@ -83,6 +83,9 @@ class Planner:
         self._asked = policy
         self._roster = roster
         self.holding_back = HoldingBack()
+        self.num_out_of_turn = (
+            0  # requests that were admitted before earlier ones, for their company
+        )
         self._plans: deque[InFlight] = deque()
         self._next_step_id = 0  # goes on from worker to worker
         self._to_drop: list[str] = []
@@ -264,10 +267,13 @@ class Planner:
 
     def _overtake(self, request: Request) -> None:
         """It is admitted now: who waited before it, and waits on, was overtaken once more."""
-        if self.policy.expert_affinity:
-            queue = self._roster.queue
-            for senior in queue[: queue.index(request)]:
-                senior.num_overtaken += 1
+        if not self.policy.expert_affinity:
+            return
+        queue = self._roster.queue
+        overtaken = queue[: queue.index(request)]
+        self.num_out_of_turn += bool(overtaken)
+        for senior in overtaken:
+            senior.num_overtaken += 1
 
     def _view(self, request: Request, now: float) -> Candidate:
         computed, total = request.expected_progress()

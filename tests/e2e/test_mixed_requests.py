@@ -131,8 +131,11 @@ def test_halves_that_take_turns_answer_the_same(tmp_path: Path) -> None:
     assert 20 <= more_steps <= 40
     # Many wait here, and go by whom they are like.
     tight = frames_budget(whole, 20)
-    in_tight_halves = run_in_fork(answers_in_halves, model_dir, tight, expert_affinity="on")[1]
+    _, in_tight_halves, state = run_in_fork(
+        answers_in_halves, model_dir, tight, expert_affinity="on"
+    )
     assert in_tight_halves == alone
+    assert state["admitted_out_of_turn"] > 0
 
 
 def penalised_answers(running: Any, model_dir: Path, **options: Any) -> list[Any]:

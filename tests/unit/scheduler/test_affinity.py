@@ -175,6 +175,7 @@ def test_a_free_place_is_for_who_is_alike_and_the_overtaken_is_counted() -> None
     assert desk.next_admitted() == ["second"]
     assert (first.num_overtaken, second.num_overtaken) == (1, 0)
     assert desk.next_admitted() == ["first"]
+    assert desk.planner.num_out_of_turn == 1
 
 
 def test_the_queue_is_served_in_order_where_it_is_not_asked_for_or_nothing_is_loaded() -> None:
