@@ -99,8 +99,8 @@ def count(library: Library, made: Schedule, num_frames: int) -> Counts:
             activated += sum(map(len, layers))
             misses += counter.num_experts - before[0]
             loads += counter.num_groups - before[1]
-    foreseen = np.array(made.foreseen or [(0, 0)]).mean(axis=0).tolist()
-    return Counts(passes, tokens, activated, misses, loads, *foreseen, made.longest_wait)
+    together, in_halves = np.array(made.foreseen or [(0, 0)]).mean(axis=0).tolist()
+    return Counts(passes, tokens, activated, misses, loads, together, in_halves, made.longest_wait)
 
 
 class Machine(NamedTuple):

@@ -42,13 +42,9 @@ class Library(msgspec.Struct, frozen=True, eq=False):
     courses: list[Course]
     used: npt.NDArray[np.bool_]  # [T, layers, experts]
 
-    def uses_of(self, tokens: Tokens) -> npt.NDArray[np.bool_]:
-        """bool [layers, experts]: what any of these takes."""
-        uses: npt.NDArray[np.bool_] = self.used[tokens].any(axis=0)
-        return uses
-
     def column(self, name: str, tokens: Tokens) -> npt.NDArray[Any]:
-        return np.concatenate([getattr(trace, name) for trace in self.traces])[tokens]
+        column: npt.NDArray[Any] = np.concatenate([getattr(trace, name) for trace in self.traces])
+        return column[tokens]
 
 
 def library_of(traces: Sequence[Trace]) -> Library:
