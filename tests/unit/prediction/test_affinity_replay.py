@@ -17,6 +17,8 @@ from eval.batch_schedules import (
     library_of,
     schedule,
 )
+from eval.replay_predictors import NextPlan
+from sglmoe.prediction.predictor import LayerRouting, StepTokens
 
 TRACE = random_trace(12, seed=3)
 
@@ -146,3 +148,21 @@ def test_seconds_are_passes_and_loads_or_the_longer_of_the_two() -> None:
     waited, hidden = machine.seconds(counts, bytes_per_second=1e6)
     assert waited == pytest.approx((4e-3 + 6.5e-3) / 8)
     assert hidden == pytest.approx(6.5e-3 / 8)
+
+
+def test_who_is_in_the_next_plan_is_foreseen_by_what_they_used_last() -> None:
+    """Two requests in turn. After the second one's step the first is next, whose token 1 took experts 1 and 2, then 2 and 3."""
+    trace = trace_of([[(0, 0, [1])], [(1, 0, [5])], [(0, 1, [3])], [(1, 1, [5])]])
+    predictor = NextPlan(trace)
+    for step in range(2):
+        place = slice(step, step + 1)
+        predictor.begin_step(
+            StepTokens(trace.token_ids[place], trace.positions[place], trace.owners[place])
+        )
+        for layer in range(2):
+            routing = LayerRouting(
+                layer, trace.expert_ids[place, layer], trace.probabilities[place, layer]
+            )
+            predictor.observe(routing)
+    foreseen = [np.flatnonzero(scores).tolist() for scores in predictor.scores()]
+    assert foreseen == [[1, 2], [2, 3]]
