@@ -78,6 +78,7 @@ class Options(msgspec.Struct, frozen=True):
     expert_prefetch: str | None = None
     expert_predictor: str | None = None
     fill_passes: str | None = None
+    expert_affinity: str | None = None
     ttft_target: str | None = None
     itl_target: str | None = None
     shutdown_timeout: str | None = None  # the server's; an engine has none
@@ -96,6 +97,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     expert_prefetch: PrefetchMode = PrefetchMode.OFF
     expert_predictor: str = AUTO  # a name, a trained predictor's file, or AUTO
     fill_passes: bool = False  # collect prompts where each pass over them pays for its experts
+    expert_affinity: bool = False  # admit requests that share tokens with those that run
     ttft_target_seconds: float | None = None  # to the first token; bounds the collecting
     itl_target_seconds: float | None = None  # between tokens; bounds what runs together
     packed_experts: str = AUTO  # OFF, ON, AUTO, or the folder they are in
@@ -126,6 +128,7 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
         expert_prefetch=parse_expert_prefetch(options.expert_prefetch),
         expert_predictor=parse_expert_predictor(options.expert_predictor),
         fill_passes=parse_fill_passes(options.fill_passes),
+        expert_affinity=parse_expert_affinity(options.expert_affinity),
         ttft_target_seconds=parse_ttft_target(options.ttft_target, options.fill_passes),
         itl_target_seconds=parse_target("--itl-target", options.itl_target),
         packed_experts=parse_packed_experts(options.packed_experts),
@@ -178,6 +181,13 @@ def parse_fill_passes(text: str | None) -> bool:
     """Read ``"on"`` or ``"off"``, the default. Raises ValueError."""
     if text is not None and text not in (ON, OFF):
         raise not_a_choice(flag="--fill-passes", given=text, choices=(ON, OFF))
+    return text == "on"
+
+
+def parse_expert_affinity(text: str | None) -> bool:
+    """Read ``"on"`` or ``"off"``, the default. Raises ValueError."""
+    if text not in (None, "on", "off"):
+        raise ValueError(f"--expert-affinity: {text!r} is none of on, off")
     return text == "on"
 
 

@@ -13,6 +13,7 @@ from sglmoe.config import (
     PREDICTORS,
     EngineConfig,
     Options,
+    parse_expert_affinity,
     parse_expert_predictor,
     parse_expert_prefetch,
     parse_fill_passes,
@@ -184,6 +185,13 @@ def add_pass_flags(group: argparse._ArgumentGroup) -> None:
         "--enable-deterministic-inference. Default: off.",
     )
     group.add_argument(
+        "--expert-affinity",
+        metavar="on|off",
+        help="Whether, while experts have to be loaded, the next request is the one of the first 16 that wait whose prompt "
+        "shares the most tokens with those that run, as these take similar experts; nobody is overtaken more than 16 times. "
+        "With --schedule-policy fcfs. Default: off.",
+    )
+    group.add_argument(
         "--ttft-target",
         metavar="SECONDS",
         help="With --fill-passes on: collect no more prompts than lets a first token come so soon after its request. "
@@ -213,6 +221,7 @@ def read_options(argv: list[str]) -> Options:
     parse_expert_prefetch(given.expert_prefetch)
     parse_expert_predictor(given.expert_predictor)
     parse_fill_passes(given.fill_passes)
+    parse_expert_affinity(given.expert_affinity)
     parse_ttft_target(given.ttft_target, given.fill_passes)
     parse_target("--itl-target", given.itl_target)
     parse_shutdown_timeout(given.shutdown_timeout)
@@ -225,6 +234,7 @@ def read_options(argv: list[str]) -> Options:
         expert_prefetch=given.expert_prefetch,
         expert_predictor=given.expert_predictor,
         fill_passes=given.fill_passes,
+        expert_affinity=given.expert_affinity,
         ttft_target=given.ttft_target,
         itl_target=given.itl_target,
         shutdown_timeout=given.shutdown_timeout,

@@ -75,6 +75,7 @@ def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
                 flags.priority_scheduling_preemption_threshold if preempts else None
             ),
             passes=_pass_settings(config),
+            expert_affinity=config.expert_affinity,
         ),
         use_priority=flags.enable_priority_scheduling,
         low_values_first=flags.schedule_low_priority_values_first,

@@ -10,6 +10,7 @@ from enum import Enum
 import msgspec
 
 from sglmoe.protocol import LogprobSpec, NewRequest, RoutedExperts, RowResult, TokenLogprobs
+from sglmoe.scheduler.affinity import Sketch, sketch_of
 from sglmoe.scheduler.finish import Decode, FinishReason, StopRules, check_finish
 from sglmoe.scheduler.reasoning import ReasoningCounter
 
@@ -137,6 +138,8 @@ class Request:
     in_flight: list[int] = field(default_factory=list)  # tokens granted by plans not answered yet
     evicted_step: int = -1  # answers to later steps only tell of KV that it still holds
     num_retractions: int = 0
+    num_overtaken: int = 0  # later ones that were admitted before it, for their company
+    _sketch: Sketch | None = None
     furthest: int = -1  # the most tokens that had KV at any time; -1 until its grammar is compiled
     num_deaths: int = 0  # of workers that were at work for it, since it got that far
     finish: FinishReason | None = None
@@ -163,6 +166,13 @@ class Request:
     def num_output_tokens(self) -> int:
         """Output tokens up to where it stopped."""
         return len(self.output_ids) if self.finish_length is None else self.finish_length
+
+    @property
+    def sketch(self) -> Sketch:
+        """Which tokens its prompt has."""
+        if self._sketch is None:
+            self._sketch = sketch_of(self.prompt_ids)
+        return self._sketch
 
     def expected_progress(self) -> tuple[int, int]:
         """Tokens with KV, and all tokens, when the plans in flight have run without finding anything cached."""
