@@ -18,6 +18,7 @@ from sglang.srt.runtime_context import get_serving
 from sglang.srt.utils.network import get_zmq_socket
 
 from sglmoe.config import EngineConfig
+from sglmoe.live_view.state import LiveState
 from sglmoe.protocol import WorkerReady
 from sglmoe.scheduler.finish import aborted, is_our_fault
 from sglmoe.scheduler.frontend_control import Control, startup_time
@@ -25,6 +26,7 @@ from sglmoe.scheduler.frontend_metrics import Metrics
 from sglmoe.scheduler.frontend_output import abort_message, build_batch, is_due, take_delta
 from sglmoe.scheduler.frontend_request import refused, translate
 from sglmoe.scheduler.frontend_setup import load_text_side, scheduler_settings
+from sglmoe.scheduler.live_state import LiveStates
 from sglmoe.scheduler.report import Restarts, StepReport
 from sglmoe.scheduler.request import Request
 from sglmoe.scheduler.scheduler import Scheduler
@@ -76,7 +78,17 @@ class Frontend:
             ready=ready,
             to_detokenizer=self._to_detokenizer,
         )
+        self._live_states = LiveStates(
+            scheduler=self._scheduler,
+            totals=self._metrics.totals,
+            model=get_serving().served_model_name,
+            clock=time.perf_counter,
+        )
         return self._scheduler
+
+    async def live_state(self) -> LiveState:
+        """What people see who look now."""
+        return await self._live_states.now(worker_pid=self._control.ready.pid)
 
     def ready_message(self, ready: WorkerReady) -> dict[str, Any]:
         """What SGLang's launcher waits for."""
