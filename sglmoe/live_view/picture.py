@@ -58,7 +58,7 @@ def headline(state: LiveState) -> Text:
         text.append("  paused", style="yellow")
     if worker.restarts:
         took = show_seconds(worker.restart_seconds)
-        text.append(f"  {worker.restarts} restarts, the last took {took}", style="yellow not bold")
+        text.append(f"  restarts {worker.restarts}, the last took {took}", style="yellow not bold")
     if worker.cause:
         text.append(f"\n{worker.cause.strip().splitlines()[-1]}", style="yellow not bold")
     return text
@@ -77,21 +77,22 @@ def figures(state: LiveState) -> Table:
 
 def pairs_of(state: LiveState) -> list[tuple[str, str]]:
     requests, counters = state.requests, state.counters
-    rates, needed = state.rates, counters.expert_hits + counters.expert_misses
+    rates, needed = lately(state.rates), counters.expert_hits + counters.expert_misses
     since_start = counters.expert_hits / needed if needed else None
+    moved = rates["expert_bytes_per_second"]
     return [
-        ("output", rate(rates, "decode_tokens_per_second", "tok/s")),
+        ("output", per_second(rates["decode_tokens_per_second"])),
         ("running", str(requests.running)),
-        ("expert hits", percent(rates and rates.hit_ratio)),
+        ("expert hits", percent(rates["hit_ratio"])),
         ("prefetch", "on" if state.prefetch.is_on else state.prefetch.mode),
-        ("prompts", rate(rates, "prompt_tokens_per_second", "tok/s")),
+        ("prompts", per_second(rates["prompt_tokens_per_second"])),
         ("waiting", str(requests.queued + requests.preparing)),
         ("since start", percent(since_start)),
         ("precision", percent(state.prefetch.precision)),
-        ("busy", percent(rates and rates.busy_ratio)),
+        ("busy", percent(rates["busy_ratio"])),
         ("limit", str(requests.running_limit)),
-        ("stalled", percent(rates and rates.stall_ratio)),
-        ("moved", f"{show_bytes(rates.expert_bytes_per_second)}/s" if rates else NOTHING),
+        ("stalled", percent(rates["stall_ratio"])),
+        ("moved", NOTHING if moved is None else f"{show_bytes(moved)}/s"),
     ]
 
 
@@ -117,9 +118,8 @@ def frames(drawn: Map, *, width: int) -> Text:
     letters = squeeze(drawn.frames, MAX_FRAME_ROWS * width)
     each = ceil_div(len(drawn.frames), max(1, len(letters)))
     text = Text(f"\nFrames ({each} a letter): " if each > 1 else "\nFrames: ")
-    counts = Counter(drawn.frames)
     for letter, (name, style) in FRAMES.items():
-        text.append(f"{letter} {name} {counts[letter]}  ", style=style)
+        text.append(entry(f"{letter} {name}", drawn.frames.count(letter)), style=style)
     for start in range(0, len(letters), width):
         text.append("\n")
         for letter in letters[start : start + width]:
@@ -135,9 +135,8 @@ def experts(drawn: Map, *, width: int) -> Text:
     columns = ceil_div(len(drawn.residency[0]), max(1, width - 5))
     measure = "share of recent steps" if drawn.heat_is == "share" else "rank by use"
     text = Text(f"\nExperts by layer, as high as their {measure}: ")
-    counts = Counter("".join(drawn.residency))
     for letter, (name, style) in EXPERTS.items():
-        text.append(f"{name} {counts[letter]}  ", style=style)
+        text.append(entry(name, sum(row.count(letter) for row in drawn.residency)), style=style)
     for first in range(0, len(drawn.residency), rows):
         text.append(f"\n{first:4} ", style="bright_black")
         for left in range(0, len(drawn.residency[0]), columns):
@@ -177,8 +176,18 @@ def block(share: float) -> str:
 # --------------------------------------------------------------------------------------------------------------- words
 
 
-def rate(rates: Rates | None, field: str, unit: str) -> str:
-    return NOTHING if rates is None else f"{getattr(rates, field):.1f} {unit}"
+def entry(name: str, count: int) -> str:
+    """Of a legend: lines break between entries alone."""
+    return f"{name} {count}".replace(" ", "\u00a0") + "  "
+
+
+def lately(rates: Rates | None) -> dict[str, float | None]:
+    """By field; None for each where nothing is known."""
+    return {name: getattr(rates, name, None) for name in Rates.__struct_fields__}
+
+
+def per_second(tokens: float | None) -> str:
+    return NOTHING if tokens is None else f"{tokens:.1f} tok/s"
 
 
 def percent(share: float | None) -> str:

@@ -62,7 +62,8 @@ def draw_residency(table: ExpertTable, is_in_host: npt.NDArray[np.bool_]) -> tup
 
 def heat_levels(shares: Values) -> npt.NDArray[np.intp]:
     """Of shares from 0 to 1; level n stands for ``(n / highest) ** 2``, as most experts are used in few steps."""
-    return np.rint(np.sqrt(shares) * (len(LEVELS) - 1)).astype(np.intp)
+    levels: npt.NDArray[np.intp] = np.rint(np.sqrt(shares) * (len(LEVELS) - 1)).astype(np.intp)
+    return levels
 
 
 def ranks(values: Values) -> Values:

@@ -114,7 +114,7 @@ def open_tab(user_data: Path) -> Iterator[Tab]:
     to_read, we_write = pipe()
     we_read, to_write = pipe()
     # It reads from descriptor 3 and writes to 4.
-    command = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "sh", CHROMIUM]
+    command = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "bash", CHROMIUM]
     process = subprocess.Popen(
         [*command, *FLAGS, f"--user-data-dir={user_data}"],
         pass_fds=(to_read, to_write),

@@ -15,7 +15,7 @@ def drawn(state: LiveState, *, width: int = 100, kv_shares: tuple[float, ...] = 
     console = Console(width=width, record=True, color_system=None, force_terminal=False)
     with console.capture() as captured:
         console.print(picture(state, width=width, kv_shares=kv_shares))
-    return [line.rstrip() for line in captured.get().splitlines()]
+    return [line.replace("\u00a0", " ").rstrip() for line in captured.get().splitlines()]
 
 
 def test_figures_have_units_and_what_is_not_known_is_a_dash() -> None:
@@ -70,7 +70,7 @@ def test_a_lost_worker_is_told_with_its_cause() -> None:
     assert lines[1] == "killed: SIGKILL"
     assert lines[-1].startswith("no map")
     worker = replace(STATE.worker, restarts=2, restart_seconds=0.75)
-    assert drawn(replace(STATE, worker=worker))[0].endswith("2 restarts, the last took 0.8 s")
+    assert drawn(replace(STATE, worker=worker))[0].endswith("restarts 2, the last took 0.8 s")
 
 
 def test_a_dense_model_has_no_experts() -> None:
