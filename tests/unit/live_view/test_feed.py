@@ -111,8 +111,10 @@ def test_a_line_for_a_line_even_a_long_one_and_an_error_at_the_end() -> None:
             assert await reader.readline() == b"\n"
             writer.write(answer)
             assert await asking == answer
+        asking = asyncio.create_task(line.ask())
+        assert await reader.readline() == b"\n"
         writer.close()
-        with pytest.raises(ConnectionError):
-            await line.ask()
+        with pytest.raises(ConnectionError, match="the scheduler is gone"):
+            await asking
 
     asyncio.run(run())

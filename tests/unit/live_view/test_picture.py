@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from rich.console import Console
 from states import STATE, large_map
 
-from sglmoe.live_view.picture import block, picture, shares_of, show_seconds, squeeze
+from sglmoe.live_view.picture import block, experts, picture, shares_of, show_seconds, squeeze
 from sglmoe.live_view.state import LiveState
 
 
@@ -50,6 +50,12 @@ def test_experts_are_blocks_as_high_as_their_heat() -> None:
     assert "   0 █▁▅▁" in lines
     assert "   1 ▁▁█▁" in lines
     assert any("in a frame 3" in line and "there ahead of use 1" in line for line in lines)
+
+
+def test_a_block_of_several_experts_is_as_high_as_the_hottest() -> None:
+    assert STATE.map is not None
+    narrow = experts(STATE.map, width=7).plain.splitlines()
+    assert narrow[-2:] == ["   0 █▅", "   1 ▁█"]
 
 
 def test_a_large_arena_and_many_experts_fit_the_screen() -> None:

@@ -447,6 +447,7 @@ class MemoryMachine(RuleBasedStateMachine):
         assert experts["r"] + experts["a"] == np.count_nonzero(self.memory.frame_table >= 0)
         assert experts["l"] == frames["l"]
         assert sum(experts.values()) == NUM_LAYERS * NUM_EXPERTS
+        assert np.count_nonzero(self.tier.held()) == now.host_blocks_filled
 
     @invariant()
     def prefetches_end_once(self) -> None:

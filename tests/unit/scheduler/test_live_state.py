@@ -22,7 +22,7 @@ from sglmoe.scheduler.live_state import (
     rates_between,
     recent,
 )
-from sglmoe.scheduler.report import Totals
+from sglmoe.scheduler.report import StepReport, Totals
 
 DRAWN = MemoryMap(frames="ek..", residency=("r.",), heat=("z0",), heat_is="share")
 
@@ -170,6 +170,24 @@ def test_rates_between_two_samples() -> None:
     assert (rates.busy_ratio, rates.stall_ratio) == (0.5, 0.25)
     assert (rates.hit_ratio, rates.host_ratio) == (0.75, 0.4)
     assert rates.expert_bytes_per_second == 1000
+
+
+def test_totals_count_what_steps_report() -> None:
+    totals = Totals()
+    for _ in range(2):
+        totals.count(
+            StepReport(
+                snapshot=snapshot(),
+                step_seconds=0.5,
+                num_admitted=1,
+                prefill_tokens=10,
+                cached_tokens=4,
+                decode_tokens=3,
+                num_rejected=2,
+                num_preempted=1,
+            )
+        )
+    assert totals == Totals(6, 20, 1.0, 4, 2)
 
 
 def test_ratios_of_nothing_are_none_and_no_time_gives_no_rates() -> None:
