@@ -24,7 +24,7 @@ from sglmoe.protocol import CallDone, FromWorker, MemoryMap
 from sglmoe.scheduler.live_state import drawn_map, fields_of
 
 REPEATS = 200
-QUESTIONS = 200
+QUESTIONS = 100
 TOKENS_PER_REQUEST = 400
 
 

@@ -69,6 +69,7 @@ class Tab:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=url)
+        self.wait_for("document.readyState === 'complete'")
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression comes to."""
