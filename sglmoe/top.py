@@ -56,12 +56,9 @@ def parser() -> argparse.ArgumentParser:
 def asking(url: str, api_key: str | None) -> Ask:
     """What asks the server. Raises NoAnswer, as that does, where `url` is none."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        request = urllib.request.Request(f"{url.rstrip('/')}/sglmoe/state", headers=headers)
-    except ValueError:
-        raise NoAnswer(
-            f"--url {url}: not a URL; write for example http://127.0.0.1:30000"
-        ) from None
+    if not url.startswith(("http://", "https://")):
+        raise NoAnswer(f"--url {url}: not a URL; write for example http://127.0.0.1:30000")
+    request = urllib.request.Request(f"{url.rstrip('/')}/sglmoe/state", headers=headers)
 
     def ask() -> LiveState:
         try:

@@ -4,7 +4,7 @@ Colours say nothing that letters and blocks don't, so that a file or a screen wi
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,15 +13,17 @@ from rich.text import Text
 from sglmoe.live_view.state import LiveState, Map, Memory, Rates
 from sglmoe.units import ceil_div, show_bytes
 
+Kinds = Mapping[str, tuple[str, str]]
+
 NOTHING = "-"
-FRAMES = {  # letter -> what it says, colour
+FRAMES: Kinds = {  # letter -> what it says, colour
     "e": ("experts", "cyan"),
     "l": ("on their way", "magenta"),
     "k": ("KV of running requests", "yellow"),
     "c": ("cached KV", "green"),
     ".": ("free", "bright_black"),
 }
-EXPERTS = {
+EXPERTS: Kinds = {
     "r": ("in a frame", "cyan"),
     "a": ("there ahead of use", "green"),
     "l": ("on its way", "magenta"),
@@ -117,9 +119,9 @@ def frames(drawn: Map, *, width: int) -> Text:
     """The map of the arena; where it is large a letter stands for several frames, most of which are that."""
     letters = squeeze(drawn.frames, MAX_FRAME_ROWS * width)
     each = ceil_div(len(drawn.frames), max(1, len(letters)))
-    text = Text(f"\nFrames ({each} a letter): " if each > 1 else "\nFrames: ")
-    for letter, (name, style) in FRAMES.items():
-        text.append(entry(f"{letter} {name}", drawn.frames.count(letter)), style=style)
+    text = Text(f"\nFrames, {each} a letter\n" if each > 1 else "\nFrames\n")
+    counts = {letter: drawn.frames.count(letter) for letter in FRAMES}
+    text.append_text(legend(FRAMES, counts, width=width))
     for start in range(0, len(letters), width):
         text.append("\n")
         for letter in letters[start : start + width]:
@@ -134,9 +136,9 @@ def experts(drawn: Map, *, width: int) -> Text:
     rows = ceil_div(len(drawn.residency), MAX_EXPERT_ROWS)
     columns = ceil_div(len(drawn.residency[0]), max(1, width - 5))
     measure = "share of recent steps" if drawn.heat_is == "share" else "rank by use"
-    text = Text(f"\nExperts by layer, as high as their {measure}: ")
-    for letter, (name, style) in EXPERTS.items():
-        text.append(entry(name, sum(row.count(letter) for row in drawn.residency)), style=style)
+    text = Text(f"\nExperts by layer, as high as their {measure}\n")
+    counts = Counter("".join(drawn.residency))
+    text.append_text(legend(EXPERTS, counts, width=width))
     for first in range(0, len(drawn.residency), rows):
         text.append(f"\n{first:4} ", style="bright_black")
         for left in range(0, len(drawn.residency[0]), columns):
@@ -144,6 +146,20 @@ def experts(drawn: Map, *, width: int) -> Text:
             heats = [row[left : left + columns] for row in drawn.heat[first : first + rows]]
             hottest = max(int(digit, 36) for heat in heats for digit in heat)
             text.append(block(hottest / 35), style=EXPERTS[most_common("".join(states))][1])
+    return text
+
+
+def legend(kinds: Kinds, counts: Mapping[str, int], *, width: int) -> Text:
+    """Names and counts; lines break between entries."""
+    text, column = Text(), 0
+    for letter, (name, style) in kinds.items():
+        sign = f"{letter} " if kinds is FRAMES else ""
+        entry = f"{sign}{name} {counts.get(letter, 0)}"
+        if column and column + len(entry) > width:
+            text.append("\n")
+            column = 0
+        text.append(entry + "  ", style=style)
+        column += len(entry) + 2
     return text
 
 
@@ -174,11 +190,6 @@ def block(share: float) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- words
-
-
-def entry(name: str, count: int) -> str:
-    """Of a legend: lines break between entries alone."""
-    return f"{name} {count}".replace(" ", "\u00a0") + "  "
 
 
 def lately(rates: Rates | None) -> dict[str, float | None]:

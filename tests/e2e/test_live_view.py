@@ -18,14 +18,14 @@ from forking import run_in_fork
 from serving import Server, running_server
 
 from sglmoe.demo_model import DEMO_MODEL
-from sglmoe.live_view import routes
+from sglmoe.live_view import state as schema
 from sglmoe.live_view.state import LiveState
 
 pytestmark = pytest.mark.usefixtures("preloaded")
 
 KEY = "a-secret"
 NUM_LAYERS, NUM_EXPERTS = 6, 32
-PAGE_FILE = Path(routes.__file__).with_name("page.html")
+PAGE_FILE = Path(schema.__file__).with_name("page.html")
 DEADLINE_SECONDS = 60.0
 WATCHDOG_SECONDS = 8
 FLAGS = (

@@ -101,7 +101,7 @@ def test_no_server_and_no_url_are_told_apart(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(SystemExit, match=r"no server answers at http://127.0.0.1:1 .*--url"):
         run(monkeypatch, "--once", "--url", "http://127.0.0.1:1")
     with pytest.raises(SystemExit, match="not a URL"):
-        run(monkeypatch, "--url", "localhost")
+        run(monkeypatch, "--url", "localhost:30000")
 
 
 def test_a_server_that_goes_away_is_waited_for(server: Server) -> None:
