@@ -1,4 +1,4 @@
-"""What people see of a running server. Made when somebody asks: nothing is kept up for it, and the worker asked only then."""
+"""What people see of a running server. Made when somebody asks, and only then is the worker asked."""
 
 import asyncio
 import logging
