@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from socket import socketpair
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from sglmoe.config import (
@@ -88,14 +89,17 @@ def serve(server_args: Any, config: EngineConfig, shutdown_seconds: float) -> No
     from sglang.srt.entrypoints.http_server import launch_server
 
     from sglmoe.graceful_stop import with_limit
+    from sglmoe.live_view.routes import add_routes
     from sglmoe.preparation import detokenizer_entry, scheduler_entry
 
     keep_start_method()
+    ours, viewers = socketpair()
+    add_routes(ours)
     try:
         launch_server(
             server_args,
             init_tokenizer_manager_func=with_limit(shutdown_seconds),
-            run_scheduler_process_func=scheduler_entry(config),
+            run_scheduler_process_func=scheduler_entry(config, viewers),
             run_detokenizer_process_func=detokenizer_entry(),
         )
     except RuntimeError as error:

@@ -5,6 +5,7 @@ One of the files that know sglang.
 
 import os
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import msgspec
@@ -58,10 +59,16 @@ def check_prompts_can_be_cut(server_args: Any) -> None:
         raise itl_target_with_determinism()
 
 
-def scheduler_entry(config: EngineConfig) -> ChildEntry:
-    """What sglang runs in place of its scheduler process."""
+def scheduler_entry(config: EngineConfig, viewers: socket | None = None) -> ChildEntry:
+    """What sglang runs in place of its scheduler process. `viewers`: see `run_scheduler`."""
     worker = ChildEntry("sglmoe.worker.process", "run_worker")
-    return ChildEntry("sglmoe.scheduler.process", "run_scheduler", config=config, run_worker=worker)
+    return ChildEntry(
+        "sglmoe.scheduler.process",
+        "run_scheduler",
+        config=config,
+        run_worker=worker,
+        viewers=viewers,
+    )
 
 
 def detokenizer_entry() -> ChildEntry:

@@ -6,6 +6,7 @@ evicted.
 """
 
 import math
+from collections.abc import Iterable
 from enum import Enum
 
 import msgspec
@@ -179,6 +180,12 @@ class Frames:
     def expert(self, frame: int) -> tuple[int, int]:
         """The (layer, expert) that owns an EXPERT frame."""
         return self._experts[frame]
+
+    def free_frames(self) -> Iterable[int]:
+        return self._free
+
+    def expert_frames(self) -> Iterable[int]:
+        return self._experts
 
     def take_for_expert(self, layer: int, expert: int) -> int:
         """Turn a free frame, of which there must be one, into EXPERT(layer, expert)."""

@@ -80,6 +80,11 @@ class HostTier:
         """Whether a block holds the expert at this moment."""
         return bool(self._block_of[layer, expert] != ABSENT)
 
+    def held(self) -> npt.NDArray[np.bool_]:
+        """`holds` of all experts: bool `[num_layers, num_experts]`."""
+        held: npt.NDArray[np.bool_] = self._block_of != ABSENT
+        return held
+
     def count_disk_read(self, layer: int, expert: int, num_bytes: int) -> None:
         """A missed expert was not here and has been read from the checkpoint."""
         with self._lock:

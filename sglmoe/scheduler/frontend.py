@@ -20,6 +20,7 @@ from sglang.srt.utils.network import get_zmq_socket
 from sglmoe.config import EngineConfig
 from sglmoe.errors import requests, sglang_words
 from sglmoe.errors.user_error import UserError
+from sglmoe.live_view.state import LiveState
 from sglmoe.protocol import WorkerReady
 from sglmoe.scheduler.finish import aborted, failed, is_our_fault
 from sglmoe.scheduler.frontend_control import Control, startup_time
@@ -27,6 +28,7 @@ from sglmoe.scheduler.frontend_metrics import Metrics
 from sglmoe.scheduler.frontend_output import abort_message, build_batch, is_due, take_delta
 from sglmoe.scheduler.frontend_request import refused, translate
 from sglmoe.scheduler.frontend_setup import load_text_side, scheduler_settings
+from sglmoe.scheduler.live_state import LiveStates
 from sglmoe.scheduler.report import Restarts, StepReport
 from sglmoe.scheduler.request import Request
 from sglmoe.scheduler.scheduler import Scheduler
@@ -78,7 +80,17 @@ class Frontend:
             ready=ready,
             to_detokenizer=self._to_detokenizer,
         )
+        self._live_states = LiveStates(
+            scheduler=self._scheduler,
+            totals=self._metrics.totals,
+            model=get_serving().served_model_name,
+            clock=time.perf_counter,
+        )
         return self._scheduler
+
+    async def live_state(self) -> LiveState:
+        """What people see who look now."""
+        return await self._live_states.now(worker_pid=self._control.ready.pid)
 
     def ready_message(self, ready: WorkerReady) -> dict[str, Any]:
         """What SGLang's launcher waits for."""

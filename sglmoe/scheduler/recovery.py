@@ -40,6 +40,11 @@ class Recovery:
         self._lost_at = 0.0
         self._num_in_vain = 0
 
+    @property
+    def lost_seconds(self) -> float:
+        """For how long there has been no worker; 0 while one serves."""
+        return self._clock() - self._lost_at if self.is_under_way else 0.0
+
     def begin(self, cause: str, *, num_suspects: int, num_waiting: int) -> None:
         """The worker is lost, at work for `num_suspects` requests; `num_waiting` need another one."""
         self.is_under_way = True

@@ -17,11 +17,10 @@ from sglmoe.protocol import (
     FromWorker,
     Limits,
     MemorySnapshot,
-    Profile,
-    RecordRouting,
     RequestReady,
     RowResult,
     StepResult,
+    WorkerCall,
     WorkerFailed,
     WorkerProgress,
     WorkerReady,
@@ -140,7 +139,7 @@ class Scheduler:
         await self._until(lambda: self.planner.settled)
         return await self.ask_worker(FlushCache(-1))
 
-    async def ask_worker(self, request: FlushCache | Profile | RecordRouting) -> CallDone:
+    async def ask_worker(self, request: WorkerCall) -> CallDone:
         """Pass it on and wait for the answer; its call_id is replaced."""
         if self.recovery.is_under_way:
             return CallDone(-1, success=False, message=str(requests.worker_being_replaced()))

@@ -46,6 +46,7 @@ class Loaded(msgspec.Struct, frozen=True):
     runner: Any  # sglang's ModelRunner
     experts: PagedExperts
     memory: MemoryManager
+    tier: HostTier
     geometry: Geometry
     dense_bytes: int
     floor_frames: int
@@ -132,7 +133,7 @@ def load_model(
     arena = torch.empty(geometry.arena_bytes, dtype=torch.uint8, device=runner.device)
     # One token's experts: below that a decode step of a single request would need several waves.
     floor = runner.model_config.hf_text_config.num_experts_per_tok if experts.shape else 0
-    memory = manage(arena, geometry, experts, floor_frames=floor, config=config)
+    memory, tier = manage(arena, geometry, experts, floor_frames=floor, config=config)
     kv.move_to(arena, geometry.page_tokens)
     if experts.shape:
         experts.attach(arena, geometry, frame_table=memory.frame_table, waves=memory.waves)
@@ -144,6 +145,7 @@ def load_model(
         runner=runner,
         experts=experts,
         memory=memory,
+        tier=tier,
         dense_bytes=dense_bytes,
         geometry=geometry,
         floor_frames=floor,
@@ -241,7 +243,7 @@ def manage(
     *,
     floor_frames: int,
     config: EngineConfig,
-) -> MemoryManager:
+) -> tuple[MemoryManager, HostTier]:
     """The owner of the arena, and below it host memory, which fills in the background from now on."""
     num_layers = len(experts.layer_ids)
     num_experts = experts.shape.num_experts if experts.shape else 0
@@ -280,7 +282,7 @@ def manage(
             heat=lambda: memory.expert_demand,
             residents=lambda: memory.frame_table != ABSENT,
         ).start()
-    return memory
+    return memory, tier
 
 
 def expert_copiers(

@@ -32,12 +32,15 @@ from sglmoe.protocol import (
     FlushCache,
     FromWorker,
     Limits,
+    MemoryMap,
     Profile,
     RecordRouting,
     RequestReady,
+    ShowMemory,
     Shutdown,
     StepPlan,
     ToWorker,
+    WorkerCall,
     WorkerFailed,
     WorkerProgress,
     WorkerReady,
@@ -105,7 +108,7 @@ def run_worker(
             pause=prefetching.pause if prefetching is not None else lambda is_paused: None,
         )
         sender.send(ready_message(loaded, model))
-        Loop(plans, sender, worker, model, recording).run()
+        Loop(plans, sender, worker, model, recording, drawing=lambda: draw(loaded)).run()
         status = 0
     except ValueError as error:  # says itself what to change
         logger.error("%s", error)
@@ -121,6 +124,10 @@ def run_worker(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # copy threads and grammar compilers must not hold the process
+
+
+def draw(loaded: Loaded) -> MemoryMap:
+    return loaded.memory.draw(loaded.tier.held())
 
 
 def first_price(loaded: Loaded) -> Price:
@@ -240,6 +247,8 @@ class Loop:
         worker: Worker,
         model: ModelRunner,
         recording: Recording,
+        *,
+        drawing: Callable[[], MemoryMap],
     ):
         self._plans = plans
         self._sender = sender
@@ -247,6 +256,7 @@ class Loop:
         self._model = model
         self._profiler = Profiler()
         self._recording = recording
+        self._drawing = drawing
 
     def run(self) -> None:
         while True:
@@ -259,9 +269,7 @@ class Loop:
             if message is not None:
                 self._handle(message)
 
-    def _handle(
-        self, message: StepPlan | AddRequests | FlushCache | Profile | RecordRouting
-    ) -> None:
+    def _handle(self, message: StepPlan | AddRequests | WorkerCall) -> None:
         match message:
             case StepPlan():
                 self._sender.send(self._worker.step(message))
@@ -276,6 +284,8 @@ class Loop:
             case RecordRouting():
                 success, text = self._recording.handle(message)
                 self._sender.send(CallDone(message.call_id, success, text))
+            case ShowMemory():
+                self._sender.send(CallDone(message.call_id, success=True, memory=self._drawing()))
             case _:
                 assert_never(message)
 
