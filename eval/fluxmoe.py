@@ -33,7 +33,7 @@ from sglmoe.memory.placement import (
     plan_placement,
 )
 from sglmoe.memory.residency import MissCurve
-from sglmoe.plan.cost_model import assumed_speeds, costs_of
+from sglmoe.plan.cost_model import GPU_LAYER_SECONDS, assumed_speeds, costs_of
 from sglmoe.plan.model_shape import ModelShape, read_model
 from sglmoe.plan.routing import expert_uses, reference_skew
 
@@ -42,7 +42,7 @@ MEMORY_OVERHEAD = Path(__file__).parent / "results" / "memory-overhead-cpu.json"
 RESIDENT_RATIO = 7 / 8  # of the layers, in the paper's vLLM-O and FluxMoE-H
 RING_LAYERS = 2
 # The link is PCIe 4.0 x16 in practice; the decoder is what the paper's figures imply for an L40.
-GPU = Machine("GPU, 25 and 250 GB/s", 25e9, 250e9, GPU_LATENCY_SECONDS)
+GPU = Machine("GPU, 25 and 250 GB/s", 25e9, 250e9, GPU_LATENCY_SECONDS, GPU_LAYER_SECONDS)
 NUM_WARM_STEPS, NUM_STEPS = 40, 40
 NUM_CYCLES = 4  # of the ring, the last of which counts
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -211,6 +211,7 @@ def sglmoe_tokens_per_second(case: Case, share: float | None) -> float:
         floor_frames=shape.floor_frames,
         slab=plan_slab_class(int(packed_ratio() * shape.expert_bytes), shape.expert_bytes),
         costs=costs,
+        compute_seconds=case.compute_seconds(num_running),
         share=share,
     )
     stall = 0.0

@@ -82,7 +82,9 @@ class PackedClass:
         self.num_slots = 0
         self._num_packed = 0
         self._victims: list[tuple[int, int]] = []  # the next to go last
-        self._wanted: list[tuple[int, int]] = []  # should be here and were not when that was planned
+        self._wanted: list[
+            tuple[int, int]
+        ] = []  # should be here and were not when that was planned
 
     def follow(self, forms: npt.NDArray[np.int8], num_slots: int, used: Values) -> None:
         """From now on experts should have these forms; those beyond the slots are dropped."""
@@ -151,11 +153,13 @@ class PackedMemory:
         floor_frames: int,
         slab: SlabClass | None,
         costs: FormCosts,
+        compute_seconds: float = 0.0,
         share: float | None = 0.0,
         keeps_ready: bool = True,
     ):
         self._slab, self._costs, self._share = slab, costs, share
         self._keeps_ready = keeps_ready
+        self._compute_seconds = compute_seconds
         self._num_frames, self._floor_frames = geometry.num_frames, floor_frames
         self._frames = Frames(geometry.num_frames)
         self._table = ExpertTable(*shape, frames=self._frames)
@@ -192,11 +196,11 @@ class PackedMemory:
         if self._keeps_ready and self._step % PLAN_STEPS == 0:
             self._plan()
         self._step += 1
-        moves = self._packed.fill()
         self._groups, hits = [], self._pager.hits
         for layer, experts in enumerate(layers):
             for _ in self._pager.waves(layer, np.asarray(experts, np.intp)):
                 pass
+        moves = self._packed.fill()  # while layers computed
         return StepCounts(self._pager.hits - hits, self._groups, len(self._packed_frames), moves)
 
     def violations(self) -> list[str]:
@@ -218,6 +222,7 @@ class PackedMemory:
             floor_frames=self._floor_frames,
             slab=self._slab,
             costs=self._costs,
+            compute_seconds=self._compute_seconds,
             packed_frames=len(self._packed_frames),
         )
         self._resize(self._fixed(now) if self._share is not None else self._planned(now))

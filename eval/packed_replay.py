@@ -1,7 +1,8 @@
 """Replay routing traces at equal bytes with experts packed, or not, in the arena and on the link.
 
-    python -m eval.packed_replay eval/traces/*.npz [--expert-frames 25%,50%,75%] [--output FILE.json]
+    python -m eval.packed_replay eval/traces/*.npz eval/traces/mixed-32.npz@2 [--expert-frames 25%,50%,75%] [--output FILE.json]
 
+TRACE@2 is a trace whose halves run at once, as twice as many requests would.
 Compared are frames alone with loads of all bytes, frames alone with packed loads, fixed shares of the arena for packed
 experts, and the share that `plan_packed_share` picks every 16 steps. Time is virtual: what a step waits for. Of the
 experts of a wave those that were packed are decoded in one go, the others come in one go, one after the other as they
@@ -23,7 +24,8 @@ from eval.oracle import LayerExperts
 from eval.packed_memory import PackedMemory, StepCounts
 from eval.replay import describe, frames_of
 from eval.servers import describe_run
-from sglmoe.memory.packed_share import FormCosts, SlabClass, plan_slab_class
+from sglmoe.memory.packed_share import MAX_RUN_FRAMES, FormCosts, SlabClass, plan_slab_class
+from sglmoe.plan.cost_model import CPU_LAYER_SECONDS, GPU_LAYER_SECONDS
 from sglmoe.prediction.trace import Trace, load_trace
 
 CODEC_SPEED = Path(__file__).parent / "results" / "codec-speed-cpu.json"
@@ -40,6 +42,7 @@ class Machine(msgspec.Struct, frozen=True):
     link_bytes_per_second: float
     decode_bytes_per_second: float
     latency_seconds: float  # of each group of loads, and of each group of decodings
+    layer_seconds: float  # to compute: what a gain is measured by
 
     def costs(self, expert_bytes: int, packed_ratio: float, *, overlap: bool) -> FormCosts:
         return FormCosts(
@@ -96,10 +99,16 @@ def machines() -> list[Machine]:
     speed = json.loads(CODEC_SPEED.read_text())["gigabytes_per_second"]
     decode = 1e9 * speed["decode in memory"]
     return [
-        Machine("CPU, page cache", 1e9 * speed["read as they are, page cache"], decode, 0.0),
-        Machine("CPU, disk", 1e9 * speed["read as they are, disk"], decode, 0.0),
-        Machine("GPU, 25 and 250 GB/s", 25e9, 250e9, GPU_LATENCY_SECONDS),
-        Machine("GPU, 50 and 1200 GB/s", 50e9, 1200e9, GPU_LATENCY_SECONDS),
+        Machine(
+            "CPU, page cache",
+            1e9 * speed["read as they are, page cache"],
+            decode,
+            0.0,
+            CPU_LAYER_SECONDS,
+        ),
+        Machine("CPU, disk", 1e9 * speed["read as they are, disk"], decode, 0.0, CPU_LAYER_SECONDS),
+        Machine("GPU, 25 and 250 GB/s", 25e9, 250e9, GPU_LATENCY_SECONDS, GPU_LAYER_SECONDS),
+        Machine("GPU, 50 and 1200 GB/s", 50e9, 1200e9, GPU_LATENCY_SECONDS, GPU_LAYER_SECONDS),
     ]
 
 
@@ -121,6 +130,7 @@ def replay(setting: Setting, system: System) -> Outcome:
         floor_frames=info.floor_frames,
         slab=setting.slab,
         costs=costs,
+        compute_seconds=info.num_layers * setting.machine.layer_seconds,
         share=system.share,
         keeps_ready=system.keeps_ready,
     )
@@ -172,13 +182,14 @@ def joined(layers: LayerExperts, num_joined: int) -> LayerExperts:
 # ------------------------------------------------------------------------------------ command line
 
 
-def settings(options: argparse.Namespace, trace: Trace) -> Iterator[tuple[list[str], Setting]]:
+def settings(
+    options: argparse.Namespace, trace: Trace, layers: LayerExperts
+) -> Iterator[tuple[list[str], Setting]]:
     """Each with its name: bytes, machine."""
-    layers = joined(trace.experts_by_layer(), options.join)
     ratio = packed_ratio_of_bf16()
     num_experts = trace.info.num_layers * trace.info.num_experts
     expert_bytes = EXPERT_BYTES[options.expert_size]
-    slab = plan_slab_class(int(ratio * expert_bytes), expert_bytes)
+    slab = plan_slab_class(int(ratio * expert_bytes), expert_bytes, max_frames=options.run_frames)
     for frames in options.expert_frames.split(","):
         for machine in machines():
             num_frames = frames_of(frames, num_experts)
@@ -218,14 +229,14 @@ def hit_table(rows: Sequence[tuple[list[str], list[Outcome]]]) -> str:
     return "\n".join(lines)
 
 
-def compact(rows: Sequence[tuple[list[str], list[Outcome]]]) -> dict[str, list[float]]:
-    """By bytes and machine: stalls in ms by system, the planned share, and hits in frames and packed with it and without."""
-    found = {}
-    for names, outcomes in rows:
-        ready, planned = outcomes[1], outcomes[-1]
+def compact(rows: Sequence[tuple[list[str], list[Outcome]]]) -> dict[str, dict[str, list[float]]]:
+    """By machine and bytes: stalls in ms by system; the planned share, and what is found in frames and packed with it."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for (frames, machine), outcomes in rows:
+        planned = outcomes[-1]
         figures = [1000 * its.stall_seconds for its in outcomes]
-        figures += [planned.packed_share, ready.hit_ratio, planned.hit_ratio, planned.packed_ratio]
-        found[", ".join(names)] = [float(f"{its:.3g}") for its in figures]
+        figures += [planned.packed_share, planned.hit_ratio, planned.packed_ratio]
+        found.setdefault(machine, {})[frames] = [float(f"{its:.3g}") for its in figures]
     return found
 
 
@@ -233,23 +244,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("traces", nargs="+", type=Path)
+    parser.add_argument("traces", nargs="+", help="files, or FILE@N")
     parser.add_argument("--expert-frames", default="25%,50%,75%")
     parser.add_argument("--expert-size", default="Qwen3-30B-A3B", choices=EXPERT_BYTES)
     parser.add_argument("--overlap", action="store_true", help="decode beside the link")
-    parser.add_argument("--join", type=int, default=1, help="parts of a trace that run at once")
+    parser.add_argument("--run-frames", type=int, default=MAX_RUN_FRAMES, help="in a run, at most")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
-    report: dict[str, dict[str, list[float]]] = {}
-    for path in options.traces:
-        trace = load_trace(path)
-        work = [*settings(options, trace)]
+    report: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for text in options.traces:
+        path, _, num_joined = text.partition("@")
+        trace = load_trace(Path(path))
+        layers = joined(trace.experts_by_layer(), int(num_joined or 1))
+        work = [*settings(options, trace, layers)]
         rows = [
             (names, [replay(setting, system) for system in SYSTEMS])
-            for names, setting in tqdm(work, path.stem, unit="setting")
+            for names, setting in tqdm(work, Path(text).stem, unit="setting")
         ]
-        print(f"\n{describe(path, trace)}\n\n{table(rows)}\n\n{hit_table(rows)}")
-        report[path.stem] = compact(rows)
+        print(f"\n{describe(Path(text), trace)}\n\n{table(rows)}\n\n{hit_table(rows)}")
+        report[Path(text).name.replace(".npz", "")] = compact(rows)
     if options.output is not None:
         columns = [
             *(its.name for its in SYSTEMS),

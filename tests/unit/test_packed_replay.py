@@ -26,7 +26,8 @@ CIRCLE = [[[step % 4]] for step in range(40)]
 
 
 def test_packed_experts_are_decoded_where_frames_would_load() -> None:
-    """Two frames. One is a run that holds four packed experts: each is loaded once, and decoded each time after."""
+    """Two frames. One is a run that holds four packed experts. The first is loaded; the others come in the background,
+    one a step, before it is their turn."""
     memory = PackedMemory(
         (1, 4),
         frames_of(2),
@@ -35,27 +36,28 @@ def test_packed_experts_are_decoded_where_frames_would_load() -> None:
         costs=COSTS,
         share=0.5,
     )
-    groups = [memory.run_step(step).groups for step in CIRCLE]
-    assert groups == [[(0, 1)]] * 4 + [[(1, 0)]] * 36
+    counts = [memory.run_step(step) for step in CIRCLE]
+    assert [its.groups for its in counts] == [[(0, 1)]] + [[(1, 0)]] * 39
+    assert [its.moves for its in counts] == [1, 1, 1] + [0] * 37
 
 
 def outcome_of(system: System, decode_bytes_per_second: float = 1e6) -> Outcome:
     """1000 bytes at 100 kB/s take 10 ms; packed they are half, and decoded in 1 ms. A group takes 0.1 ms more."""
-    machine = Machine("slow", 1e5, decode_bytes_per_second, latency_seconds=1e-4)
+    machine = Machine("slow", 1e5, decode_bytes_per_second, latency_seconds=1e-4, layer_seconds=0.0)
     setting = Setting(CIRCLE, trace_of(CIRCLE), 2, machine, 1000, SlabClass(1, 4), 0.5, False)
     return replay(setting, system)
 
 
 def test_a_step_waits_for_what_is_decoded_and_loaded() -> None:
     half = outcome_of(System("half", 0.5))
-    assert half.stall_seconds == pytest.approx((4 * 6.1e-3 + 36 * 1.1e-3) / 40)
-    assert (half.hit_ratio, half.packed_ratio, half.packed_share) == (0.0, 0.9, 0.5)
+    assert half.stall_seconds == pytest.approx((6.1e-3 + 39 * 1.1e-3) / 40)
+    assert (half.hit_ratio, half.packed_ratio, half.packed_share) == (0.0, 39 / 40, 0.5)
 
 
 def test_frames_alone_load_what_they_miss_packed_or_not() -> None:
     hits, misses, _ = policy_counts(trace_of(CIRCLE), CIRCLE, 2, MemoryPolicy.COST_AWARE)
-    as_it_is = outcome_of(System("ready", 0.0, is_link_packed=False))
-    packed = outcome_of(System("packed link", 0.0))
+    as_it_is = outcome_of(System("ready", 0.0, is_link_packed=False, keeps_ready=False))
+    packed = outcome_of(System("packed link", 0.0, keeps_ready=False))
     assert as_it_is.hit_ratio == packed.hit_ratio == hits / 40
     assert as_it_is.stall_seconds == pytest.approx(misses * 10.1e-3 / 40)
     assert packed.stall_seconds == pytest.approx(misses * 6.1e-3 / 40)
@@ -117,6 +119,7 @@ def test_with_nothing_packed_it_is_the_products_memory(steps: Steps, num_frames:
         floor_frames=1,
         slab=None,
         costs=COSTS,
+        keeps_ready=False,
     )
     counts = [memory.run_step(step) for step in layers]
     hits, misses, groups = policy_counts(trace, layers, num_frames, MemoryPolicy.COST_AWARE)

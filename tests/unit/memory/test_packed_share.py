@@ -18,6 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglmoe.memory.packed_share import (
+    MAX_CHANGE_RATIO,
+    MIN_GAIN_RATIO,
+    NEAR_RATIO,
     Form,
     FormCosts,
     PackedSnapshot,
@@ -78,11 +81,27 @@ def test_nothing_packed_is_what_the_miss_curve_says() -> None:
     assert predict_stalls(now)[0] == pytest.approx(COSTS.load_seconds * now.curve.misses(1, 6))
 
 
-def test_the_share_with_the_shortest_stall_is_taken() -> None:
+def settled(now: PackedSnapshot) -> int:
+    """Packed frames, once plans change nothing any more."""
+    while (packed := plan_packed_share(now).packed_frames) != now.packed_frames:
+        now = msgspec.structs.replace(now, packed_frames=packed)
+    return packed
+
+
+def test_the_share_with_the_shortest_stall_is_gone_to_step_by_step() -> None:
     plan = plan_packed_share(snapshot())
-    assert (plan.packed_frames, plan.num_packed) == (4, 6)
-    assert (plan.stall_seconds, plan.ready_only_seconds) == pytest.approx((0.0042, 0.006))
+    assert (plan.packed_frames, plan.num_packed) == (2, 3)  # a quarter of the frames, or one run
+    assert (plan.stall_seconds, plan.ready_only_seconds) == pytest.approx((0.0048, 0.006))
     assert plan.reason == "4 packed frames promise a stall of 4.20 ms a step, 0 of 6.00 ms"
+    assert plan_packed_share(snapshot(packed_frames=2)).packed_frames == 4
+    assert settled(snapshot()) == 4
+
+
+def test_of_nearly_equal_shares_the_smaller_is_taken() -> None:
+    """1.45 ms to decode and 8.55 to bring: 5.16 ms with a run, 5.19 with two; 1.4 and 8.6: 5.12 and 5.08."""
+    assert settled(snapshot(costs=FormCosts(0.00855, 0.00145))) == 2
+    assert predict_stalls(snapshot(costs=FormCosts(0.0086, 0.0014))).argmin() == 2
+    assert settled(snapshot(costs=FormCosts(0.0086, 0.0014))) == 2
 
 
 def test_frames_stay_for_what_is_decoded() -> None:
@@ -93,7 +112,7 @@ def test_a_slow_decoder_is_left_alone() -> None:
     """4 of 10 ms: more than the third that a packed expert is smaller by."""
     plan = plan_packed_share(snapshot(costs=FormCosts(0.006, 0.004)))
     assert plan.packed_frames == 0
-    assert plan.reason == "no share promises 5% less than 6.00 ms"
+    assert plan.reason == "no share promises steps 5% shorter, with a stall of 6.00 ms"
 
 
 def test_where_decoding_hides_behind_the_link_it_pays_earlier() -> None:
@@ -109,6 +128,12 @@ def test_a_small_gain_changes_nothing() -> None:
     # With 1 run and with 2: 4.96 and 4.64 ms, which is 6 % less; then 5.04 and 4.86, which is 4 %.
     for costs, expected in ((FormCosts(0.0088, 0.0012), 4), (FormCosts(0.0087, 0.0013), 2)):
         assert plan_packed_share(snapshot(packed_frames=2, costs=costs)).packed_frames == expected
+
+
+def test_a_gain_is_measured_by_the_step() -> None:
+    """1.8 ms less stall are 5 % of 36 ms."""
+    assert plan_packed_share(snapshot(compute_seconds=0.029)).packed_frames == 2
+    assert plan_packed_share(snapshot(compute_seconds=0.031)).packed_frames == 0
 
 
 def test_packed_frames_are_given_back_when_frames_alone_are_better_by_anything() -> None:
@@ -128,9 +153,9 @@ def test_nothing_is_packed_where_all_fit_or_nothing_gets_smaller() -> None:
 
 
 def test_the_most_used_are_ready_and_the_next_packed() -> None:
-    forms = plan_residence_forms(USES, num_ready=2, num_packed=3)
+    forms = plan_residence_forms(USES, num_ready=2, num_packed=2)
     assert forms.tolist() == [
-        [Form.READY, Form.PACKED, Form.PACKED, Form.AWAY],
+        [Form.READY, Form.AWAY, Form.PACKED, Form.AWAY],
         [Form.AWAY, Form.READY, Form.AWAY, Form.PACKED],
     ]
 
@@ -171,16 +196,29 @@ def test_any_plan_is_within_its_bounds(now: PackedSnapshot) -> None:
     assert packed <= plan.num_packed
     if now.slab is not None:
         assert plan.packed_frames * now.slab.experts == plan.num_packed * now.slab.frames
-        if plan.packed_frames not in (0, now.packed_frames // now.slab.frames * now.slab.frames):
-            assert plan.stall_seconds == pytest.approx(predict_stalls(now).min())
+        change = max(now.slab.frames, MAX_CHANGE_RATIO * now.num_frames)
+        if plan.packed_frames:
+            assert abs(plan.packed_frames - now.packed_frames) <= change + now.slab.frames or (
+                now.packed_frames > now.num_frames
+            )
 
 
 @given(snapshots())
 @settings(derandomize=True, database=None)
-def test_a_plan_that_was_carried_out_stays(now: PackedSnapshot) -> None:
-    first = plan_packed_share(now)
-    again = plan_packed_share(msgspec.structs.replace(now, packed_frames=first.packed_frames))
-    assert again.packed_frames == first.packed_frames
+def test_plans_settle_where_nothing_is_to_be_gained(now: PackedSnapshot) -> None:
+    now = msgspec.structs.replace(now, packed_frames=0)
+    packed = 0
+    for _ in range(40):
+        packed = plan_packed_share(now).packed_frames
+        now = msgspec.structs.replace(now, packed_frames=packed)
+    plan = plan_packed_share(now)
+    assert plan.packed_frames == packed
+    assert plan.stall_seconds <= plan.ready_only_seconds
+    if now.slab is not None and now.num_frames < now.curve.num_experts:
+        # It stops where the shortest, or what is nearly as short, is no gain.
+        assert plan.stall_seconds * (1 - MIN_GAIN_RATIO) <= predict_stalls(now).min() * (
+            1 + NEAR_RATIO
+        )
 
 
 @given(snapshots())
