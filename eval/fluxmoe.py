@@ -43,7 +43,8 @@ RESIDENT_RATIO = 7 / 8  # of the layers, in the paper's vLLM-O and FluxMoE-H
 RING_LAYERS = 2
 # The link is PCIe 4.0 x16 in practice; the decoder is what the paper's figures imply for an L40.
 GPU = Machine("GPU, 25 and 250 GB/s", 25e9, 250e9, GPU_LATENCY_SECONDS, GPU_LAYER_SECONDS)
-NUM_WARM_STEPS, NUM_STEPS = 40, 40
+NUM_WARM_STEPS, NUM_STEPS = 64, 16  # the share is planned every 16 steps, in steps of a quarter
+CONTEXT_TOKENS = 1024
 NUM_CYCLES = 4  # of the ring, the last of which counts
 BATCHES = (1, 8, 32, 64, 128, 256)
 
@@ -332,25 +333,22 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
-    qwen, mixtral = (
-        read_model("", device="cuda", config_file=MODELS / f"{name}.json").shape
-        for name in ("qwen3-30b-a3b", "mixtral-8x7b")
-    )
+    config = MODELS / "mixtral-8x7b.json"
+    shape = read_model("sizes/mixtral-8x7b", device="cuda", config_file=config).shape
     report: dict[str, Any] = {}
-    for name, case in {
-        "1: Qwen3-30B-A3B, 1.15 of its experts' bytes, context 1024": (qwen, 1.15, 1024),
-        "2: Mixtral-8x7B, 0.95, context 1024": (mixtral, 0.95, 1024),
-        "2: Qwen3-30B-A3B, 0.5, context 512": (qwen, 0.5, 512),
-    }.items():
-        rows = throughput(*case)
+    for experiment, memory_ratio in (("1", 1.15), ("2", 0.95), ("2", 0.5)):
+        name = f"{experiment}: memory of {memory_ratio:.0%} of the experts' bytes"
+        rows = throughput(shape, memory_ratio, CONTEXT_TOKENS)
         print(f"\n{name}: tokens/s\n\n{table(rows)}")
         report[name] = {
             system: [float(f"{its:.3g}") for its in row] for system, row in rows.items()
         }
-    steps = adaptation(mixtral, 0.95, 64, range(1024, 4097, 512))
+    steps = adaptation(shape, 0.95, 64, range(512, 4097, 512))
     print("\n3: " + "\n".join(map(str, steps)))
-    report["3: Mixtral-8x7B, 64 requests"] = [its._asdict() for its in steps]
-    report["4"] = paging_overhead(qwen)
+    report["3: memory of 95%, 64 requests"] = [
+        [float(f"{figure:.4g}") for figure in its] for its in steps
+    ]
+    report["4"] = paging_overhead(shape)
     print(f"\n4: {report['4']}")
     if options.output is not None:
         options.output.write_text(

@@ -267,8 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
         columns = [
             *(its.name for its in SYSTEMS),
             "planned share",
-            "hits ready-only",
-            "hits",
+            "in frames",
             "packed",
         ]
         options.output.write_text(
