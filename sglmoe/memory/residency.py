@@ -67,11 +67,16 @@ class MissCurve:
 
     def __init__(self, uses: ExpertUses):
         probability = np.minimum(uses.probability.ravel(), MAX_PROBABILITY)
-        self._num_layers = uses.probability.shape[0]
+        self.num_layers = uses.probability.shape[0]
         self.num_experts = probability.size  # of all layers
         # log(1 - q), the experts that are used most first: [num_layers * num_experts]. float32:
         # numpy's exp is four times as fast then, and an error of 1e-7 of an expert is none.
         self._log_unused = np.sort(np.log(1 - probability.astype(np.float32))) / uses.num_running
+
+    def used(self, num_running: float) -> npt.NDArray[np.float32]:
+        """How likely a step of so many requests uses each expert, the most likely first: `[num_experts]`."""
+        used: npt.NDArray[np.float32] = 1 - np.exp(np.float32(num_running) * self._log_unused)
+        return used
 
     def misses(self, num_running: float, frames: int, *, correction: float = 1.0) -> float:
         """Expected number of experts to load in a step; corrected, but not more than are used.
@@ -79,9 +84,9 @@ class MissCurve:
         Those used most are resident, but for the frames that loaded ones pass through: as many as
         a layer loads at a time.
         """
-        used = 1 - np.exp(np.float32(num_running) * self._log_unused)
+        used = self.used(num_running)
         beyond = float(used[frames:].sum())
-        passing = min(frames, ceil(beyond / self._num_layers))
+        passing = min(frames, ceil(beyond / self.num_layers))
         misses = beyond + float(used[frames - passing : frames].sum())
         return (
             min(correction * misses, float(used.sum())) if correction > 1 else correction * misses
