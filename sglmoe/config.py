@@ -186,8 +186,8 @@ def parse_fill_passes(text: str | None) -> bool:
 
 def parse_expert_affinity(text: str | None) -> bool:
     """Read ``"on"`` or ``"off"``, the default. Raises ValueError."""
-    if text not in (None, "on", "off"):
-        raise ValueError(f"--expert-affinity: {text!r} is none of on, off")
+    if text is not None and text not in (ON, OFF):
+        raise not_a_choice(flag="--expert-affinity", given=text, choices=(ON, OFF))
     return text == "on"
 
 

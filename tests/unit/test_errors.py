@@ -247,6 +247,8 @@ def test_no_entry_would_fit_every_message() -> None:
 ELSEWHERE = {
     ("units.py", "ValueError"): "the end of a message: not_a_size puts the flag before it",
     ("memory/store.py", "ValueError"): "an assertion: loaders know no other tensors",
+    ("memory/placement.py", "ValueError"): "an assertion: whoever plans has added up the room",
+    ("scheduler/halves.py", "ValueError"): "an assertion: nobody halves a single request",
     ("scheduler/planner.py", "ValueError"): "an assertion on what the worker sends",
     ("scheduler/scheduler.py", "WorkerLost"): "an assertion on what the worker sends",
     ("scheduler/worker_client.py", "WorkerLost"): "an assertion on what the worker sends",
