@@ -1,4 +1,4 @@
-"""What predicting costs a step: with the predictor thread, against the same step without.
+"""What predicting costs a step: with the predictor's process, against the same step without.
 
     python -m eval.prediction_overhead --output eval/results/prediction-overhead-cpu.json
 
@@ -6,13 +6,14 @@ A step is a made-up forward pass: each layer is a few matrix products that let g
 `--layer-seconds` together; memory and prefetching are called as the model calls them, loads bring
 nothing and take no time. Routing is made up too: experts with unequal chances, and tokens that choose
 two thirds of their experts again. Steps with and without take turns, `--window` at a time, and the
-ratio is of neighbours. On one core or a busy machine the thread's CPU time is the better figure: it is
-what a step is longer by where no core is left for it.
+ratio is of neighbours. On one core or a busy machine the predictor's CPU time counts too: it is what a
+step is longer by where no core is left for it.
 """
 
 import argparse
 import json
-import threading
+import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -21,18 +22,23 @@ from statistics import median
 
 import msgspec
 import numpy as np
+import psutil
 import torch
+import zmq
 from tqdm import tqdm
 
 from eval.servers import describe_run
 from sglmoe.config import PrefetchMode
 from sglmoe.memory.arena import plan_geometry
-from sglmoe.memory.experts import Load
+from sglmoe.memory.experts import ABSENT, Load
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.prefetch import Arrival
 from sglmoe.memory.step_times import StepTimes
 from sglmoe.prediction.advisor import AUDITION_STEPS
 from sglmoe.prediction.predictor import ModelParts
+from sglmoe.predictor.listener import SentEmbeddings
+from sglmoe.predictor.process import PROCESS_NAME, start_predictor
+from sglmoe.transport import make_socket_directory
 from sglmoe.worker.predictors import Sources, make_advisor
 from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.request import WorkerRequest
@@ -55,7 +61,7 @@ class Figures(msgspec.Struct, frozen=True):
     step_seconds: float  # median of windows, without
     ratio: float  # median over pairs of windows: with, as a share of without
     ratios: list[float]
-    thread_ratio: float  # the predictor thread's CPU time, as a share of a step without
+    predictor_ratio: float  # the predictor's CPU time, as a share of a step without
     main_ratio: float  # what the forward pass's thread spends in its calls
     skipped_steps: int
 
@@ -193,9 +199,19 @@ def start_prefetching(model: Model, predictor: str, layer_seconds: float) -> Pre
     times.note_decode(options.batch, options.layers * layer_seconds)
     parts = ModelParts(options.layers, options.experts, options.top_k)
     sources = Sources(parts, router=None, vocab_size=0, folder=Path("nowhere"))
+    frame_table = np.full_like(model.memory.frame_table, ABSENT)
+    directory = make_socket_directory()
+    client = start_predictor(
+        make_advisor(predictor, sources, frame_table=frame_table),
+        frame_table,
+        SentEmbeddings(HIDDEN),
+        context=zmq.Context.instance(),
+        directory=directory,
+    )
+    shutil.rmtree(directory)
     return Prefetching(
         model.memory,
-        make_advisor(predictor, sources, frame_table=model.memory.frame_table),
+        client,
         mode=PrefetchMode(options.mode),
         times=times,
         first_load_seconds=0.0,
@@ -208,14 +224,14 @@ def measure(options: argparse.Namespace, predictor: str, layer_seconds: float) -
     prefetching = start_prefetching(model, predictor, layer_seconds)
     for _ in range(options.warmup):
         model.step(work, prefetching)
-    pairs, thread_seconds, model.main_seconds = [], 0.0, 0.0
+    pairs, predictor_seconds, model.main_seconds = [], 0.0, 0.0
     for _ in range(options.rounds):
-        model.step(work, None)  # meanwhile the thread catches up
+        model.step(work, None)  # meanwhile the predictor catches up
         without = [model.step(work, None) for _ in range(options.window)]
         model.step(work, prefetching)
-        before = thread_cpu_seconds()
+        before = predictor_cpu_seconds()
         together = [model.step(work, prefetching) for _ in range(options.window)]
-        thread_seconds += thread_cpu_seconds() - before
+        predictor_seconds += predictor_cpu_seconds() - before
         pairs.append((median(without), median(together)))
     prefetching.close()
     step_seconds = median(without for without, _ in pairs)
@@ -226,28 +242,28 @@ def measure(options: argparse.Namespace, predictor: str, layer_seconds: float) -
         step_seconds=step_seconds,
         ratio=median(together / without for without, together in pairs),
         ratios=[round(together / without, 4) for without, together in pairs],
-        thread_ratio=thread_seconds / num_steps / step_seconds,
+        predictor_ratio=predictor_seconds / num_steps / step_seconds,
         main_ratio=model.main_seconds / (num_steps + options.rounds) / step_seconds,
         skipped_steps=prefetching.num_skipped_steps,
     )
 
 
-def thread_cpu_seconds() -> float:
-    """Of the predictor thread, since it began."""
-    (thread,) = (its for its in threading.enumerate() if its.name == "expert-predictor")
-    assert thread.ident is not None
-    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+def predictor_cpu_seconds() -> float:
+    """Of the predictor's process, since it began; the kernel counts hundredths."""
+    [process] = (its for its in multiprocessing.active_children() if its.name == PROCESS_NAME)
+    times = psutil.Process(process.pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def table(found: Sequence[Figures]) -> str:
     lines = [
-        f"{'predictor':16s} layer ms  step ms  with/without (extremes)      thread    main  skipped"
+        f"{'predictor':16s} layer ms  step ms  with/without (extremes)   predictor    main  skipped"
     ]
     for its in found:
         extremes = f"({min(its.ratios):.3f} to {max(its.ratios):.3f})"
         lines.append(
             f"{its.predictor:16s} {1e3 * its.layer_seconds:8.1f} {1e3 * its.step_seconds:8.1f}  "
-            f"{its.ratio:.3f} {extremes:20s} {its.thread_ratio:9.1%} {its.main_ratio:7.1%} {its.skipped_steps:6d}"
+            f"{its.ratio:.3f} {extremes:20s} {its.predictor_ratio:9.1%} {its.main_ratio:7.1%} {its.skipped_steps:6d}"
         )
     return "\n".join(lines)
 

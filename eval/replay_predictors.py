@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sglmoe.prediction.baselines import Frequency
+from sglmoe.prediction.baselines import Frequency, LastStep
 from sglmoe.prediction.forecast import Forecast, calibrated
 from sglmoe.prediction.hybrid_command import read_embeddings
 from sglmoe.prediction.predictor import LayerRouting, ModelParts, Predictor, Scores, StepTokens
@@ -74,6 +74,30 @@ def with_errors(uses: npt.NDArray[np.bool_], share_right: float) -> npt.NDArray[
     return named | swapped_in
 
 
+class NextPlan(LastStep):
+    """`last_step`, but after the last layer it is told who is in the next step: that plan is with the worker already."""
+
+    def __init__(self, trace: Trace):
+        info = trace.info
+        super().__init__(ModelParts(info.num_layers, info.num_experts, info.top_k))
+        self._trace = trace
+        self._step = -1
+
+    def begin_step(self, tokens: StepTokens) -> None:
+        self._step += 1
+        super().begin_step(tokens)
+
+    def observe(self, routing: LayerRouting) -> None:
+        super().observe(routing)
+        if (
+            routing.layer + 1 == self._trace.info.num_layers
+            and self._step + 1 < self._trace.num_steps
+        ):
+            start, stop = self._trace.step_bounds[self._step + 1 : self._step + 3].tolist()
+            owners = set(self._trace.owners[start:stop].tolist())
+            self._scores = self._scores_of([its for its in self._experts if its in owners])
+
+
 class AlwaysWrong:
     """Is sure of all that the step will not use."""
 
@@ -137,6 +161,7 @@ BOUNDS: dict[str, Callable[[Trace], Predictor]] = {
     "oracle_next_step": lambda trace: Foreseen(trace, knows_next_step=True),
     "oracle_80": lambda trace: Foreseen(trace, knows_next_step=False, share_right=0.8),
     "oracle_50": lambda trace: Foreseen(trace, knows_next_step=False, share_right=0.5),
+    "next_plan": NextPlan,
     "adversarial": AlwaysWrong,
     "adversarial_believed": AlwaysWrong,
 }

@@ -177,7 +177,7 @@ class Planner:
 
 
 class ServersPrefetcher:
-    """What the server does, if its predictor thread needs no time."""
+    """What the server does, if its predictor needs no time."""
 
     def __init__(self, advisor: Advisor, setting: Setting, *, memory: MemoryManager):
         self._memory = memory

@@ -51,6 +51,11 @@ class Server:
             raise
         self.start_seconds = time.perf_counter() - started
 
+    @property
+    def pid(self) -> int:
+        """The launcher's, and the number of the process group that all of the server's processes are in."""
+        return self._process.pid
+
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sglmoe.errors import checkpoints
+
 INDEX_FILE = "model.safetensors.index.json"
 # The format's own limit for the JSON header of a safetensors file.
 MAX_HEADER_BYTES = 100_000_000
@@ -12,7 +14,7 @@ MAX_HEADER_BYTES = 100_000_000
 def check_checkpoint(folder: Path) -> None:
     """Raise ValueError, naming the file, where a checkpoint is missing something, truncated or not JSON."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder with a checkpoint")
+        raise checkpoints.not_a_checkpoint(folder=folder)
     read_json(folder / "config.json")
     for shard in find_shards(folder):
         check_shard(shard)
@@ -24,11 +26,11 @@ def find_shards(folder: Path) -> list[Path]:
     if not index.exists():
         shards = sorted(folder.glob("*.safetensors"))
         if not shards:
-            raise ValueError(f"{folder} has no *.safetensors files; convert the checkpoint")
+            raise checkpoints.no_safetensors(folder=folder)
         return shards
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map; download it again")
+        raise checkpoints.no_weight_map(path=index)
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
@@ -38,21 +40,19 @@ def check_shard(path: Path) -> None:
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     size_bytes, expected_bytes = path.stat().st_size, start + end
     if size_bytes != expected_bytes:
-        raise ValueError(
-            f"{path} has {size_bytes} bytes and should have {expected_bytes}; download it again"
-        )
+        raise checkpoints.wrong_size(path=path, size=size_bytes, expected=expected_bytes)
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """The tensors of a safetensors file: name -> dtype, shape and `data_offsets`, which count from the byte that is
     returned too. Raises ValueError naming the file."""
     if not path.exists():
-        raise ValueError(f"{path} is missing; download it")
+        raise checkpoints.missing_file(path=path)
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         if size_bytes < 8 or header_bytes > min(size_bytes - 8, MAX_HEADER_BYTES):
-            raise ValueError(f"{path} is truncated or no safetensors file; download it again")
+            raise checkpoints.truncated_file(path=path)
         header = _parse(file.read(header_bytes), path)
     return {name: its for name, its in header.items() if name != "__metadata__"}, 8 + header_bytes
 
@@ -62,14 +62,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return _parse(path.read_bytes(), path)
     except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+        raise checkpoints.unreadable_file(path=path, why=str(error.strerror)) from None
 
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+        raise checkpoints.not_json(path=path, why=str(error)) from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; download it again")
+        raise checkpoints.no_json_object(path=path)
     return value

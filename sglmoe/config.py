@@ -8,7 +8,19 @@ from enum import Enum
 
 import msgspec
 
-from sglmoe.units import parse_bytes, show_bytes
+from sglmoe.errors.options import (
+    more_than_there_is,
+    not_a_choice,
+    not_a_share,
+    not_a_size,
+    not_seconds,
+    not_seconds_above_0,
+    together_more_than_there_is,
+    ttft_target_without_filling,
+    unknown_packed_experts,
+    unknown_predictor,
+)
+from sglmoe.units import parse_bytes
 
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 
@@ -66,6 +78,7 @@ class Options(msgspec.Struct, frozen=True):
     expert_prefetch: str | None = None
     expert_predictor: str | None = None
     fill_passes: str | None = None
+    expert_affinity: str | None = None
     ttft_target: str | None = None
     itl_target: str | None = None
     shutdown_timeout: str | None = None  # the server's; an engine has none
@@ -84,6 +97,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     expert_prefetch: PrefetchMode = PrefetchMode.OFF
     expert_predictor: str = AUTO  # a name, a trained predictor's file, or AUTO
     fill_passes: bool = False  # collect prompts where each pass over them pays for its experts
+    expert_affinity: bool = False  # admit requests that share tokens with those that run
     ttft_target_seconds: float | None = None  # to the first token; bounds the collecting
     itl_target_seconds: float | None = None  # between tokens; bounds what runs together
     packed_experts: str = AUTO  # OFF, ON, AUTO, or the folder they are in
@@ -98,11 +112,11 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
     budget_bytes = _budget_bytes(options.memory_budget, machine)
     host_bytes = _host_bytes(options.host_memory, machine)
     if not machine.has_gpu and budget_bytes + host_bytes > machine.host_bytes:
-        by_default = "" if options.memory_budget else " (the default)"
-        raise ValueError(
-            f"--memory-budget of {show_bytes(budget_bytes)}{by_default} and --host-memory of "
-            f"{show_bytes(host_bytes)} together are more than the {show_bytes(machine.host_bytes)} "
-            "there are; ask for less of either"
+        raise together_more_than_there_is(
+            budget_bytes=budget_bytes,
+            host_bytes=host_bytes,
+            whole_bytes=machine.host_bytes,
+            is_default_budget=not options.memory_budget,
         )
     return EngineConfig(
         memory_budget_bytes=budget_bytes,
@@ -114,6 +128,7 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
         expert_prefetch=parse_expert_prefetch(options.expert_prefetch),
         expert_predictor=parse_expert_predictor(options.expert_predictor),
         fill_passes=parse_fill_passes(options.fill_passes),
+        expert_affinity=parse_expert_affinity(options.expert_affinity),
         ttft_target_seconds=parse_ttft_target(options.ttft_target, options.fill_passes),
         itl_target_seconds=parse_target("--itl-target", options.itl_target),
         packed_experts=parse_packed_experts(options.packed_experts),
@@ -124,14 +139,14 @@ def parse_expert_prefetch(text: str | None) -> PrefetchMode:
     """Read ``"on"``. Raises ValueError."""
     modes = {mode.value: mode for mode in PrefetchMode}
     if text is not None and text not in modes:
-        raise ValueError(f"--expert-prefetch: {text!r} is none of {', '.join(modes)}")
+        raise not_a_choice(flag="--expert-prefetch", given=text, choices=list(modes))
     return PrefetchMode.OFF if text is None else modes[text]
 
 
 def parse_memory_planner(text: str | None) -> bool:
     """Read ``"on"``, the default, or ``"off"``. Raises ValueError."""
-    if text not in (None, "on", "off"):
-        raise ValueError(f"--memory-planner: {text!r} is none of on, off")
+    if text is not None and text not in (ON, OFF):
+        raise not_a_choice(flag="--memory-planner", given=text, choices=(ON, OFF))
     return text != "off"
 
 
@@ -143,13 +158,13 @@ def parse_memory_policy(text: str | None) -> tuple[MemoryPolicy, float]:
     known = {policy.value: policy for policy in MemoryPolicy}
     policy = known.get(name)
     if policy is None or (policy is MemoryPolicy.STATIC) != bool(share):
-        choices = ", ".join([*(name for name in known if name != "static"), "static=60%"])
-        raise ValueError(f"--memory-policy: {text!r} is none of {choices}")
+        choices = [*(name for name in known if name != "static"), "static=60%"]
+        raise not_a_choice(flag="--memory-policy", given=text, choices=choices)
     if not share:
         return policy, 0.0
     match = _SHARE.fullmatch(share)
     if not match or not 0 < float(match[1]) < 100:
-        raise ValueError(f"--memory-policy: {share!r} is not a share such as 60%")
+        raise not_a_share(flag="--memory-policy", given=share)
     return policy, float(match[1]) / 100
 
 
@@ -158,26 +173,28 @@ def parse_expert_predictor(text: str | None) -> str:
     if text is None:
         return AUTO
     if text not in PREDICTORS and not text.endswith(".json"):
-        raise ValueError(
-            f"--expert-predictor: {text!r} is none of {', '.join(PREDICTORS)}, and not a trained one's .json"
-        )
+        raise unknown_predictor(given=text, known=PREDICTORS)
     return text
 
 
 def parse_fill_passes(text: str | None) -> bool:
     """Read ``"on"`` or ``"off"``, the default. Raises ValueError."""
+    if text is not None and text not in (ON, OFF):
+        raise not_a_choice(flag="--fill-passes", given=text, choices=(ON, OFF))
+    return text == "on"
+
+
+def parse_expert_affinity(text: str | None) -> bool:
+    """Read ``"on"`` or ``"off"``, the default. Raises ValueError."""
     if text not in (None, "on", "off"):
-        raise ValueError(f"--fill-passes: {text!r} is none of on, off")
+        raise ValueError(f"--expert-affinity: {text!r} is none of on, off")
     return text == "on"
 
 
 def parse_ttft_target(text: str | None, fill_passes: str | None) -> float | None:
     """Read a number of seconds, for passes that are filled. Raises ValueError."""
     if text is not None and not parse_fill_passes(fill_passes):
-        raise ValueError(
-            "--ttft-target bounds how long prompts wait for others, which they do with --fill-passes=on: "
-            "add that, or leave it out"
-        )
+        raise ttft_target_without_filling()
     return parse_target("--ttft-target", text)
 
 
@@ -190,7 +207,7 @@ def parse_target(flag: str, text: str | None) -> float | None:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise ValueError(f"{flag}: {text!r} is not a number of seconds above 0")
+        raise not_seconds_above_0(flag=flag, given=text)
     return seconds
 
 
@@ -203,7 +220,7 @@ def parse_shutdown_timeout(text: str | None) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise ValueError(f"--shutdown-timeout: {text!r} is not a number of seconds")
+        raise not_seconds(flag="--shutdown-timeout", given=text)
     return seconds
 
 
@@ -212,9 +229,7 @@ def parse_packed_experts(text: str | None) -> str:
     if text is None:
         return AUTO
     if text not in (OFF, ON, AUTO) and "/" not in text:
-        raise ValueError(
-            f"--packed-experts: {text!r} is none of off, on, auto, and no folder; write ./{text} for one"
-        )
+        raise unknown_packed_experts(given=text)
     return text
 
 
@@ -236,9 +251,7 @@ def _within(text: str, whole_bytes: int, *, flag: str) -> int:
     try:
         size_bytes = parse_bytes(text, whole_bytes=whole_bytes)
     except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from None
+        raise not_a_size(flag=flag, why=str(error)) from None
     if size_bytes > whole_bytes:
-        raise ValueError(
-            f"{flag}: {text} is more than the {show_bytes(whole_bytes)} there are; ask for less"
-        )
+        raise more_than_there_is(flag=flag, given=text, whole_bytes=whole_bytes)
     return size_bytes

@@ -21,7 +21,7 @@ class Engine(SglangEngine):
     """As `sglang.Engine`, which documents the methods, under one memory budget.
 
     `memory_budget`, `host_memory`, `memory_policy`, `memory_planner`, `expert_prefetch`, `expert_predictor`, `fill_passes`,
-    `ttft_target`, `itl_target` and `packed_experts` are what the server's flags take, such as ``"2GiB"``.
+    `expert_affinity`, `ttft_target`, `itl_target` and `packed_experts` are what the server's flags take, such as ``"2GiB"``.
     All else is sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for what can't be served.
     """
 
@@ -37,6 +37,7 @@ class Engine(SglangEngine):
         expert_prefetch: str | None = None,
         expert_predictor: str | None = None,
         fill_passes: str | None = None,
+        expert_affinity: str | None = None,
         ttft_target: str | None = None,
         itl_target: str | None = None,
         packed_experts: str | None = None,
@@ -52,6 +53,7 @@ class Engine(SglangEngine):
             expert_prefetch=expert_prefetch,
             expert_predictor=expert_predictor,
             fill_passes=fill_passes,
+            expert_affinity=expert_affinity,
             ttft_target=ttft_target,
             itl_target=itl_target,
             packed_experts=packed_experts,

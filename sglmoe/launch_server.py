@@ -7,12 +7,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from socket import socketpair
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from sglmoe.config import (
     PREDICTORS,
     EngineConfig,
     Options,
+    parse_expert_affinity,
     parse_expert_predictor,
     parse_expert_prefetch,
     parse_fill_passes,
@@ -24,6 +26,7 @@ from sglmoe.config import (
     parse_ttft_target,
 )
 from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.errors.options import did_not_start, not_a_size, usage
 from sglmoe.start_up import keep_start_method, leave_after, start_importing
 from sglmoe.units import parse_bytes
 
@@ -86,21 +89,24 @@ def serve(server_args: Any, config: EngineConfig, shutdown_seconds: float) -> No
     from sglang.srt.entrypoints.http_server import launch_server
 
     from sglmoe.graceful_stop import with_limit
+    from sglmoe.live_view.routes import add_routes
     from sglmoe.preparation import detokenizer_entry, scheduler_entry
 
     keep_start_method()
+    ours, viewers = socketpair()
+    add_routes(ours)
     try:
         launch_server(
             server_args,
             init_tokenizer_manager_func=with_limit(shutdown_seconds),
-            run_scheduler_process_func=scheduler_entry(config),
+            run_scheduler_process_func=scheduler_entry(config, viewers),
             run_detokenizer_process_func=detokenizer_entry(),
         )
     except RuntimeError as error:
         # sglang's words for a scheduler that has logged its reasons and left.
         if "died during initialization" not in str(error):
             raise
-        sys.exit(f"{PROGRAM}: the server did not start; the reason is in the log above")
+        sys.exit(f"{PROGRAM}: {did_not_start()}")
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -110,7 +116,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong and nothing else: sglang's usage alone fills three screens."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
+        raise usage(why=message)
 
 
 def our_parser() -> Parser:
@@ -183,6 +189,13 @@ def add_pass_flags(group: argparse._ArgumentGroup) -> None:
         "--enable-deterministic-inference. Default: off.",
     )
     group.add_argument(
+        "--expert-affinity",
+        metavar="on|off",
+        help="Whether, while experts have to be loaded, the next request is the one of the first 16 that wait whose prompt "
+        "shares the most tokens with those that run, as these take similar experts; nobody is overtaken more than 16 times. "
+        "With --schedule-policy fcfs. Default: off.",
+    )
+    group.add_argument(
         "--ttft-target",
         metavar="SECONDS",
         help="With --fill-passes on: collect no more prompts than lets a first token come so soon after its request. "
@@ -206,12 +219,13 @@ def read_options(argv: list[str]) -> Options:
         try:
             parse_bytes(text or "100%", whole_bytes=1)
         except ValueError as error:
-            raise ValueError(f"{flag}: {error}") from None
+            raise not_a_size(flag=flag, why=str(error)) from None
     parse_memory_policy(given.memory_policy)
     parse_memory_planner(given.memory_planner)
     parse_expert_prefetch(given.expert_prefetch)
     parse_expert_predictor(given.expert_predictor)
     parse_fill_passes(given.fill_passes)
+    parse_expert_affinity(given.expert_affinity)
     parse_ttft_target(given.ttft_target, given.fill_passes)
     parse_target("--itl-target", given.itl_target)
     parse_shutdown_timeout(given.shutdown_timeout)
@@ -224,6 +238,7 @@ def read_options(argv: list[str]) -> Options:
         expert_prefetch=given.expert_prefetch,
         expert_predictor=given.expert_predictor,
         fill_passes=given.fill_passes,
+        expert_affinity=given.expert_affinity,
         ttft_target=given.ttft_target,
         itl_target=given.itl_target,
         shutdown_timeout=given.shutdown_timeout,

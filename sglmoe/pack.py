@@ -28,6 +28,7 @@ import xxhash
 from tqdm import tqdm
 
 from sglmoe.checkpoint import find_shards, read_header
+from sglmoe.errors import checkpoints
 from sglmoe.kernels.exponent_codec.decode_cpu import decode
 from sglmoe.kernels.exponent_codec.encode import encode
 from sglmoe.kernels.exponent_codec.layout import Bytes, max_packed_bytes
@@ -120,13 +121,9 @@ def find_experts(folder: Path) -> dict[int, list[ExpertTensor]]:
                 ExpertTensor(name, kind, layer, expert, shard.resolve(), start + begin, end - begin)
             )
     if others:
-        raise ValueError(
-            f"{folder} has experts in {', '.join(sorted(others))}; only BF16 is packed"
-        )
+        raise checkpoints.only_bf16_is_packed(folder=folder, dtypes=sorted(others))
     if not layers:
-        raise ValueError(
-            f"{folder} has no experts (tensors such as layers.0.mlp.experts.0.up_proj.weight)"
-        )
+        raise checkpoints.no_experts_to_pack(folder=folder)
     return {
         layer: sorted(its, key=lambda tensor: tensor.order) for layer, its in sorted(layers.items())
     }
@@ -142,12 +139,12 @@ def is_packed(path: Path, tensors: Sequence[ExpertTensor], stamps: dict[Path, Sh
 
 
 def check_room(folder: Path, layers: dict[int, list[ExpertTensor]]) -> None:
-    needed = EXPECTED_RATIO * sum(its.num_bytes for tensors in layers.values() for its in tensors)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"{folder}: about {show_bytes(needed)} are to be written and {show_bytes(free)} are free; "
-            "make room, or choose another disk with --output"
+    all_bytes = sum(its.num_bytes for tensors in layers.values() for its in tensors)
+    needed_bytes = int(EXPECTED_RATIO * all_bytes)
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise checkpoints.no_room_to_pack(
+            folder=folder, needed_bytes=needed_bytes, free_bytes=free_bytes
         )
 
 
@@ -158,15 +155,12 @@ def only_one(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise ValueError(
-            f"{folder}: {error.strerror}; choose another folder with --output, and serve with "
-            "--packed-experts FOLDER"
-        ) from error
+        raise checkpoints.cannot_write(folder=folder, why=str(error.strerror)) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise ValueError(f"{folder}: another python -m sglmoe.pack writes there now") from error
+        raise checkpoints.packed_by_another(folder=folder) from error
     finally:
         os.close(descriptor)
 
@@ -194,9 +188,11 @@ def pack_layers(
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                raise ValueError(
-                    f"{folder}: {error.strerror}, after {number} of {len(layers)} layers, which are whole and can be "
-                    "served; make room and run this again to go on, or choose another disk with --output"
+                raise checkpoints.disk_full(
+                    folder=folder,
+                    why=str(error.strerror),
+                    num_done=number,
+                    num_layers=len(layers),
                 ) from error
 
 

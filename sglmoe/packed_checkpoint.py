@@ -21,6 +21,7 @@ import msgspec
 import xxhash
 
 from sglmoe.checkpoint import read_header
+from sglmoe.errors import checkpoints
 
 FOLDER = "packed-experts"  # in the checkpoint's own
 PATTERN = "layer-*.packed"
@@ -106,11 +107,8 @@ def read_layer(path: Path, stamps: Sequence[ShardStamp]) -> PackedLayer:
     for packed in index.shards:
         its = found.get(packed.name)
         if its != packed:
-            raise ValueError(f"{path}: {_difference(packed, its)}; {PACK_AGAIN}")
+            raise checkpoints.packed_for_another(path=path, difference=_difference(packed, its))
     return PackedLayer(path, index)
-
-
-PACK_AGAIN = "run python -m sglmoe.pack again"
 
 
 def _read_index(path: Path) -> LayerIndex:
@@ -120,24 +118,24 @@ def _read_index(path: Path) -> LayerIndex:
             file.seek(max(0, size_bytes - _TRAILER.size))
             trailer = file.read()
             if len(trailer) < _TRAILER.size or trailer[-8:-1] != MAGIC[:-1]:
-                raise ValueError(f"{path} is cut short or no file of packed experts; {PACK_AGAIN}")
+                raise checkpoints.packed_cut_short(path=path)
             offset, num_bytes, checksum, magic = _TRAILER.unpack(trailer)
             if magic != MAGIC:
-                raise ValueError(
-                    f"{path} has version {magic[-1]}, not {MAGIC[-1]}; delete it, and {PACK_AGAIN}"
+                raise checkpoints.packed_of_version(
+                    path=path, version=magic[-1], expected=MAGIC[-1]
                 )
             if offset + num_bytes + _TRAILER.size != size_bytes:
-                raise ValueError(f"{path} has lost a part of itself; delete it, and {PACK_AGAIN}")
+                raise checkpoints.packed_in_part(path=path)
             file.seek(offset)
             content = file.read(num_bytes)
     except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from error
+        raise checkpoints.unreadable_file(path=path, why=str(error.strerror)) from error
     if xxhash.xxh3_64_intdigest(content) != checksum:
-        raise ValueError(f"{path}: its index is damaged; delete it, and {PACK_AGAIN}")
+        raise checkpoints.packed_index_damaged(path=path)
     try:
         return msgspec.json.decode(content, type=LayerIndex)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{path}: {error}; delete it, and {PACK_AGAIN}") from error
+        raise checkpoints.packed_index_damaged(path=path, why=str(error)) from error
 
 
 def _difference(packed: ShardStamp, its: ShardStamp | None) -> str:

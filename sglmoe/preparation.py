@@ -5,6 +5,7 @@ One of the files that know sglang.
 
 import os
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import msgspec
@@ -12,6 +13,15 @@ import torch
 
 from sglmoe.checkpoint import check_checkpoint
 from sglmoe.config import EngineConfig, Options, plan_config
+from sglmoe.errors.models import not_understood
+from sglmoe.errors.options import (
+    accelerator_beside_cpu,
+    itl_target_with_determinism,
+    itl_target_with_whole_prompts,
+    no_cuda_device,
+    page_without_tokens,
+)
+from sglmoe.errors.options import refused_flags as flags_are_refused
 from sglmoe.flags import refused_environment, refused_flags
 from sglmoe.machine import measure_machine
 from sglmoe.plan.families import num_experts_of
@@ -33,7 +43,7 @@ def prepare(server_args: Any, options: Options) -> EngineConfig:
         check_checkpoint(Path(server_args.model_path))
     model_config = resolve(server_args)
     if why := refused_model(read_facts(model_config)):
-        raise ValueError(why)
+        raise why
     machine = measure_machine(device=server_args.device, gpu_id=server_args.base_gpu_id)
     config = plan_config(options, machine, page_tokens=page_tokens)
     if config.itl_target_seconds is not None:
@@ -44,21 +54,21 @@ def prepare(server_args: Any, options: Options) -> EngineConfig:
 def check_prompts_can_be_cut(server_args: Any) -> None:
     """By measured times, which a target between tokens asks for. Raises ValueError."""
     if server_args.chunked_prefill_size == -1:
-        raise ValueError(
-            "--itl-target: with --chunked-prefill-size=-1 prompts are computed in one piece, however long those who decode "
-            "wait for them; leave out either"
-        )
+        raise itl_target_with_whole_prompts()
     if server_args.enable_deterministic_inference:
-        raise ValueError(
-            "--itl-target cuts prompts by measured times, which moves last bits of answers: not with "
-            "--enable-deterministic-inference; leave out either"
-        )
+        raise itl_target_with_determinism()
 
 
-def scheduler_entry(config: EngineConfig) -> ChildEntry:
-    """What sglang runs in place of its scheduler process."""
+def scheduler_entry(config: EngineConfig, viewers: socket | None = None) -> ChildEntry:
+    """What sglang runs in place of its scheduler process. `viewers`: see `run_scheduler`."""
     worker = ChildEntry("sglmoe.worker.process", "run_worker")
-    return ChildEntry("sglmoe.scheduler.process", "run_scheduler", config=config, run_worker=worker)
+    return ChildEntry(
+        "sglmoe.scheduler.process",
+        "run_scheduler",
+        config=config,
+        run_worker=worker,
+        viewers=viewers,
+    )
 
 
 def detokenizer_entry() -> ChildEntry:
@@ -72,7 +82,7 @@ def refuse_flags(server_args: Any) -> None:
     refused = refused_environment(os.environ)
     refused += refused_flags(values, flag_defaults(), namespaces)
     if refused:
-        raise ValueError("\n  ".join(refused))
+        raise flags_are_refused(reasons=refused)
 
 
 def flag_namespaces() -> dict[str, str]:
@@ -104,8 +114,8 @@ def choose_device(device: str | None) -> str:
     if device in (None, "cpu") and not available:
         return "cpu"
     if device == "cpu":
-        raise ValueError("--device=cpu: there is an accelerator; set CUDA_VISIBLE_DEVICES= as well")
-    raise ValueError(f"--device={device}: torch finds no CUDA device; use --device=cpu without one")
+        raise accelerator_beside_cpu()
+    raise no_cuda_device(device=str(device))
 
 
 def settle_for_paging(server_args: Any) -> None:
@@ -119,7 +129,7 @@ def take_page_tokens(server_args: Any) -> int | None:
     """Our arena's page size from --page-size. sglang's side sees pages of one token: our token ids are scaled."""
     page_tokens: int | None = server_args.page_size
     if page_tokens is not None and page_tokens < 1:
-        raise ValueError(f"--page-size={page_tokens}: a KV page holds at least one token")
+        raise page_without_tokens(num_tokens=page_tokens)
     server_args.page_size = None
     return page_tokens
 
@@ -137,7 +147,7 @@ def resolve(server_args: Any) -> Any:
         server_args.resolve_once()
         return model_config_of(server_args)
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{server_args.model_path}: {error}") from error
+        raise not_understood(model_path=server_args.model_path, why=str(error)) from error
 
 
 def read_facts(model_config: Any) -> ModelFacts:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 class Struct(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -98,11 +98,18 @@ class RecordRouting(Message, frozen=True):
     directory: str
 
 
+class ShowMemory(Message, frozen=True):
+    """Draw who is in which frame; answered by `CallDone` with a `MemoryMap`. Sent while somebody looks, and only then."""
+
+    call_id: int
+
+
 class Shutdown(Message, frozen=True):
     """Leave with exit status 0."""
 
 
-ToWorker = StepPlan | AddRequests | FlushCache | Profile | RecordRouting | Shutdown
+WorkerCall = FlushCache | Profile | RecordRouting | ShowMemory  # each is answered by `CallDone`
+ToWorker = StepPlan | AddRequests | WorkerCall | Shutdown
 
 # ---------------------------------------------------------------------------------------------------- worker -> scheduler
 
@@ -295,12 +302,28 @@ class StepResult(Message, frozen=True):
     step_seconds: float
 
 
+class MemoryMap(Struct, frozen=True):
+    """Who is in which frame, a letter each. What letters mean: `FRAME_KINDS`, `RESIDENCY` and `HEAT_LEVELS`."""
+
+    frames: str  # [num_frames]
+    residency: tuple[str, ...]  # by layer that has experts: [num_experts]
+    heat: tuple[str, ...]  # likewise
+    heat_is: Literal["share", "rank"]  # of steps that used the expert; of all experts, by use
+
+
+# Letters of a `MemoryMap`.
+FRAME_KINDS = {"free": ".", "expert": "e", "loading": "l", "kv": "k", "cached": "c"}
+RESIDENCY = {"stored": ".", "host": "h", "loading": "l", "ahead": "a", "resident": "r"}
+HEAT_LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
 class CallDone(Message, frozen=True):
     """The answer to the message with this call_id."""
 
     call_id: int
     success: bool
     message: str = ""
+    memory: MemoryMap | None = None
 
 
 class WorkerFailed(Message, frozen=True):

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from sglmoe.config import Machine, Options
+from sglmoe.errors.options import bad_recipe, recipe_not_started, unknown_machine
 from sglmoe.machine import has_accelerator, measure_machine
 from sglmoe.plan.budgets import Demand
 from sglmoe.plan.cost_model import Speeds, costs_of
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         plan, notes = read_plan(Path(given[0]), more)
     except (ValueError, OSError) as error:
-        sys.exit(f"{PROGRAM}: {given[0]}: {error}")
+        sys.exit(f"{PROGRAM}: {bad_recipe(path=Path(given[0]), why=str(error))}")
     print(full_report(plan))
     print(
         "\n".join(f"this machine: {note}" for note in notes) or "this machine: nothing in the way"
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "--dry-run" in given:
         return 0 if plan.can_start else 1
     if not plan.can_start or any(note.startswith("problem") for note in notes):
-        sys.exit(f"{PROGRAM}: not started; see above")
+        sys.exit(f"{PROGRAM}: {recipe_not_started()}")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *plan.command[1:]])
 
@@ -89,7 +90,7 @@ def read_recipe(path: Path) -> tuple[Recipe, MachineText]:
     recipe = msgspec.convert(tomllib.loads(path.read_text()), Recipe)
     machines = tomllib.loads((path.parent / "../machines.toml").read_text())
     if recipe.machine not in machines:
-        raise ValueError(f"{recipe.machine!r} is none of {', '.join(machines)}")
+        raise unknown_machine(given=recipe.machine, known=list(machines))
     return recipe, msgspec.convert(machines[recipe.machine], MachineText)
 
 

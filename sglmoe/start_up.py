@@ -32,10 +32,16 @@ def start_method() -> str:
 
 def start_importing() -> None:
     """Start the fork server, which imports by itself. To be called before importing sglang; returns at once."""
-    if start_method() != "forkserver" or multiprocessing.parent_process() is not None:
+    if start_method() != "forkserver" or is_child():
         return
     multiprocessing.set_forkserver_preload([PRELOAD_MODULE])
     forkserver.ensure_running()
+
+
+def is_child() -> bool:
+    """Also while a child runs the program's main module again, before it is told of its parent."""
+    main_is_imported = getattr(multiprocessing.current_process(), "_inheriting", False)
+    return main_is_imported or multiprocessing.parent_process() is not None
 
 
 def keep_start_method() -> None:

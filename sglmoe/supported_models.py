@@ -5,6 +5,9 @@ Pure: judges facts that the front doors read off sglang's ModelConfig.
 
 import msgspec
 
+from sglmoe.errors import models
+from sglmoe.errors.user_error import UserError
+
 # Model classes whose expert layers are sglang's FusedMoE with one [w13, w2] pair for each expert.
 PAGED_ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
@@ -32,36 +35,28 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     sliding_window_layers: bool = False
 
 
-def refused_model(model: ModelFacts) -> str | None:
+def refused_model(model: ModelFacts) -> UserError | None:
     """Why this model can't be served and what to do, or None."""
     name = model.architecture
     if model.encoder_decoder:
-        return f"{name} is an encoder-decoder model; sglmoe serves decoders, use unmodified SGLang"
+        return models.encoder_decoder(name=name)
     if model.multimodal:
-        return f"{name} is multimodal; only text models work for now, use unmodified SGLang"
+        return models.multimodal(name=name)
     if not model.generates:
-        return f"{name} does not generate text; use unmodified SGLang for embeddings and scores"
+        return models.not_generating(name=name)
     if model.recurrent_layers:
-        return f"{name} has recurrent layers, whose state is not paged yet; use unmodified SGLang"
+        return models.recurrent_layers(name=name)
     if model.sliding_window_layers:
-        return f"{name} has sliding-window layers, whose KV is not paged yet; use unmodified SGLang"
+        return models.sliding_window_layers(name=name)
     if model.quantization:
-        return (
-            f"the checkpoint is quantised ({model.quantization}), which can't be paged yet; "
-            "use a bf16, fp16 or fp32 one"
-        )
+        return models.quantised(method=model.quantization)
     return _refused_experts(model) if model.num_experts else None
 
 
-def _refused_experts(model: ModelFacts) -> str | None:
+def _refused_experts(model: ModelFacts) -> UserError | None:
     name = model.architecture
     if name not in PAGED_ARCHITECTURES:
-        return (
-            f"the experts of {name} can't be paged yet; these can: {', '.join(PAGED_ARCHITECTURES)}"
-        )
+        return models.unknown_family(name=name, known=PAGED_ARCHITECTURES)
     if model.tied_embeddings and name not in TIED_ARCHITECTURES:
-        return (
-            f"{name} with tie_word_embeddings=true: SGLang 0.5.23 does not tie the output layer "
-            "and would answer garbage; save the checkpoint with an lm_head of its own"
-        )
+        return models.tied_embeddings(name=name)
     return None

@@ -6,11 +6,13 @@ evicted.
 """
 
 import math
+from collections.abc import Iterable
 from enum import Enum
 
 import msgspec
 
-from sglmoe.units import ceil_div, show_bytes
+from sglmoe.errors import budgets
+from sglmoe.units import ceil_div
 
 PAGE_TOKENS_TRIED = (16, 8, 4, 2, 1)
 MAX_WASTE_RATIO = 0.02  # DESIGN.md, section 3
@@ -48,10 +50,8 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 def arena_bytes_within(budget_bytes: int, dense_bytes: int, decoding_bytes: int = 0) -> int:
     """What the dense weights leave of the budget, and decoding packed experts. Raises ValueError where that is nothing."""
     if dense_bytes + decoding_bytes >= budget_bytes:
-        beside = f", and decoding {show_bytes(decoding_bytes)}," if decoding_bytes else ""
-        raise ValueError(
-            f"the dense weights alone take {show_bytes(dense_bytes)}{beside} of the {show_bytes(budget_bytes)} budget; "
-            "raise --memory-budget"
+        raise budgets.dense_weights_fill_budget(
+            dense_bytes=dense_bytes, budget_bytes=budget_bytes, decoding_bytes=decoding_bytes
         )
     return budget_bytes - dense_bytes - decoding_bytes
 
@@ -115,16 +115,17 @@ def _check_arena(arena_bytes: int, *, expert_bytes: int, frame_bytes: int) -> No
     num_needed = 2 if expert_bytes else 1
     if arena_bytes >= num_needed * frame_bytes:
         return
-    user = (
-        f"one expert ({show_bytes(expert_bytes)}) and as much KV cache take"
-        if expert_bytes
-        else "the smallest KV cache takes"
-    )
     needed_bytes = num_needed * frame_bytes
-    raise ValueError(
-        f"the memory budget leaves {show_bytes(arena_bytes)} for experts and KV cache, but {user}"
-        f" {show_bytes(needed_bytes)}: raise --memory-budget by at least"
-        f" {show_bytes(needed_bytes - arena_bytes)}"
+    missing_bytes = needed_bytes - arena_bytes
+    if not expert_bytes:
+        raise budgets.no_room_for_kv(
+            arena_bytes=arena_bytes, needed_bytes=needed_bytes, missing_bytes=missing_bytes
+        )
+    raise budgets.no_room_for_one_expert(
+        arena_bytes=arena_bytes,
+        expert_bytes=expert_bytes,
+        needed_bytes=needed_bytes,
+        missing_bytes=missing_bytes,
     )
 
 
@@ -133,11 +134,11 @@ def check_floor(geometry: Geometry, floor_frames: int) -> None:
     needed_frames = floor_frames + 1
     if geometry.num_frames >= needed_frames:
         return
-    missing_bytes = (needed_frames - geometry.num_frames) * geometry.frame_bytes
-    raise ValueError(
-        f"the memory budget holds {geometry.num_frames} frames of"
-        f" {show_bytes(geometry.frame_bytes)}, but {floor_frames} are needed for experts and 1 for"
-        f" KV cache: raise --memory-budget by at least {show_bytes(missing_bytes)}"
+    raise budgets.too_few_frames(
+        num_frames=geometry.num_frames,
+        frame_bytes=geometry.frame_bytes,
+        floor_frames=floor_frames,
+        missing_bytes=(needed_frames - geometry.num_frames) * geometry.frame_bytes,
     )
 
 
@@ -179,6 +180,12 @@ class Frames:
     def expert(self, frame: int) -> tuple[int, int]:
         """The (layer, expert) that owns an EXPERT frame."""
         return self._experts[frame]
+
+    def free_frames(self) -> Iterable[int]:
+        return self._free
+
+    def expert_frames(self) -> Iterable[int]:
+        return self._experts
 
     def take_for_expert(self, layer: int, expert: int) -> int:
         """Turn a free frame, of which there must be one, into EXPERT(layer, expert)."""

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sglmoe.errors import budgets
 from sglmoe.memory.device_decode import Frames, PlainFrames
 from sglmoe.memory.experts import Load
 from sglmoe.memory.host_tier import HostTier, block_bytes, block_reader, page_locked
 from sglmoe.memory.link_gate import Finish
 from sglmoe.memory.store import CHUNK_BYTES, Bytes, ExpertStore
-from sglmoe.units import show_bytes
 
 NUM_STAGING = 2  # one is read into while the other is copied, or by another thread
 
@@ -51,9 +51,7 @@ def page_lock(blocks: Bytes) -> None:
     """Lock memory where it is: no rounding to powers of two. Raises ValueError if CUDA refuses."""
     error = torch.cuda.cudart().cudaHostRegister(blocks.ctypes.data, blocks.nbytes, 0)
     if int(error) != 0:
-        raise ValueError(
-            f"CUDA can't page-lock {show_bytes(blocks.nbytes)} of host memory ({error}); lower --host-memory"
-        )
+        raise budgets.page_lock_refused(host_bytes=blocks.nbytes, why=str(error))
 
 
 class Lane(NamedTuple):

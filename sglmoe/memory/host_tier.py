@@ -13,10 +13,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from sglmoe.errors import budgets
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.promotion import Promotion, TierSnapshot
 from sglmoe.memory.store import CHUNK_BYTES, Bytes, ExpertStore
-from sglmoe.units import show_bytes
 
 # Miss counts are halved after so many misses for each expert of the model: TinyLFU (Einziger et al.
 # 2017, section 3.3) ages so, after 8 to 10 times the size of its cache.
@@ -79,6 +79,11 @@ class HostTier:
     def holds(self, layer: int, expert: int) -> bool:
         """Whether a block holds the expert at this moment."""
         return bool(self._block_of[layer, expert] != ABSENT)
+
+    def held(self) -> npt.NDArray[np.bool_]:
+        """`holds` of all experts: bool `[num_layers, num_experts]`."""
+        held: npt.NDArray[np.bool_] = self._block_of != ABSENT
+        return held
 
     def count_disk_read(self, layer: int, expert: int, num_bytes: int) -> None:
         """A missed expert was not here and has been read from the checkpoint."""
@@ -258,10 +263,7 @@ def make_blocks(
     expert_bytes = block_bytes(store, as_stored=as_stored)
     num_blocks = min(host_bytes // max(1, expert_bytes), len(store.experts()))
     if not num_blocks and host_bytes and expert_bytes:
-        raise ValueError(
-            f"--host-memory: {show_bytes(host_bytes)} holds no expert, which takes "
-            f"{show_bytes(expert_bytes)}; raise it or leave it out"
-        )
+        raise budgets.host_memory_holds_no_expert(host_bytes=host_bytes, expert_bytes=expert_bytes)
     if lock_pages is None:
         return np.empty((num_blocks, expert_bytes), np.uint8)
     return page_locked(num_blocks, expert_bytes, lock_pages)

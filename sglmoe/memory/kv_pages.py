@@ -123,6 +123,10 @@ class PagePool:
         for frame, start, stop in self._runs(pages):
             self._count_held(frame, start - stop)
 
+    def held_frames(self) -> Iterator[int]:
+        """Frames that running requests have pages in."""
+        return (frame for frame, held in enumerate(self._held) if held)
+
     def num_idle(self, frame: int) -> int:
         """The idle pages of a KV frame."""
         num_free = len(self._free.get(frame, ()))

@@ -33,12 +33,13 @@ from sglmoe.memory.expert_values import Probabilities, values_for
 from sglmoe.memory.experts import ExpertIds, ExpertTable
 from sglmoe.memory.kv_pages import PagePool, Pages, no_pages
 from sglmoe.memory.link_gate import LoadExperts
+from sglmoe.memory.memory_map import draw_memory
 from sglmoe.memory.prefetch import BackgroundLoader, Wanted
 from sglmoe.memory.prefetches import Prefetches
 from sglmoe.memory.prices import Prices
 from sglmoe.memory.radix_cache import TOKEN_BYTES, RadixCache, RadixNode, path_pages
 from sglmoe.memory.reuse_rates import ReuseRates
-from sglmoe.protocol import MemorySnapshot
+from sglmoe.protocol import MemoryMap, MemorySnapshot
 from sglmoe.units import ceil_div
 
 
@@ -364,9 +365,13 @@ class MemoryManager:
             **self._host_counters(),
         )
 
+    def draw(self, is_in_host: npt.NDArray[np.bool_]) -> MemoryMap:
+        """Who is where, for people to look at; `is_in_host` as of `HostTier.held`."""
+        parts = self._frames, self._pool, self._table, self.expert_demand
+        return draw_memory(*parts, policy=self.policy, is_in_host=is_in_host)
+
     def violations(self) -> list[str]:
-        """Each conservation law of the arena that does not hold, in words; recomputed from scratch,
-        slow."""
+        """Each conservation law of the arena that does not hold, in words; recomputed from scratch."""
         held, idle = no_pages(), no_pages()
         for node in self._cache.nodes():
             (held if node.locks else idle).extend(node.pages)
@@ -388,8 +393,7 @@ class MemoryManager:
         self._pool.free(pages)
 
     def _count_prefill(self, request: _Request) -> None:
-        """Count when the request has got pages, and once: one that was admitted in vain comes
-        again."""
+        """Count when the request has got pages, and once: one that was admitted in vain comes again."""
         self._counters.cache_hit_tokens += request.hit_tokens
         self._counters.prefill_tokens += request.prefill_tokens
         request.hit_tokens = request.prefill_tokens = 0

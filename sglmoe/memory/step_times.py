@@ -3,6 +3,7 @@
 Time that a step waited for experts is taken out by whoever calls, and given to `note_loads`.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,11 +62,23 @@ class DecodeFit:
         self._mean: npt.NDArray[np.float64] = np.zeros(3)  # rows, loads, seconds
         self._products: npt.NDArray[np.float64] = np.zeros((3, 3))  # covariance times the weight
         self._slopes = [0.0, 0.0]  # seconds for each row, and for each load
+        self._most = [math.inf, math.inf]  # of each
         self._num_steps = 0
 
-    def note(self, num_rows: int, num_loads: int, seconds: float) -> None:
-        """Weighted incremental update: West, Updating mean and variance estimates (1979)."""
+    def note(
+        self,
+        num_rows: int,
+        num_loads: int,
+        seconds: float,
+        *,
+        most_load_seconds: float = math.inf,
+    ) -> None:
+        """A step, of which no load has taken more than so much.
+
+        Weighted incremental update: West, Updating mean and variance estimates (1979).
+        """
         self._num_steps += 1
+        self._most = [math.inf, most_load_seconds]
         old_weight = self._decay * self._weight
         self._weight = old_weight + 1
         off = np.array([num_rows, num_loads, seconds]) - self._mean
@@ -83,6 +96,7 @@ class DecodeFit:
                 if products[its][its] >= MIN_VARIANCE * self._weight:
                     alone = products[its][2] - products[its][other] * self._slopes[other]
                     self._slopes[its] = max(0.0, alone / products[its][its])
+                self._slopes[its] = min(self._slopes[its], self._most[its])
 
     @property
     def line(self) -> tuple[float, float, float] | None:
@@ -113,7 +127,9 @@ class StepTimes:
     def note_decode(self, num_rows: int, compute_seconds: float, num_loads: int = 0) -> None:
         """A step that decoded `num_rows` requests and did nothing else."""
         self._decode_loads.note(num_loads, 1)
-        self._decode.note(num_rows, num_loads, compute_seconds)
+        self._decode.note(
+            num_rows, num_loads, compute_seconds, most_load_seconds=self._most_slowdown
+        )
 
     def note_prefill(self, num_tokens: int, compute_seconds: float, num_loads: int = 0) -> None:
         """A pass over prompts, of so many tokens with the rows that decoded in it; short ones are ignored."""
@@ -181,3 +197,14 @@ class StepTimes:
         """Seconds of computing for each expert that comes meanwhile."""
         line = self._decode.line
         return line[2] if line else 0.0
+
+    @property
+    def _most_slowdown(self) -> float:
+        """Computing can't be held up by a load for longer than that is under way and not waited for.
+
+        Few loads, in steps that are slow for another reason, otherwise seem to cost several times that.
+        """
+        links, waits = self._links.ratio, self._waits.ratio
+        if not links or waits is None:  # a device that moves experts says nothing of how long
+            return math.inf
+        return max(0.0, links - waits)

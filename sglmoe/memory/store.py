@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from sglmoe.errors import checkpoints
 from sglmoe.memory.mapped_files import Extent, MappedFiles, UnreadableError
 from sglmoe.memory.packed_extent import BeforeBytes, InMemory, PackedExtent, PackedPlace, unpack
 from sglmoe.memory.read_rate import ReadRate
@@ -66,7 +67,7 @@ class ExpertStore:
         if part not in PARTS:
             raise ValueError(f"layer {layer} expert {expert} has no tensor {part!r}")
         if (layer, expert, part) in self._parts:
-            raise ValueError(f"layer {layer} expert {expert} {part} is in the checkpoint twice")
+            raise checkpoints.repeated_tensor(layer=layer, expert=expert, part=part)
         assert array.dtype == np.uint8
         assert array.ndim == 1
         assert array.flags.c_contiguous
@@ -198,12 +199,7 @@ class ExpertStore:
             return True
         except UnreadableError as error:
             self._damaged.add(part.path)
-            logger.warning(
-                "%s is damaged (%s): its experts are read from the checkpoint from now on; "
-                "delete it, and run python -m sglmoe.pack again",
-                part.path,
-                error,
-            )
+            logger.warning("%s", checkpoints.packed_damaged(path=part.path, why=str(error)))
             return False
 
     def will_read(self, layer: int, expert: int) -> None:
@@ -280,9 +276,7 @@ class ExpertStore:
             for expert in range(num_experts):
                 for part in PARTS:
                     if (layer, expert, part) not in self._parts:
-                        raise ValueError(
-                            f"layer {layer} expert {expert} {part} is missing from the checkpoint"
-                        )
+                        raise checkpoints.missing_tensor(layer=layer, expert=expert, part=part)
 
 
 def stored_bytes(part: Part) -> int:
@@ -308,7 +302,5 @@ def _copy(part: Bytes | Extent, target: Bytes, start: int) -> None:
 
 def _read_error(layer: int, expert: int, part: Part, error: UnreadableError) -> ExpertReadError:
     source = "memory" if isinstance(part, np.ndarray) else part.path
-    return ExpertReadError(
-        f"expert {expert} of MoE layer {layer} can't be read from {source}: {error}. The file was "
-        "changed while being served, or its disk fails: restore the file and restart the server"
-    )
+    why = checkpoints.unreadable_expert(layer=layer, expert=expert, source=source, why=str(error))
+    return ExpertReadError(str(why))

@@ -16,6 +16,7 @@ import msgspec
 
 from sglmoe.config import Machine, Options
 from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.errors.options import half_a_machine, no_matplotlib, not_a_size
 from sglmoe.machine import has_accelerator, measure_machine
 from sglmoe.plan.budgets import Demand
 from sglmoe.plan.cost_model import CostModel, Speeds, assumed_speeds, costs_of
@@ -36,7 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         sys.exit(f"{PROGRAM}: {error}")
     if options.plot is not None:
-        draw(plan, options.plot)
+        try:
+            draw(plan, options.plot)
+        except ImportError:
+            sys.exit(f"{PROGRAM}: {no_matplotlib()}")
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(plan)).decode())
     else:
@@ -91,9 +95,7 @@ def described(options: argparse.Namespace, device: str) -> Machine:
     if device == "cpu":
         return Machine(host, host, host, has_gpu=False)
     if not options.gpu_memory:
-        raise ValueError(
-            "--host-memory describes another machine; say --gpu-memory as well, or --device cpu"
-        )
+        raise half_a_machine()
     gpu = _size("--gpu-memory", options.gpu_memory)
     return Machine(gpu, gpu, host, has_gpu=True)
 
@@ -132,7 +134,7 @@ def _size(flag: str, text: str | None) -> int:
     try:
         return parse_bytes(text, whole_bytes=0) if text else 0
     except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from None
+        raise not_a_size(flag=flag, why=str(error)) from None
 
 
 def _rate(flag: str, text: str | None) -> int:

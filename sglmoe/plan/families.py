@@ -7,6 +7,7 @@ Pure: knows the published layouts, reads nothing.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sglmoe.errors.models import no_architecture
 from sglmoe.units import ceil_div
 
 Config = Mapping[str, Any]
@@ -25,7 +26,7 @@ def architecture_of(config: Config) -> str:
     """SGLang's model class. Raises ValueError where the config names none."""
     names = config.get("architectures") or [""]
     if not names[0]:
-        raise ValueError("config.json names no architecture; take the checkpoint's own")
+        raise no_architecture()
     return str(names[0])
 
 

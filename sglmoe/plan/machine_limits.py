@@ -7,9 +7,10 @@ import msgspec
 import psutil
 
 from sglmoe.config import Machine
+from sglmoe.errors import budgets
+from sglmoe.errors.user_error import UserError
 from sglmoe.plan.budgets import BudgetPlan
 from sglmoe.plan.model_shape import ModelShape
-from sglmoe.units import show_bytes
 
 # Arbitrary: for the server's four processes and all else on the machine.
 HEADROOM_BYTES = 2 * 2**30
@@ -35,6 +36,14 @@ class Finding(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.severity.value}: {self.text}"
+
+
+def warning(message: UserError) -> Finding:
+    return Finding(Severity.WARNING, str(message))
+
+
+def problem(message: UserError) -> Finding:
+    return Finding(Severity.PROBLEM, str(message))
 
 
 def measure_limits() -> Limits:
@@ -65,26 +74,23 @@ def find_problems(
 
 def _when_paging_is_not_needed(plan: BudgetPlan, shape: ModelShape) -> Finding | None:
     if not shape.num_experts:
-        return Finding(
-            Severity.WARNING,
-            "the model has no routed experts, so there is nothing to page; unmodified SGLang will do",
-        )
+        return warning(budgets.no_routed_experts())
     if any(forecast.expert_frames < shape.all_experts for forecast in plan.forecasts):
         return None
-    return Finding(
-        Severity.WARNING,
-        f"paging is not needed: all {shape.all_experts} experts fit beside the KV of "
-        f"{plan.forecasts[-1].num_running} requests; unmodified SGLang, with CUDA graphs on a GPU, will do",
+    return warning(
+        budgets.paging_not_needed(
+            num_experts=shape.all_experts, num_running=plan.forecasts[-1].num_running
+        )
     )
 
 
 def _beyond_the_device(plan: BudgetPlan, machine: Machine) -> Finding | None:
     if plan.budget_bytes <= machine.free_device_bytes:
         return None
-    return Finding(
-        Severity.PROBLEM,
-        f"--memory-budget of {show_bytes(plan.budget_bytes)} is more than the "
-        f"{show_bytes(machine.free_device_bytes)} that are free on the device; lower it",
+    return problem(
+        budgets.budget_beyond_device(
+            budget_bytes=plan.budget_bytes, free_bytes=machine.free_device_bytes
+        )
     )
 
 
@@ -100,11 +106,13 @@ def _host_memory(shape: ModelShape, plan: BudgetPlan, machine: Machine) -> Findi
     needed = _taken_of_host(plan, machine) + HEADROOM_BYTES
     if not shape.num_experts or needed <= machine.host_bytes:
         return None
-    return Finding(
-        Severity.PROBLEM,
-        f"{_flags(machine)} and {show_bytes(HEADROOM_BYTES)} for the server itself take "
-        f"{show_bytes(needed)}, and the machine or its cgroup has {show_bytes(machine.host_bytes)}; "
-        "lower it, or raise the cgroup's limit",
+    return problem(
+        budgets.memory_beyond_machine(
+            flag=_flags(machine),
+            headroom_bytes=HEADROOM_BYTES,
+            needed_bytes=needed,
+            whole_bytes=machine.host_bytes,
+        )
     )
 
 
@@ -112,10 +120,10 @@ def _available(plan: BudgetPlan, machine: Machine, limits: Limits) -> Finding | 
     taken = _taken_of_host(plan, machine)
     if limits.available_bytes is None or taken <= limits.available_bytes:
         return None
-    return Finding(
-        Severity.WARNING,
-        f"{_flags(machine)} may grow to {show_bytes(taken)}, and other programs leave "
-        f"{show_bytes(limits.available_bytes)} now; lower it or end them",
+    return warning(
+        budgets.memory_in_use(
+            flag=_flags(machine), taken_bytes=taken, available_bytes=limits.available_bytes
+        )
     )
 
 
@@ -127,12 +135,9 @@ def _on_disk(shape: ModelShape, plan: BudgetPlan, machine: Machine) -> Finding |
     held_bytes = plan.host_bytes + (0 if machine.has_gpu else cached_bytes)
     if missing_bytes <= held_bytes:
         return None
-    what = "--host-memory" if machine.has_gpu else "the page cache"
-    return Finding(
-        Severity.WARNING,
-        f"{show_bytes(missing_bytes)} of experts are in no frame and {what} holds at most "
-        f"{show_bytes(held_bytes)} of them: the rest is read from the checkpoint, which should be on an "
-        "SSD of this machine",
+    holder = "--host-memory" if machine.has_gpu else "the page cache"
+    return warning(
+        budgets.experts_on_disk(missing_bytes=missing_bytes, holder=holder, held_bytes=held_bytes)
     )
 
 
@@ -141,11 +146,8 @@ def _memlock(plan: BudgetPlan, machine: Machine, limits: Limits) -> Finding | No
         return None
     if plan.host_bytes <= limits.memlock_bytes:
         return None
-    return Finding(
-        Severity.WARNING,
-        f"--host-memory of {show_bytes(plan.host_bytes)} is page-locked, and ulimit -l allows "
-        f"{show_bytes(limits.memlock_bytes)}: where CUDA refuses, the server does not start; set memlock "
-        "to unlimited (ulimit -l, LimitMEMLOCK=infinity, docker --ulimit memlock=-1)",
+    return warning(
+        budgets.memlock_too_low(host_bytes=plan.host_bytes, memlock_bytes=limits.memlock_bytes)
     )
 
 
@@ -157,8 +159,6 @@ def _address_space(
     mapped = shape.dense_bytes + shape.all_expert_bytes + _taken_of_host(plan, machine)
     if mapped <= limits.address_space_bytes:
         return None
-    return Finding(
-        Severity.PROBLEM,
-        f"checkpoint and memory take {show_bytes(mapped)} of addresses and ulimit -v allows "
-        f"{show_bytes(limits.address_space_bytes)}; set it to unlimited",
+    return problem(
+        budgets.address_space_too_low(mapped_bytes=mapped, address_bytes=limits.address_space_bytes)
     )

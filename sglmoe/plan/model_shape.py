@@ -12,6 +12,8 @@ from pathlib import Path
 import msgspec
 
 from sglmoe.checkpoint import find_shards, read_header, read_json
+from sglmoe.errors import models
+from sglmoe.errors.options import not_a_choice
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE
 from sglmoe.plan.families import (
     DEEPSEEK,
@@ -83,13 +85,10 @@ def read_model(
     """
     folder = find_folder(model_path)
     if folder is None and config_file is None:
-        raise ValueError(
-            f"{model_path} is neither a folder nor in Hugging Face's cache, and a plan downloads nothing; "
-            f"fetch its config first (hf download {model_path} config.json), or name one with --config-file"
-        )
+        raise models.not_here(model_path=model_path)
     config = read_json(config_file or (folder or Path()) / "config.json")
     if why := refused_model(facts_of(config)):
-        raise ValueError(why)
+        raise why
     shards = _shards_in(folder) if folder else ()
     shapes = tensor_shapes(shards) if shards else None
     shape = shape_of(config, dense=shapes, dtype=dtype, device=device)
@@ -102,7 +101,7 @@ def find_folder(model_path: str) -> Path | None:
     if (local / "config.json").exists():
         return local
     if local.exists() or model_path.startswith((".", "/", "~")):
-        raise ValueError(f"{local} is not a folder with a config.json")
+        raise models.no_config(folder=local)
     import huggingface_hub
 
     cached = huggingface_hub.try_to_load_from_cache(model_path, "config.json")
@@ -179,7 +178,7 @@ def resolve_dtype(config: Config, dtype: str) -> str:
     own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     resolved = {"float32": "float16"}.get(own, own) if dtype == "auto" else dtype
     if resolved not in ITEM_BYTES:
-        raise ValueError(f"--dtype: {resolved!r} is none of {', '.join(ITEM_BYTES)}")
+        raise not_a_choice(flag="--dtype", given=resolved, choices=list(ITEM_BYTES))
     return resolved
 
 

@@ -9,6 +9,8 @@ from sglmoe.plan.launch_plan import LaunchPlan
 from sglmoe.plan.model_shape import ModelShape
 from sglmoe.units import show_bytes
 
+MARKS = "*: the command's budget; !: more than is free on the device; xN: at N requests at a time"
+
 
 def full_report(plan: LaunchPlan) -> str:
     """What `python -m sglmoe.plan` prints: markdown."""
@@ -18,6 +20,7 @@ def full_report(plan: LaunchPlan) -> str:
         "",
         budget_table(plan),
         "",
+        MARKS,
         f"Assumed: {assumptions(plan)}",
         *(str(finding) for finding in plan.findings),
         "",

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM
 
+from sglmoe.errors import predictors
 from sglmoe.prediction.router import Router
 from sglmoe.prediction.trace import Trace
 
@@ -32,8 +33,8 @@ def gate_inputs(trace: Trace, model_path: str | Path) -> Floats:
     model = load_model(model_path)
     weights = gate_weights(model)
     if weights.shape[:2] != (trace.info.num_layers, trace.info.num_experts):
-        raise ValueError(
-            f"{model_path} has gates of shape {weights.shape}, the trace is of {trace.info.model}"
+        raise predictors.gates_of_another_shape(
+            model_path=str(model_path), shape=str(weights.shape), model=trace.info.model
         )
     inputs = np.empty((len(trace.token_ids), *weights.shape[::2]), np.float32)
     for request in np.unique(trace.owners).tolist():
@@ -53,9 +54,11 @@ def check_agreement(
     differences = np.abs(here - trace.probabilities[places].astype(np.float32))
     distance = float(differences.sum(axis=-1).mean() / 2)
     if distance > MAX_DISTANCE:
-        raise ValueError(
-            f"the probabilities of request {request} are {distance:.2f} away from the trace's "
-            f"(total variation, at most {MAX_DISTANCE}): is this the model that {trace.info.model} was?"
+        raise predictors.gates_of_another_model(
+            request=request,
+            distance=distance,
+            max_distance=MAX_DISTANCE,
+            model=trace.info.model,
         )
 
 
@@ -63,7 +66,7 @@ def read_router(model_path: str | Path) -> Router:
     """Of a model whose experts are the top k of all. Raises ValueError for one with groups of experts."""
     model = load_model(model_path)
     if (getattr(model.config, "n_group", None) or 1) > 1:
-        raise ValueError(f"{model_path} chooses among groups of experts, which is not read here")
+        raise predictors.grouped_experts(model_path=str(model_path))
     return Router(gate_weights(model), model.config.num_experts_per_tok)
 
 

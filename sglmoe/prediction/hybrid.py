@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from sglmoe.errors import predictors
 from sglmoe.prediction.prediction_cache import PredictionCache, TokenWindows
 from sglmoe.prediction.predictor import LayerRouting, ModelParts, Scores, StepTokens
 from sglmoe.prediction.pregate import MAX_TOKENS, choice_margins, layers_ahead
@@ -56,11 +57,11 @@ class HybridParameters(msgspec.Struct, frozen=True, eq=False):
     def from_tensors(cls, tensors: dict[str, Floats], sizes: dict[str, int]) -> "HybridParameters":
         """Raises ValueError for a size or a tensor that is missing, and for other tensors or shapes."""
         if missing := [name for name in SIZES if name not in sizes]:
-            raise ValueError(f"a hybrid predictor has these sizes too: {', '.join(missing)}")
+            raise predictors.missing_sizes(names=missing)
         expected = shapes_of(sizes)
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if found != expected:
-            raise ValueError(f"not a hybrid predictor's tensors: {found}, where {expected} was due")
+            raise predictors.wrong_tensors(found=str(found), expected=str(expected))
         return cls(**tensors)
 
 

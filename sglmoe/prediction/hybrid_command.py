@@ -9,6 +9,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 from tqdm import tqdm
 
+from sglmoe.errors import predictors
 from sglmoe.prediction.hybrid import Hybrid, HybridParameters
 from sglmoe.prediction.hybrid_training import HybridExamples, HybridRecipe, fit_hybrid
 from sglmoe.prediction.predictor import Embed, ModelParts
@@ -82,4 +83,4 @@ def read_embeddings(model_path: Path) -> Embed:
             if names:
                 table: npt.NDArray[np.float32] = file.get_tensor(names[0]).float().numpy()
                 return lambda token_ids: table[token_ids]
-    raise ValueError(f"{model_path} has no input embeddings in a .safetensors file")
+    raise predictors.no_embeddings(model_path=model_path)

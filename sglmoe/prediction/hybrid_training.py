@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
+from sglmoe.errors import predictors
 from sglmoe.prediction.hybrid import (
     RECENCY,
     HybridParameters,
@@ -57,7 +58,7 @@ def fit_hybrid(
     """
     num_tokens, num_layers, _ = examples.gate_inputs.shape
     if num_layers < 2 or not num_tokens:
-        raise ValueError(f"nothing to learn from {num_tokens} tokens in {num_layers} MoE layers")
+        raise predictors.nothing_to_learn(num_tokens=num_tokens, num_layers=num_layers)
     generator = torch.Generator().manual_seed(recipe.seed)
     parameters = initial_parameters(router, recipe, generator)
     optimizer = torch.optim.AdamW(

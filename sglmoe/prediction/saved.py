@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load, save
 
+from sglmoe.errors import predictors
+
 FORMAT_VERSION = 1
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -76,18 +78,17 @@ def load_predictor(
     """
     its = read_description(description_path(folder, predictor))
     if its.shape != served:
-        raise ValueError(
-            f"{description_path(folder, predictor)} predicts for {its.shape} ({its.model}), but the model "
-            f"served has {served}: serve {its.model}, or train on traces of this model "
-            f"(python -m sglmoe.prediction.train --predictor {predictor} --trace ...)"
+        raise predictors.of_another_model(
+            path=description_path(folder, predictor),
+            its_shape=str(its.shape),
+            its_model=its.model,
+            served=str(served),
+            predictor=predictor,
         )
     path = tensors_path(folder, predictor)
     content = read(path)
     if hashlib.sha256(content).hexdigest() != its.checksum:
-        raise ValueError(
-            f"{path} ({len(content)} bytes) is not the file that the description beside it was "
-            "written for: cut short, or of another training; copy both files again, or train again"
-        )
+        raise predictors.other_tensors(path=path, size=len(content))
     return its, load(content)
 
 
@@ -97,12 +98,10 @@ def read_description(path: Path) -> Description:
     try:
         version = msgspec.json.decode(content, type=_Version).version
         if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has version {version}, not {FORMAT_VERSION}: train again")
+            raise predictors.of_version(path=path, version=version, expected=FORMAT_VERSION)
         return msgspec.json.decode(content, type=Description)
     except msgspec.DecodeError as error:
-        raise ValueError(
-            f"{path} does not describe a predictor ({error}): copy it again, or train again"
-        ) from error
+        raise predictors.no_description(path=path, why=str(error)) from error
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -113,9 +112,7 @@ def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(
-            f"{path}: {error.strerror}; it is written by python -m sglmoe.prediction.train"
-        ) from error
+        raise predictors.unreadable(path=path, why=str(error.strerror)) from error
 
 
 def tensors_path(folder: Path, predictor: str) -> Path:

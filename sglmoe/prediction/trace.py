@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglmoe.config import MemoryPolicy
+from sglmoe.errors import predictors
 from sglmoe.memory.arena import Geometry
 
 FORMAT_VERSION = 2
@@ -120,11 +121,11 @@ def load_trace(path: Path) -> Trace:
     """Raises ValueError for a file that is no trace or of another version."""
     with np.load(path, allow_pickle=False) as file:
         if "info" not in file:
-            raise ValueError(f"{path} is not a routing trace")
+            raise predictors.no_trace(path=path)
         text = file["info"].tobytes()
         version = json.loads(text)["version"]
         if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has version {version}, not {FORMAT_VERSION}: record it again")
+            raise predictors.trace_of_version(path=path, version=version, expected=FORMAT_VERSION)
         info = msgspec.json.decode(text, type=TraceInfo)
         return Trace(info, **{name: file[name] for name in ARRAYS})
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from sglmoe.errors.options import no_epochs
 from sglmoe.prediction.hybrid_command import train_hybrid, with_gate_inputs
 from sglmoe.prediction.routing_path_training import train_routing_path
 from sglmoe.prediction.saved import Description, description_path, save_predictor, tensors_path
@@ -33,7 +34,7 @@ INTERRUPTED = 130  # as of a process that SIGINT ended
 def run(options: argparse.Namespace) -> None:
     """Train, test and write. Raises ValueError for traces that don't go together."""
     if options.epochs is not None and options.epochs < 1:
-        raise ValueError(f"--epochs {options.epochs}: at least 1")
+        raise no_epochs(num_epochs=options.epochs)
     shape, parts = load_parts([*options.trace, *options.test], vocab_size_of(options.model_path))
     if options.predictor in WANT_GATE_INPUTS:
         parts = with_gate_inputs(parts, options.model_path)

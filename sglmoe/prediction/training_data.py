@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from sglmoe.errors import predictors
 from sglmoe.prediction.predictor import ModelParts, Predictor
 from sglmoe.prediction.saved import ServedShape, Tensors
 from sglmoe.prediction.trace import Trace, load_trace
@@ -59,15 +60,16 @@ def load_parts(paths: Sequence[Path], vocab_size: int) -> tuple[ServedShape, lis
     for path, part in zip(paths, parts, strict=True):
         info = part.trace.info
         if describe(part.trace) != describe(parts[0].trace):
-            raise ValueError(
-                f"{paths[0]} is a trace of {describe(parts[0].trace)}, {path} of "
-                f"{describe(part.trace)}: a predictor learns from traces of one model"
+            raise predictors.traces_of_two_models(
+                first=paths[0],
+                its_model=describe(parts[0].trace),
+                path=path,
+                model=describe(part.trace),
             )
         largest = int(part.trace.token_ids.max())
         if largest >= vocab_size:
-            raise ValueError(
-                f"{path} has token id {largest}, and the vocabulary of --model-path ends at "
-                f"{vocab_size - 1}: name the model that was traced, {info.model}"
+            raise predictors.trace_of_another_vocabulary(
+                path=path, token_id=largest, last_id=vocab_size - 1, model=info.model
             )
     return ServedShape(first.num_layers, first.num_experts, first.top_k, vocab_size), parts
 
@@ -76,7 +78,7 @@ def whole(path: Path) -> TracePart:
     try:
         trace = load_trace(path)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--trace {path}: {error}") from error
+        raise predictors.bad_trace(path=path, why=str(error)) from error
     return TracePart(path.stem, trace, np.ones(len(trace.request_bounds) - 1, bool))
 
 
@@ -97,7 +99,7 @@ def split(
     for part in parts:
         num_requests = len(part.requests)
         if num_requests < 2:
-            raise ValueError(f"{part.name} is of one request: none is left to test with")
+            raise predictors.single_request(name=part.name)
         num_tested = min(max(1, round(held_out_ratio * num_requests)), num_requests - 1)
         tested = np.zeros(num_requests, bool)
         tested[rng.sample(range(num_requests), num_tested)] = True
@@ -110,9 +112,9 @@ def vocab_size_of(model_path: Path) -> int:
     """Of the model in a folder. Raises ValueError where its configuration doesn't say."""
     path = model_path / "config.json"
     if not path.is_file():
-        raise ValueError(f"--model-path {model_path} has no config.json: name a model's folder")
+        raise predictors.no_model_folder(model_path=model_path)
     config = json.loads(path.read_text())
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     if not isinstance(size, int):
-        raise ValueError(f"{path} has no vocab_size")
+        raise predictors.no_vocabulary(path=path)
     return size

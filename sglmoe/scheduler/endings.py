@@ -1,7 +1,8 @@
-"""Why a request ends without its answer, in words for people: what happened, and what to change."""
+"""Why a request ends without its answer, with the numbers of its case."""
 
+from sglmoe.errors import requests
 from sglmoe.protocol import Limits, MemorySnapshot
-from sglmoe.scheduler.finish import FinishReason, aborted
+from sglmoe.scheduler.finish import FinishReason, failed
 from sglmoe.scheduler.request import Request
 from sglmoe.units import ceil_div
 
@@ -9,10 +10,12 @@ from sglmoe.units import ceil_div
 def never_fits(request: Request, snapshot: MemorySnapshot) -> FinishReason:
     """Memory was refused to it while nothing else ran."""
     pages = ceil_div(request.num_tokens, snapshot.page_tokens)
-    return aborted(
-        f"The request's {request.num_tokens} tokens take {pages} KV pages, but only "
-        f"{snapshot.available_pages} are available although nothing else runs. Raise --memory-budget.",
-        503,
+    return failed(
+        requests.never_fits(
+            num_tokens=request.num_tokens,
+            num_pages=pages,
+            available_pages=snapshot.available_pages,
+        )
     )
 
 
@@ -21,17 +24,9 @@ def no_longer_fits(request: Request, limits: Limits) -> FinishReason | None:
     wanted = len(request.prompt_ids) + request.stop.max_new_tokens
     if wanted <= limits.total_tokens:
         return None
-    return aborted(
-        f"The request's prompt and max_new_tokens come to {wanted} tokens, but the worker had to be replaced, and KV memory "
-        f"of the new one holds {limits.total_tokens}. Free memory on the machine, or raise --memory-budget.",
-        503,
-    )
+    return failed(requests.no_longer_fits(num_tokens=wanted, kv_tokens=limits.total_tokens))
 
 
 def fatal(request: Request, cause: str) -> FinishReason:
     """Workers die of it."""
-    return aborted(
-        f"The worker died {request.num_deaths} times in a row while it was at work for this request, the last time for it "
-        f"alone. The request is given up; others go on. The last time: {cause}",
-        500,
-    )
+    return failed(requests.fatal(num_deaths=request.num_deaths, cause=cause))

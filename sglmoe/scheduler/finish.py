@@ -9,6 +9,9 @@ from typing import Literal
 
 import msgspec
 
+from sglmoe.errors.requests import bad_stop_regex
+from sglmoe.errors.user_error import UserError
+
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -34,6 +37,16 @@ class StopRules(msgspec.Struct, frozen=True):
     regexes: tuple[str, ...] = ()
     tail_tokens: int = 1  # a stop string or regex can't be longer than this many tokens
 
+    def lets_go_on(self, token_id: int, num_tokens: int) -> bool:
+        """Whether this token, number `num_tokens` of the output, ends nothing, as far as can be said without its text."""
+        return (
+            num_tokens < self.max_new_tokens
+            and 0 <= token_id < self.vocab_size
+            and token_id not in self.token_ids
+            and not self.strings
+            and not self.regexes
+        )
+
 
 class Finish(msgspec.Struct, frozen=True):
     """The end of a request: its first `num_tokens` output tokens are the answer, the last of them may be replaced."""
@@ -48,6 +61,11 @@ def aborted(message: str, status: int | None = None) -> FinishReason:
     names = {400: "BadRequestError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
     error_type = names.get(status) if status is not None else None
     return FinishReason(kind="abort", message=message, status=status, error_type=error_type)
+
+
+def failed(error: UserError) -> FinishReason:
+    """An end that is an error of ours or of the client's, with what to change."""
+    return aborted(str(error), error.status)
 
 
 def is_our_fault(reason: FinishReason | None) -> bool:
@@ -111,7 +129,8 @@ def _check_text(output_ids: Sequence[int], rules: StopRules, decode: Decode) -> 
         try:
             matched = re.search(regex, tail)
         except (re.error, RecursionError) as error:
-            return Finish(aborted(f"invalid stop_regex {regex!r}: {error}", 400), len(output_ids))
+            reason = failed(bad_stop_regex(regex=regex, why=str(error)))
+            return Finish(reason, len(output_ids))
         if matched:
             return Finish(FinishReason("stop", matched=regex), len(output_ids))
     return None

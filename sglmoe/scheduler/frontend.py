@@ -18,13 +18,17 @@ from sglang.srt.runtime_context import get_serving
 from sglang.srt.utils.network import get_zmq_socket
 
 from sglmoe.config import EngineConfig
+from sglmoe.errors import requests, sglang_words
+from sglmoe.errors.user_error import UserError
+from sglmoe.live_view.state import LiveState
 from sglmoe.protocol import WorkerReady
-from sglmoe.scheduler.finish import aborted, is_our_fault
+from sglmoe.scheduler.finish import aborted, failed, is_our_fault
 from sglmoe.scheduler.frontend_control import Control, startup_time
 from sglmoe.scheduler.frontend_metrics import Metrics
 from sglmoe.scheduler.frontend_output import abort_message, build_batch, is_due, take_delta
 from sglmoe.scheduler.frontend_request import refused, translate
 from sglmoe.scheduler.frontend_setup import load_text_side, scheduler_settings
+from sglmoe.scheduler.live_state import LiveStates
 from sglmoe.scheduler.report import Restarts, StepReport
 from sglmoe.scheduler.request import Request
 from sglmoe.scheduler.scheduler import Scheduler
@@ -43,7 +47,7 @@ class Frontend:
         self._settings = scheduler_settings(config)
         self._decode = self._text.decode()
         self._force_interval = envs.SGLANG_FORCE_STREAM_INTERVAL.get()
-        self._refusal: str | None = None
+        self._refusal: UserError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._health_checks: list[Any] = []  # answered with the worker's next sign of life
 
@@ -76,7 +80,17 @@ class Frontend:
             ready=ready,
             to_detokenizer=self._to_detokenizer,
         )
+        self._live_states = LiveStates(
+            scheduler=self._scheduler,
+            totals=self._metrics.totals,
+            model=get_serving().served_model_name,
+            clock=time.perf_counter,
+        )
         return self._scheduler
+
+    async def live_state(self) -> LiveState:
+        """What people see who look now."""
+        return await self._live_states.now(worker_pid=self._control.ready.pid)
 
     def ready_message(self, ready: WorkerReady) -> dict[str, Any]:
         """What SGLang's launcher waits for."""
@@ -105,9 +119,9 @@ class Frontend:
             for task in (rpc, *self._tasks):
                 task.cancel()
 
-    def refuse_all(self, message: str) -> None:
+    def refuse_all(self, reason: UserError) -> None:
         """From now on, every request is refused for this reason."""
-        self._refusal = message
+        self._refusal = reason
 
     # ------------------------------------------------------------------------------------------------------------- inward
 
@@ -119,31 +133,30 @@ class Frontend:
                 for part in message.batch:
                     await self._generate(part)
             case io.TokenizedEmbeddingReqInput():
-                await self._refuse(message, "this server generates text; it has no embeddings")
+                await self._refuse(message, requests.embeddings())
             case io.BatchTokenizedEmbeddingReqInput():
                 for part in message.batch:
-                    await self._refuse(part, "this server generates text; it has no embeddings")
+                    await self._refuse(part, requests.embeddings())
             case _:
                 self._answer_later(message)
 
     async def _generate(self, message: io.TokenizedGenerateReqInput) -> None:
         if self._refusal is not None:
-            await self._refuse(message, self._refusal, status=503)
+            await self._refuse(message, self._refusal)
             return
         try:
             request = translate(message, self._rules)
         except ValueError as error:
-            await self._refuse(message, str(error))
+            await self._refuse(message, sglang_words.as_sglang_says(error))
             return
         except Exception as error:  # ours; it must not end the others
             logger.exception("Request %s could not be read", message.rid)
-            await self._refuse(message, f"the request could not be read: {error!r}", status=500)
+            await self._refuse(message, requests.unreadable_request(why=repr(error)))
             return
         if request.display.is_health_check and await self._checks_health(message):
             return
         if request.priority is not None and self._refuses_priorities():
-            reason = "Using priority is disabled for this server. Please send a new request without a priority."
-            self._scheduler.reject(request, aborted(reason, 503))
+            self._scheduler.reject(request, aborted(sglang_words.PRIORITIES_OFF, 503))
             return
         self._scheduler.add(request)
 
@@ -160,9 +173,9 @@ class Frontend:
     def _refuses_priorities(self) -> bool:
         return not self._settings.use_priority and self._server_args.abort_on_priority_when_disabled
 
-    async def _refuse(self, message: Any, reason: str, *, status: int = 400) -> None:
+    async def _refuse(self, message: Any, reason: UserError) -> None:
         request = refused(message)
-        request.finish = aborted(reason, status)
+        request.finish = failed(reason)
         logger.warning("Refused request %s: %s", request.rid, reason)
         await self.refuse([request])
 

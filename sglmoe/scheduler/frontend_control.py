@@ -16,6 +16,7 @@ from sglang.srt.runtime_context import get_context
 from sglang.srt.utils import freeze_gc
 from sglang.srt.utils.msgspec_utils import msgspec_to_builtins
 
+from sglmoe.errors import requests, sglang_words
 from sglmoe.protocol import CallDone, Profile, RecordRouting, WorkerReady
 from sglmoe.scheduler.finish import aborted
 from sglmoe.scheduler.frontend_metrics import Metrics
@@ -27,12 +28,12 @@ logger = logging.getLogger(__name__)
 Reply = Any  # one of SGLang's messages, or None
 Handler = Callable[[Any], Awaitable[Reply]]
 
-WEIGHTS = "weights cannot be changed while the server runs; restart it with other weights"
-HICACHE = "hierarchical cache is not supported by this server"
-LORA = "LoRA adapters are not supported by this server"
-CORPUS = "speculative decoding with an external corpus is not supported by this server"
-PARALLEL = "this server runs on one device"
-DUMPER = "the tensor dumper is not supported by this server"
+WEIGHTS = str(requests.weights_stay())
+HICACHE = str(requests.no_hierarchical_cache())
+LORA = str(requests.no_adapters())
+CORPUS = str(requests.no_corpus())
+PARALLEL = str(requests.one_device())
+DUMPER = str(requests.no_dumper())
 
 RECORD_ACTIONS: dict[io.ExpertDistributionReqType, Literal["start", "stop", "dump"]] = {
     io.ExpertDistributionReqType.START_RECORD: "start",
@@ -74,7 +75,7 @@ REFUSALS: dict[type[Any], Callable[[Any], Reply]] = {
     ),
     io.GetWeightsByNameReqInput: lambda _: io.GetWeightsByNameReqOutput(parameter=None),
     io.CheckWeightsReqInput: lambda _: io.CheckWeightsReqOutput(
-        success=False, message="checking weights is not supported by this server"
+        success=False, message=str(requests.no_weight_checks())
     ),
     io.ReleaseMemoryOccupationReqInput: lambda _: io.ReleaseMemoryOccupationReqOutput(),
     io.ResumeMemoryOccupationReqInput: lambda _: io.ResumeMemoryOccupationReqOutput(),
@@ -115,7 +116,7 @@ REFUSALS: dict[type[Any], Callable[[Any], Reply]] = {
         success=False, response=[], error=DUMPER
     ),
     io.RpcReqInput: lambda message: io.RpcReqOutput(
-        success=False, message=f"{message.method} cannot be called on this server"
+        success=False, message=str(requests.no_such_call(method=message.method))
     ),
     # Notices among SGLang's own processes, of no interest here.
     io.ActiveRanksOutput: lambda _: None,
@@ -171,7 +172,7 @@ class Control:
         if message.abort_message:
             self._scheduler.abort(matches, aborted(message.abort_message, 503))
         else:
-            self._scheduler.abort(matches, aborted("Aborted"))
+            self._scheduler.abort(matches, aborted(sglang_words.ABORTED))
 
     async def _flush_cache(self, message: io.FlushCacheReqInput) -> Reply:
         done = await self._scheduler.flush_cache(timeout_seconds=message.timeout_s or 0.0)
@@ -180,7 +181,7 @@ class Control:
 
     async def _pause(self, message: io.PauseGenerationReqInput) -> None:
         if message.mode == "abort":
-            self._scheduler.abort(lambda request: True, aborted("Aborted"))
+            self._scheduler.abort(lambda request: True, aborted(sglang_words.ABORTED))
         self._scheduler.pause(retract=message.mode == "retract")
 
     async def _continue(self, message: io.ContinueGenerationReqInput) -> None:
@@ -204,10 +205,7 @@ class Control:
     async def _profile(self, message: io.ProfileReq) -> Reply:
         start = message.req_type is io.ProfileReqType.START_PROFILE
         if start and (message.num_steps or message.profile_by_stage or message.start_step):
-            reason = (
-                "start_step, num_steps and profile_by_stage are not supported; stop it yourself"
-            )
-            return io.ProfileReqOutput(success=False, message=reason)
+            return io.ProfileReqOutput(success=False, message=str(requests.profile_by_hand()))
         done = await self._scheduler.ask_worker(
             Profile(
                 call_id=-1,
@@ -279,6 +277,7 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
             "costs": costs,
             "prefetch": prefetch,
             "running_limit": scheduler.planner.running_limit,
+            "admitted_out_of_turn": scheduler.planner.num_out_of_turn,
             "limits": msgspec.structs.asdict(scheduler.limits),
             "totals": msgspec.structs.asdict(metrics.totals),
             "running_requests": len(roster.running),

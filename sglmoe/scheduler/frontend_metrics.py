@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from sglang.srt.managers.load_snapshot import (
     LoadSnapshot,
     QueueMetrics,
@@ -25,7 +24,7 @@ from sglang.srt.runtime_context import get_observability, get_schedule
 
 from sglmoe.protocol import MemorySnapshot
 from sglmoe.scheduler.frontend_own_metrics import OwnMetrics
-from sglmoe.scheduler.report import Restarts, StepReport
+from sglmoe.scheduler.report import Restarts, StepReport, Totals
 from sglmoe.scheduler.request import Request
 from sglmoe.scheduler.scheduler import Scheduler
 
@@ -35,19 +34,6 @@ logger = logging.getLogger(__name__)
 LOAD_SNAPSHOT_SECONDS = 0.1
 # SGLang's GEN_THROUGHPUT_STALENESS_SECONDS.
 THROUGHPUT_STALE_SECONDS = 30.0
-
-
-class Totals(msgspec.Struct):
-    """Counts since the scheduler started, which outlives its workers."""
-
-    decoded_tokens: int = 0  # by decode steps: all output but first tokens
-    rejected_requests: int = 0  # times that a request found no memory and went back to the queue
-    preempted_requests: int = 0  # of these, times that it lost KV it had computed
-
-    def count(self, report: StepReport) -> None:
-        self.decoded_tokens += report.decode_tokens
-        self.rejected_requests += report.num_rejected
-        self.preempted_requests += report.num_preempted
 
 
 class Metrics:

@@ -129,6 +129,10 @@ class OwnMetrics:
         )
         self._held_seconds = counter("sglmoe_held_seconds", "For how long, in all.")
         self._held_before = (0, 0.0)
+        self._out_of_turn = counter(
+            "sglmoe_out_of_turn", "Requests admitted before earlier ones, for sharing experts."
+        )
+        self._out_of_turn_before = 0
         self._running_limit = gauge(
             "sglmoe_running_limit", "Requests that may run at once: the flags' limit or the plan's."
         )
@@ -175,3 +179,5 @@ class OwnMetrics:
         self._passes_held.inc(held[0] - self._held_before[0])
         self._held_seconds.inc(held[1] - self._held_before[1])
         self._held_before = held
+        self._out_of_turn.inc(planner.num_out_of_turn - self._out_of_turn_before)
+        self._out_of_turn_before = planner.num_out_of_turn

@@ -11,6 +11,7 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglmoe.errors import requests
 from sglmoe.protocol import Limits, LogprobSpec
 from sglmoe.scheduler.finish import StopRules
 from sglmoe.scheduler.reasoning import ReasoningCounter
@@ -109,40 +110,30 @@ def _check_fields(message: TokenizedGenerateReqInput) -> None:
     for name in UNSUPPORTED_FIELDS:
         value = getattr(message, name)
         if value is not None and value is not False:
-            raise ValueError(f"{name} is not supported by this server; send the request without it")
+            raise requests.unsupported_field(name=name)
     if (message.sampling_params.beam_width or 1) > 1:
-        raise ValueError("beam_width > 1 is not supported by this server; use n instead")
+        raise requests.beam_search()
     if message.sampling_params.watermark is not None:
-        raise ValueError("watermark is not supported by this server; send the request without it")
+        raise requests.unsupported_field(name="watermark")
 
 
 def _check_prompt(message: TokenizedGenerateReqInput, rules: RequestRules) -> None:
     limits, num_tokens = rules.limits, len(message.input_ids or ())
     if num_tokens == 0:
-        raise ValueError("the prompt is empty")
+        raise requests.empty_prompt()
     if num_tokens >= rules.max_prompt_tokens:
         if not rules.truncate_prompts:
-            raise ValueError(_too_long(num_tokens, rules))
+            raise requests.prompt_too_long(
+                num_tokens=num_tokens,
+                max_tokens=rules.max_prompt_tokens,
+                kv_tokens=limits.total_tokens,
+                context_tokens=limits.context_tokens,
+            )
         message.input_ids = message.input_ids[: rules.max_prompt_tokens]
     lowest, highest = min(message.input_ids), max(message.input_ids)
     if lowest < 0 or highest >= limits.vocab_size:
         wrong = lowest if lowest < 0 else highest
-        raise ValueError(
-            f"input_ids contain {wrong}, which is outside of the vocabulary of {limits.vocab_size} tokens"
-        )
-
-
-def _too_long(num_tokens: int, rules: RequestRules) -> str:
-    message = (
-        f"Input length ({num_tokens} tokens) exceeds the maximum allowed length "
-        f"({rules.max_prompt_tokens} tokens). Use a shorter input or enable --allow-auto-truncate."
-    )
-    if rules.limits.total_tokens < rules.limits.context_tokens:
-        message += (
-            f" KV memory holds {rules.limits.total_tokens} tokens, the model's context is "
-            f"{rules.limits.context_tokens}: --memory-budget raises the former."
-        )
-    return message
+        raise requests.token_outside_vocabulary(token_id=wrong, vocab_size=limits.vocab_size)
 
 
 def _limit_output(
@@ -153,9 +144,10 @@ def _limit_output(
     if asked is not None:
         wanted = num_prompt_tokens + min(asked, limits.context_tokens - 1 - num_prompt_tokens)
         if wanted > limits.total_tokens:
-            raise ValueError(
-                f"prompt ({num_prompt_tokens} tokens) and max_new_tokens ({asked}) together can never fit: KV memory "
-                f"holds {limits.total_tokens} tokens. Lower max_new_tokens or raise --memory-budget."
+            raise requests.output_too_long(
+                prompt_tokens=num_prompt_tokens,
+                max_new_tokens=asked,
+                kv_tokens=limits.total_tokens,
             )
     limit = rules.max_request_tokens - num_prompt_tokens - 1
     if rules.max_new_tokens_limit:
@@ -186,9 +178,7 @@ def _logprob_spec(message: TokenizedGenerateReqInput) -> LogprobSpec | None:
     num_prompt_tokens = len(message.input_ids)
     start = message.logprob_start_len
     if start > num_prompt_tokens:
-        raise ValueError(
-            f"logprob_start_len ({start}) is higher than the number of input tokens ({num_prompt_tokens})"
-        )
+        raise requests.logprobs_behind_prompt(start=start, prompt_tokens=num_prompt_tokens)
     return LogprobSpec(
         start=num_prompt_tokens if start < 0 else start,
         num_top=message.top_logprobs_num,
@@ -201,10 +191,7 @@ def _routing_record(message: TokenizedGenerateReqInput) -> RoutingRecord | None:
         return None
     start = message.routed_experts_start_len
     if not 0 <= start <= len(message.input_ids):
-        raise ValueError(
-            f"routed_experts_start_len ({start}) must be between 0 and the number of input tokens "
-            f"({len(message.input_ids)})"
-        )
+        raise requests.routing_behind_prompt(start=start, prompt_tokens=len(message.input_ids))
     return RoutingRecord(start=start)
 
 

@@ -32,6 +32,7 @@ from sglang.srt.utils import (
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglmoe.config import EngineConfig
+from sglmoe.errors.options import not_a_choice
 from sglmoe.protocol import Limits
 from sglmoe.scheduler.finish import Decode
 from sglmoe.scheduler.frontend_request import RequestRules
@@ -59,9 +60,7 @@ def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
     """The published flags, and ours, as scheduling knows them. Raises ValueError for a policy that there is not."""
     flags = get_schedule()
     if flags.schedule_policy not in ORDERS:
-        raise ValueError(
-            f"--schedule-policy {flags.schedule_policy} is not supported; use one of {', '.join(ORDERS)}"
-        )
+        raise not_a_choice(flag="--schedule-policy", given=flags.schedule_policy, choices=ORDERS)
     preempts = flags.enable_priority_scheduling and not flags.disable_priority_preemption
     ratio = min(envs.SGLANG_INIT_NEW_TOKEN_RATIO.get() * flags.schedule_conservativeness, 1.0)
     min_ratio = min(ratio * envs.SGLANG_MIN_NEW_TOKEN_RATIO_FACTOR.get(), 1.0)
@@ -76,6 +75,7 @@ def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
                 flags.priority_scheduling_preemption_threshold if preempts else None
             ),
             passes=_pass_settings(config),
+            expert_affinity=config.expert_affinity,
         ),
         use_priority=flags.enable_priority_scheduling,
         low_values_first=flags.schedule_low_priority_values_first,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from sglmoe.protocol import Limits, MemorySnapshot, ResidencyPlan, StepPlan, StepResult
+from sglmoe.scheduler.affinity import NUM_CONSIDERED, Waiting, admission_order
 from sglmoe.scheduler.passes import Held, most_running
 from sglmoe.scheduler.policy import (
     MAX_PREFIX_MATCHES,
@@ -82,6 +83,9 @@ class Planner:
         self._asked = policy
         self._roster = roster
         self.holding_back = HoldingBack()
+        self.num_out_of_turn = (
+            0  # requests that were admitted before earlier ones, for their company
+        )
         self._plans: deque[InFlight] = deque()
         self._next_step_id = 0  # goes on from worker to worker
         self._to_drop: list[str] = []
@@ -173,7 +177,7 @@ class Planner:
             return None
         if plan.rows:
             self._after_pass = only_prompts
-        self._promise(plan)
+        self._promise(plan, now)
         return plan
 
     def answer(self, result: StepResult) -> InFlight:
@@ -211,19 +215,22 @@ class Planner:
             num_running=len(running),
         )
 
-    def _promise(self, plan: StepPlan) -> None:
+    def _promise(self, plan: StepPlan, now: float) -> None:
         """Remember what a plan that is about to be sent will do."""
         for rid in plan.preempt[len(self._to_preempt) :]:
             self._roster.evict(self._roster.live[rid], step_id=plan.step_id)
         self._to_drop, self._to_preempt = [], []
         self._next_step_id += 1
-        requests = {row.rid: self._roster.live[row.rid] for row in plan.rows}
-        self._plans.append(InFlight(plan, requests))
+        live, requests = self._roster.live, {}
         for row in plan.rows:
-            request = requests[row.rid]
+            request = requests[row.rid] = live[row.rid]
             request.in_flight.append(row.num_tokens)
+            if not request.timing.scheduled_at:
+                request.timing.scheduled_at = now
             if request.state is State.QUEUED:
+                self._overtake(request)
                 self._roster.start(request)
+        self._plans.append(InFlight(plan, requests))
 
     def _admissible(self) -> Sequence[Request]:
         """The queue as far as a plan could take it, and a few more whose cached prefixes to ask for."""
@@ -235,19 +242,52 @@ class Planner:
         in_order_of_arrival = self.policy.order == "fcfs" or (
             self.policy.order == "lpm" and len(queue) > MAX_PREFIX_MATCHES
         )
-        return queue[: room + NUM_PROBES] if in_order_of_arrival else queue
+        if not in_order_of_arrival:
+            return queue
+        first = queue[: room + NUM_PROBES]
+        return self._by_affinity(first, room) if self._has_affinity else first
+
+    @property
+    def _has_affinity(self) -> bool:
+        """Whether it counts who runs together: only while passes have to load experts."""
+        return self.policy.expert_affinity and self.snapshot.costs.stream_seconds > 0
+
+    def _by_affinity(self, waiting: Sequence[Request], room: int) -> Sequence[Request]:
+        """Those who are most like the running ones first. Nobody overtakes another priority."""
+        if len(waiting) < 2:
+            return waiting
+        num_places = min(room, NUM_CONSIDERED)
+        rank = self._roster.rank(waiting[0])
+        num_peers = sum(self._roster.rank(request) == rank for request in waiting)
+        num_peers = min(num_peers, num_places - 1 + NUM_CONSIDERED)  # nobody else can be picked
+        order = admission_order(
+            [Waiting(request.sketch, request.num_overtaken) for request in waiting[:num_peers]],
+            [request.sketch for request in self._roster.running],
+            num_places=num_places,
+        )
+        return [*(waiting[index] for index in order), *waiting[num_peers:]]
+
+    def _overtake(self, request: Request) -> None:
+        """It is admitted now: who waited before it, and waits on, was overtaken once more."""
+        if not self.policy.expert_affinity:
+            return
+        queue = self._roster.queue
+        overtaken = queue[: queue.index(request)]
+        self.num_out_of_turn += bool(overtaken)
+        for senior in overtaken:
+            senior.num_overtaken += 1
 
     def _view(self, request: Request, now: float) -> Candidate:
         computed, total = request.expected_progress()
-        allowed = max(1, request.stop.max_new_tokens)  # every request samples once
+        allowed = request.stop.max_new_tokens or 1  # every request samples once
         return Candidate(  # hundreds for each plan: positions cost half of what names do
             request.rid,
             total,
             computed,
-            allowed - (total - len(request.prompt_ids)),
+            allowed - total + len(request.prompt_ids),
             request.num_computed,
             request.probed_cached if request.state is State.QUEUED else None,
-            self._roster.rank(request),
+            0 if request.priority is None else self._roster.rank(request),
             request.arrival,
             0.0 if request.output_ids else now - request.timing.queued_at,
         )

@@ -38,6 +38,7 @@ class PolicySettings(msgspec.Struct, frozen=True):
     mix_decode: bool = False
     preemption_threshold: int | None = None
     passes: PassSettings = PassSettings()
+    expert_affinity: bool = False  # of those that wait, admit who is like those that run
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):

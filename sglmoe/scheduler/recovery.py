@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from sglmoe.errors.workers import given_up
 from sglmoe.protocol import WorkerReady
 from sglmoe.scheduler.report import Restarts
 from sglmoe.scheduler.seams import WorkerChannel, WorkerLost
@@ -39,6 +40,11 @@ class Recovery:
         self._lost_at = 0.0
         self._num_in_vain = 0
 
+    @property
+    def lost_seconds(self) -> float:
+        """For how long there has been no worker; 0 while one serves."""
+        return self._clock() - self._lost_at if self.is_under_way else 0.0
+
     def begin(self, cause: str, *, num_suspects: int, num_waiting: int) -> None:
         """The worker is lost, at work for `num_suspects` requests; `num_waiting` need another one."""
         self.is_under_way = True
@@ -52,10 +58,8 @@ class Recovery:
         """The next worker that can serve. Raises WorkerLost when it is no use trying any more."""
         while True:
             if self._num_in_vain >= MAX_IN_VAIN:
-                cause = self.restarts.cause
-                raise WorkerLost(
-                    f"{self._num_in_vain} workers in a row ended before they served anything, the last one so: {cause}"
-                )
+                why = given_up(num_workers=self._num_in_vain, cause=self.restarts.cause)
+                raise WorkerLost(str(why))
             await asyncio.sleep(PAUSE_SECONDS * self._num_in_vain)
             try:
                 return await self._worker.replace(silence_seconds=self._silence_seconds)
@@ -80,10 +84,10 @@ class Recovery:
             self.restarts, failed_requests=self.restarts.failed_requests + 1
         )
 
-    def step_done(self, *, num_tokens: int) -> None:
-        """The worker answered a step that had rows, with so many tokens."""
+    def step_done(self, *, got_tokens: bool) -> None:
+        """The worker answered a step that had rows, some of them with tokens or none."""
         self._num_in_vain = 0
-        if num_tokens and self.restarts.count and not self.restarts.token_seconds:
+        if got_tokens and self.restarts.count and not self.restarts.token_seconds:
             seconds = self._clock() - self._lost_at
             self.restarts = msgspec.structs.replace(self.restarts, token_seconds=seconds)
             logger.warning("First token, %.1f s after the last worker was lost", seconds)

@@ -23,6 +23,23 @@ class StepReport(msgspec.Struct, frozen=True):
     rejected_output_tokens: int = 0
 
 
+class Totals(msgspec.Struct):
+    """Counts since the scheduler started, which outlives its workers."""
+
+    decoded_tokens: int = 0  # by decode steps: all output but first tokens
+    prompt_tokens: int = 0  # computed; not those that were found in the cache
+    step_seconds: float = 0.0  # that steps took
+    rejected_requests: int = 0  # times that a request found no memory and went back to the queue
+    preempted_requests: int = 0  # of these, times that it lost KV it had computed
+
+    def count(self, report: StepReport) -> None:
+        self.decoded_tokens += report.decode_tokens
+        self.prompt_tokens += report.prefill_tokens
+        self.step_seconds += report.step_seconds
+        self.rejected_requests += report.num_rejected
+        self.preempted_requests += report.num_preempted
+
+
 class Restarts(msgspec.Struct, frozen=True):
     """How often the worker was replaced. The cause and the times, from the loss on, are of the last one; 0 is "not yet"."""
 

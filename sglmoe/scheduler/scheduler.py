@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import assert_never
 
+from sglmoe.errors import requests, sglang_words
 from sglmoe.protocol import (
     AddRequests,
     CallDone,
@@ -16,20 +17,19 @@ from sglmoe.protocol import (
     FromWorker,
     Limits,
     MemorySnapshot,
-    Profile,
-    RecordRouting,
     RequestReady,
     RowResult,
     StepResult,
+    WorkerCall,
     WorkerFailed,
     WorkerProgress,
     WorkerReady,
 )
 from sglmoe.scheduler.endings import fatal, never_fits, no_longer_fits
-from sglmoe.scheduler.finish import Decode, FinishReason, aborted
+from sglmoe.scheduler.finish import Decode, FinishReason, aborted, failed
 from sglmoe.scheduler.planner import Planner
 from sglmoe.scheduler.recovery import Recovery
-from sglmoe.scheduler.report import RowTally, summarize, tally_row
+from sglmoe.scheduler.report import ONE_DECODED, RowTally, summarize, tally_row
 from sglmoe.scheduler.request import Request, State
 from sglmoe.scheduler.roster import Roster
 from sglmoe.scheduler.seams import Outputs, WorkerChannel, WorkerLost
@@ -91,7 +91,7 @@ class Scheduler:
         self.roster.number(request)
         request.timing.queued_at = self._clock()
         if request.rid in self.roster.live:
-            self.reject(request, aborted(f"a request with rid {request.rid!r} is running", 400))
+            self.reject(request, failed(requests.rid_in_use(rid=request.rid)))
         elif self.roster.is_leaving(request.rid):
             self.roster.hold_back(request)
         elif self._has_room_for(request):
@@ -134,15 +134,15 @@ class Scheduler:
                     await self._until(self._is_idle)
             except TimeoutError:
                 queued, running = len(self.roster.queue), len(self.roster.running)
-                message = f"requests are pending: {queued} queued, {running} running"
-                return CallDone(-1, success=False, message=message)
+                why = requests.requests_pending(num_queued=queued, num_running=running)
+                return CallDone(-1, success=False, message=str(why))
         await self._until(lambda: self.planner.settled)
         return await self.ask_worker(FlushCache(-1))
 
-    async def ask_worker(self, request: FlushCache | Profile | RecordRouting) -> CallDone:
+    async def ask_worker(self, request: WorkerCall) -> CallDone:
         """Pass it on and wait for the answer; its call_id is replaced."""
         if self.recovery.is_under_way:
-            return CallDone(-1, success=False, message="the worker is being replaced; ask again")
+            return CallDone(-1, success=False, message=str(requests.worker_being_replaced()))
         return await self._calls.call(request)
 
     @property
@@ -216,12 +216,10 @@ class Scheduler:
         while True:
             if self._owed is None:
                 self._watchdog.feed()
-            now, alone = self._clock(), self._suspects.on_trial
-            plan = self.planner.next_plan(now=now, paused=self.paused, alone=alone)
+            alone = self._suspects.on_trial
+            plan = self.planner.next_plan(now=self._clock(), paused=self.paused, alone=alone)
             if plan is None:
                 return
-            for timing in (self.roster.live[row.rid].timing for row in plan.rows):
-                timing.scheduled_at = timing.scheduled_at or now
             self._worker.send(plan)
 
     def _announce(self) -> None:
@@ -242,7 +240,7 @@ class Scheduler:
         ]
         present = self.planner.at_work + compiling
         self.recovery.begin(cause, num_suspects=len(present), num_waiting=len(self.roster.live))
-        self._calls.fail_all(f"the worker was lost, ask again: {cause}")
+        self._calls.fail_all(str(requests.worker_lost(cause=cause)))
         self.planner.lose_worker()
         self._unannounced = list(self.roster.live.values())
         if guilty := self._suspects.accuse(present):
@@ -295,12 +293,15 @@ class Scheduler:
         rejected = [request for request in named if not request.finished]
         self._outputs.step_done(summarize(result, tallies, rejected))
         if answered.requests:
-            self.recovery.step_done(num_tokens=sum(r.token_id is not None for r in result.rows))
+            self.recovery.step_done(got_tokens=any(r.token_id is not None for r in result.rows))
         self._on_rejected(rejected, result.step_id)
         for request in self.roster.take_held_back(lambda _: True):
             self.add(request)
 
     def _on_row(self, request: Request, row: RowResult, step_id: int) -> RowTally:
+        if request.takes_decoded(row, step_id):
+            self._changed[id(request)] = request
+            return ONE_DECODED
         tally = tally_row(request, row)
         request.reached(row.num_computed)
         was_rejected = step_id >= request.evicted_step and request.state is State.QUEUED
@@ -310,10 +311,8 @@ class Scheduler:
             request.num_computed = row.num_computed
             if was_rejected:  # but the plan behind had room for it
                 self.roster.start(request)
-        if request.logprobs is not None:
-            request.record_prompt_logprobs(row.prompt_logprobs)
-        if row.routed_experts is not None:
-            request.record_routing(row.routed_experts, end=row.num_computed)
+        request.record_prompt_logprobs(row.prompt_logprobs)
+        request.record_routing(row.routed_experts, end=row.num_computed)
         if row.token_id is not None:
             self._on_token(request, row, row.token_id)
         if was_rejected and not request.finished:
@@ -368,10 +367,9 @@ class Scheduler:
         if limit is None or len(queue) < limit:
             return True
         if queue and self.roster.rank(request) < self.roster.rank(queue[-1]):
-            reason = "The request is aborted by a higher priority request."
-            self._end(queue[-1], aborted(reason, 503))
+            self._end(queue[-1], aborted(sglang_words.MORE_IMPORTANT, 503))
             return True
-        self.reject(request, aborted("The request queue is full.", 503))
+        self.reject(request, aborted(sglang_words.QUEUE_FULL, 503))
         return False
 
     def check_clocks(self) -> None:

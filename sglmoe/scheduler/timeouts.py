@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
+from sglmoe.errors import sglang_words
+from sglmoe.errors.workers import stuck
 from sglmoe.scheduler.request import Request
 from sglmoe.scheduler.roster import Roster
 from sglmoe.scheduler.settings import SchedulerSettings
@@ -14,11 +16,11 @@ def late_requests(
     if (limit := settings.waiting_timeout_seconds) is not None:
         for request in roster.queue:
             if not request.timing.scheduled_at and now - request.timing.queued_at > limit:
-                yield request, "Request waiting timeout reached."
+                yield request, sglang_words.WAITED_TOO_LONG
     if (limit := settings.running_timeout_seconds) is not None:
         for request in roster.running:
             if now - request.timing.scheduled_at > limit:
-                yield request, "Request running timeout reached."
+                yield request, sglang_words.RAN_TOO_LONG
 
 
 class Watchdog:
@@ -39,4 +41,4 @@ class Watchdog:
         if owed is None or limit is None or self._clock() - self._fed_at <= limit:
             return None
         self.feed()
-        return f"the worker made no progress for {limit:.0f} s in {owed} (--watchdog-timeout)"
+        return str(stuck(seconds=limit, owed=owed))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from sglmoe.protocol import CallDone, FlushCache, Profile, RecordRouting, ToWorker
+from sglmoe.protocol import CallDone, ToWorker, WorkerCall
 
 
 class WorkerCalls:
@@ -16,7 +16,7 @@ class WorkerCalls:
         self._waiting: dict[int, asyncio.Future[CallDone]] = {}
         self._num_calls = 0
 
-    async def call(self, message: FlushCache | Profile | RecordRouting) -> CallDone:
+    async def call(self, message: WorkerCall) -> CallDone:
         """Send a call (its call_id is replaced) and wait for the answer."""
         call_id = self._num_calls
         self._num_calls += 1

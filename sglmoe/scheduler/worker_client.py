@@ -13,6 +13,7 @@ from typing import Any
 
 import zmq.asyncio
 
+from sglmoe.errors import workers
 from sglmoe.protocol import (
     PROTOCOL_VERSION,
     FromWorker,
@@ -115,10 +116,9 @@ class WorkerClient:
                 async with asyncio.timeout(silence_seconds):
                     message = await self.receive()
             except TimeoutError:
-                raise WorkerLost(
-                    f"the worker was silent for {silence_seconds:.0f} s while it loaded (--watchdog-timeout, and what the "
-                    "first one took)"
-                ) from None
+                assert silence_seconds is not None
+                why = workers.silent_while_loading(seconds=silence_seconds)
+                raise WorkerLost(str(why)) from None
             match message:
                 case WorkerReady() as ready:
                     if ready.protocol_version != PROTOCOL_VERSION:
@@ -174,8 +174,8 @@ class WorkerClient:
 def describe_exit(exitcode: int | None) -> str:
     """What a process's exit code says to people: ``-9`` is a kill, most likely for memory."""
     if exitcode is None or exitcode >= 0:
-        return f"the worker exited with status {exitcode}; its log says why"
+        return str(workers.exited(status=exitcode or 0))
     name = signal.Signals(-exitcode).name
     if name == "SIGKILL":
-        return "the worker was killed by SIGKILL, probably out of memory; lower --memory-budget"
-    return f"the worker was killed by {name}; its log says why"
+        return str(workers.out_of_memory())
+    return str(workers.killed(signal_name=name))

@@ -15,6 +15,8 @@ import msgspec
 import torch
 
 from sglmoe.config import EngineConfig, PrefetchMode
+from sglmoe.errors import models
+from sglmoe.errors.budgets import experts_held_beside_budget
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_geometry
 from sglmoe.memory.background_copier import BackgroundCopier, Copy
 from sglmoe.memory.device_decode import NUM_STAGED, DecodedFrames, can_decode, staged_bytes
@@ -27,7 +29,7 @@ from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.read_rate import ReadRate
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
-from sglmoe.units import parse_bytes, show_bytes
+from sglmoe.units import parse_bytes
 from sglmoe.worker.moe_layer import PagedExperts, install
 from sglmoe.worker.packed_experts import use_packed
 
@@ -44,6 +46,7 @@ class Loaded(msgspec.Struct, frozen=True):
     runner: Any  # sglang's ModelRunner
     experts: PagedExperts
     memory: MemoryManager
+    tier: HostTier
     geometry: Geometry
     dense_bytes: int
     floor_frames: int
@@ -130,7 +133,7 @@ def load_model(
     arena = torch.empty(geometry.arena_bytes, dtype=torch.uint8, device=runner.device)
     # One token's experts: below that a decode step of a single request would need several waves.
     floor = runner.model_config.hf_text_config.num_experts_per_tok if experts.shape else 0
-    memory = manage(arena, geometry, experts, floor_frames=floor, config=config)
+    memory, tier = manage(arena, geometry, experts, floor_frames=floor, config=config)
     kv.move_to(arena, geometry.page_tokens)
     if experts.shape:
         experts.attach(arena, geometry, frame_table=memory.frame_table, waves=memory.waves)
@@ -142,6 +145,7 @@ def load_model(
         runner=runner,
         experts=experts,
         memory=memory,
+        tier=tier,
         dense_bytes=dense_bytes,
         geometry=geometry,
         floor_frames=floor,
@@ -180,11 +184,7 @@ def close_store(experts: PagedExperts) -> None:
     num_experts = experts.shape.num_experts if experts.shape else 0
     experts.store.check_complete(len(experts.layer_ids), num_experts)
     if held_bytes := experts.store.unmap():
-        logger.warning(
-            "%s of experts are held in memory beside the budget: their tensors are not views of a mapped file "
-            "(another dtype than the checkpoint's, or no safetensors)",
-            show_bytes(held_bytes),
-        )
+        logger.warning("%s", experts_held_beside_budget(held_bytes=held_bytes))
 
 
 def decoding_bytes(store: ExpertStore, device: str) -> int:
@@ -211,10 +211,10 @@ class KvLayout(msgspec.Struct, frozen=True):
         elif type(pool) is MHATokenToKVPool:
             layers = tuple(zip(pool.k_buffer, pool.v_buffer, strict=True))
         else:
-            raise ValueError(f"KV of kind {type(pool).__name__} does not fit the arena yet")
+            raise models.unknown_kv(kind=type(pool).__name__)
         shapes = {tuple(buffer.shape[1:]) for buffers in layers for buffer in buffers}
         if len(shapes) != 1:
-            raise ValueError(f"K and V rows of different shapes do not fit the arena yet: {shapes}")
+            raise models.uneven_kv(shapes=str(shapes))
         return cls(pool=pool, layers=layers, row_shape=shapes.pop())
 
     @property
@@ -243,7 +243,7 @@ def manage(
     *,
     floor_frames: int,
     config: EngineConfig,
-) -> MemoryManager:
+) -> tuple[MemoryManager, HostTier]:
     """The owner of the arena, and below it host memory, which fills in the background from now on."""
     num_layers = len(experts.layer_ids)
     num_experts = experts.shape.num_experts if experts.shape else 0
@@ -282,7 +282,7 @@ def manage(
             heat=lambda: memory.expert_demand,
             residents=lambda: memory.frame_table != ABSENT,
         ).start()
-    return memory
+    return memory, tier
 
 
 def expert_copiers(

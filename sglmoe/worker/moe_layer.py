@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sglmoe.errors import models
+from sglmoe.errors.checkpoints import wrong_shape
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import ExpertIds
 from sglmoe.memory.store import ExpertStore
@@ -78,10 +80,7 @@ class PagedExperts:
         if self.shape is None:
             self.shape = shape
         if shape != self.shape:
-            raise ValueError(
-                f"layer {layer_id} has experts of shape {shape}, earlier ones {self.shape}: "
-                "models whose experts differ from layer to layer can't be paged yet"
-            )
+            raise models.uneven_experts(layer=layer_id, shape=str(shape), first=str(self.shape))
         self.layer_ids.append(layer_id)
         return len(self.layer_ids) - 1
 
@@ -91,9 +90,12 @@ class PagedExperts:
         expected = self.shape.part_shape(part)
         tensor = self._rounded_up(tensor, part)
         if tuple(tensor.shape) != expected:
-            raise ValueError(
-                f"expert {expert} of MoE layer {layer}: {part} has shape {tuple(tensor.shape)} in "
-                f"the checkpoint where the model's config asks for {expected}"
+            raise wrong_shape(
+                layer=layer,
+                expert=expert,
+                part=part,
+                shape=str(tuple(tensor.shape)),
+                expected=str(expected),
             )
         tensor = tensor.to(self.shape.dtype).contiguous()
         self.store.put(layer, expert, part, as_bytes(tensor))
@@ -298,7 +300,7 @@ def make_paged_method(base: type, experts: PagedExperts) -> type:
             **attributes: Any,
         ) -> None:
             if with_bias or not layer.moe_runner_config.is_gated:
-                raise ValueError("experts with biases or without a gate can't be paged yet")
+                raise models.ungated_experts()
             self.with_bias = False
             shape = ExpertShape(
                 num_experts, hidden_size, intermediate_size_per_partition, params_dtype
@@ -349,9 +351,9 @@ def activation_of(config: Any) -> Activation:
     from sglang.srt.layers.activation import GeluAndMul, SiluAndMul
 
     if config.apply_router_weight_on_input:
-        raise ValueError("router weights on the input can't be paged yet")
+        raise models.weighted_inputs()
     if config.activation == "silu" and config.gemm1_alpha is None:
         return SiluAndMul()  # type: ignore[no-any-return]
     if config.activation == "gelu":
         return GeluAndMul()  # type: ignore[no-any-return]
-    raise ValueError(f"experts with activation {config.activation!r} can't be paged yet")
+    raise models.unknown_activation(name=config.activation)

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 from sglmoe.config import AUTO, OFF, ON
+from sglmoe.errors import checkpoints
+from sglmoe.errors.user_error import UserError
 from sglmoe.memory.mapped_files import Extent
 from sglmoe.memory.packed_extent import PackedPlace, load_decoder
 from sglmoe.memory.store import ExpertStore
@@ -29,10 +31,10 @@ def use_packed(store: ExpertStore, wanted: str, model_path: str) -> None:
         return
     if why := why_none(paths, shards, folder, model_path):
         if is_required:
-            raise ValueError(f"--packed-experts={wanted}: {why}")
+            raise checkpoints.packed_refused(wanted=wanted, why=str(why))
         logger.warning("packed experts are not used: %s", why)
         return
-    layers = matching_layers(paths, shards, is_required=is_required)
+    layers = matching_layers(paths, shards, wanted)
     if not layers:
         return
     load_decoder()  # now, rather than in the first request
@@ -46,22 +48,18 @@ def use_packed(store: ExpertStore, wanted: str, model_path: str) -> None:
     )
 
 
-def why_none(paths: list[Path], shards: set[str], folder: Path, model_path: str) -> str | None:
+def why_none(
+    paths: list[Path], shards: set[str], folder: Path, model_path: str
+) -> UserError | None:
     """Why there can be no packed experts, whatever is in their files."""
     if not paths:
-        return (
-            f"there are none in {folder}; make them with python -m sglmoe.pack --model-path {model_path}, "
-            "or leave the flag out"
-        )
+        return checkpoints.none_packed(folder=folder, model_path=model_path)
     if not shards:
-        return (
-            "the model's experts are not read from the checkpoint as they lie there: it is served with another "
-            "--dtype, its experts have to be rounded up on a CPU, or it has none"
-        )
+        return checkpoints.not_read_in_place()
     return None
 
 
-def matching_layers(paths: list[Path], shards: set[str], *, is_required: bool) -> list[PackedLayer]:
+def matching_layers(paths: list[Path], shards: set[str], wanted: str) -> list[PackedLayer]:
     """Those that are sound and of this checkpoint. Raises ValueError for any other, or warns of it."""
     stamps = [stamp(Path(shard)) for shard in shards]
     layers = []
@@ -69,8 +67,8 @@ def matching_layers(paths: list[Path], shards: set[str], *, is_required: bool) -
         try:
             layers.append(read_layer(path, stamps))
         except ValueError as error:
-            if is_required:
-                raise ValueError(f"--packed-experts: {error}") from error
+            if wanted != AUTO:
+                raise checkpoints.packed_refused(wanted=wanted, why=str(error)) from error
             logger.warning("packed experts are not used: %s", error)
     return layers
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglmoe.config import AUTO
+from sglmoe.errors import predictors as errors
 from sglmoe.prediction.advisor import Advisor
 from sglmoe.prediction.baselines import Frequency, LastStep, PreviousLayer
 from sglmoe.prediction.expert_map import ExpertMap
@@ -61,10 +62,7 @@ def predictors_for(name: str, sources: Sources) -> dict[str, Predictor]:
         return {its: make() for its, make in makers.items()}
     makers |= wrong_makers(sources)
     if name not in makers:
-        raise ValueError(
-            f"--expert-predictor: there is no {name!r} for this model; there are "
-            f"{', '.join([AUTO, *makers])}, and trained ones by the path of their .json"
-        )
+        raise errors.not_for_this_model(given=name, known=[AUTO, *makers])
     return {name: makers[name]()}
 
 
@@ -99,6 +97,6 @@ def load_trained(name: str, folder: Path, sources: Sources) -> Predictor:
     if description.predictor == "routing_path":
         return from_saved(description.settings, tensors)
     if sources.router is None:
-        raise ValueError(f"{folder / name}: this model's routers can't be read, which it needs")
+        raise errors.unreadable_routers(path=folder / name)
     parameters = HybridParameters.from_tensors(dict(tensors), dict(description.settings))
     return Hybrid(sources.parts, sources.router, parameters)

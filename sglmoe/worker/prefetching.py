@@ -1,4 +1,4 @@
-"""Between the forward pass and the predictor thread: tells it what runs, begins what it asks for, stops if that does not pay.
+"""Between the forward pass and the predictor: tells it what runs, begins what it asks for, stops if that does not pay.
 
 Main thread only. Changes when experts arrive, never what is computed.
 """
@@ -15,11 +15,12 @@ from sglmoe.config import PrefetchMode
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.step_times import StepTimes
-from sglmoe.prediction.advisor import MAX_TOKENS, Advisor, LinkTimes, Outlook
-from sglmoe.prediction.predictor import StepTokens
+from sglmoe.prediction.advisor import MAX_TOKENS, LinkTimes, Outlook
+from sglmoe.prediction.predictor import Embed
 from sglmoe.prediction.prefetch import loads_to_begin
-from sglmoe.prediction.thread import LayerRouted, PredictorThread, StepBegun
 from sglmoe.prediction.trial import Trial, Verdict
+from sglmoe.predictor.client import PredictorClient, Said
+from sglmoe.predictor.messages import StepBegun, array_bytes, pack_mask
 from sglmoe.protocol import MemorySnapshot, PrefetchReport
 from sglmoe.worker.routed import Routed
 from sglmoe.worker.step_watch import StepCost, StepKind
@@ -28,24 +29,30 @@ logger = logging.getLogger(__name__)
 
 # Arbitrary: decode steps from one report to the next.
 REPORT_STEPS = 64
+# Arbitrary: while predictors rest, ends of more requests are forgotten. Their numbers are given out again.
+MAX_ENDED = 4096
 
 
 class Prefetching:
-    """`--expert-prefetch observe|on`. `first_load_seconds` is what a load is taken to cost until one was measured."""
+    """`--expert-prefetch observe|on`. `first_load_seconds` is what a load is taken to cost until one was measured.
+
+    Without `embed`, which looks tokens up in the model's table, predictors get no embeddings.
+    """
 
     def __init__(
         self,
         memory: MemoryManager,
-        advisor: Advisor,
+        predictor: PredictorClient,
         *,
         mode: PrefetchMode,
         times: StepTimes,
         first_load_seconds: float,
         trial: Trial | None = None,
+        embed: Embed | None = None,
     ):
         self._memory = memory
-        self._advisor = advisor
-        self._thread = PredictorThread(advisor)
+        self._predictor = predictor
+        self._embed = embed
         self._mode = mode
         self._times = times
         self._first_load_seconds = first_load_seconds
@@ -53,6 +60,7 @@ class Prefetching:
         self._trial = trial or Trial()
         self._owners: dict[str, int] = {}
         self._free_owners: list[int] = []
+        self._ended: list[int] = []  # owners whose end the predictor has not been told
         self._step = 0
         self._layer = -1
         self._is_bulk = False
@@ -68,7 +76,6 @@ class Prefetching:
         self._num_decode_steps = 0
         self._is_paused = False
         self.report = PrefetchReport(mode=mode.value)
-        self._thread.start()
 
     # ------------------------------------------------------------------------------------------------ a step
 
@@ -89,25 +96,39 @@ class Prefetching:
         self._is_bulk = len(token_ids) > MAX_TOKENS
         self.look_ahead()
         numbers = np.array([self._number(rid) for rid in rids], np.int32)
-        tokens = StepTokens(token_ids.astype(np.int32), positions.astype(np.int32), numbers[owners])
         self._now = self._link_times(len(rids))
-        self._thread.begin_step(StepBegun(self._step, tokens, self._now, self._late, self._unused))
+        event = StepBegun(
+            step=self._step,
+            token_ids=array_bytes(token_ids, np.int32),
+            positions=array_bytes(positions, np.int32),
+            owners=numbers[owners].tobytes(),
+            embeddings=self._embeddings(token_ids),
+            ended=self._ended,
+            residents=self._residents(),
+            times=self._now,
+            late=self._late,
+            unused=self._unused,
+        )
+        self._ended = []
+        self._predictor.tell(Said(event))
 
     def routed(self, layer: int, routing: Routed) -> None:
         """The layer has chosen its experts, and has not asked memory for them."""
         self._layer = layer
         if not self._is_telling:
             return
-        arrays = routing.arrays(
-            with_probabilities=not self._is_bulk and self._advisor.wants_probabilities,
-            with_gate_input=not self._is_bulk and self._advisor.wants_gate_input,
+        wishes = self._predictor.wishes
+        self._predictor.tell(
+            routing.to_host(
+                self._residents(),
+                with_logits=not self._is_bulk and wishes.logits,
+                with_gate_input=not self._is_bulk and wishes.gate_input,
+            )
         )
-        was_absent = self._memory.frame_table[layer] == ABSENT
-        self._thread.routed(LayerRouted(arrays, was_absent))
 
     def look_ahead(self) -> None:
         """Begin what the predictor has asked for, if it has: between layers, as often as it likes to be asked."""
-        outlook = self._thread.outlook()
+        outlook = self._predictor.outlook()
         if outlook is None or not self._is_on:
             return
         layer = self._place_of(outlook)
@@ -142,22 +163,31 @@ class Prefetching:
         owner = self._owners.pop(rid, None)
         if owner is not None:
             self._free_owners.append(owner)
-            self._thread.forget(owner)
+            if len(self._ended) < MAX_ENDED:
+                self._ended.append(owner)
 
     def close(self) -> None:
-        """Stop the thread."""
-        self._thread.close()
+        """End the predictor."""
+        self._predictor.close()
 
     @property
     def num_skipped_steps(self) -> int:
         """Steps that the predictor was not told of, because it was behind."""
-        return self._thread.num_skipped
+        return self._predictor.num_skipped
 
     # ------------------------------------------------------------------------------------------------ inside
 
     @property
     def _is_on(self) -> bool:
         return self._mode is PrefetchMode.ON and self._trial.is_on and not self._is_paused
+
+    def _residents(self) -> bytes:
+        return pack_mask(self._memory.frame_table != ABSENT)
+
+    def _embeddings(self, token_ids: npt.NDArray[Any]) -> bytes:
+        if self._embed is None or self._is_bulk or not self._predictor.wishes.embeddings:
+            return b""
+        return array_bytes(self._embed(token_ids), np.float32)
 
     def _place_of(self, outlook: Outlook) -> int | None:
         """The layer after which its probabilities hold, as of now; None if it is out of date."""
@@ -195,24 +225,22 @@ class Prefetching:
         )
 
     def _new_report(self) -> PrefetchReport:
-        advisor = self._advisor
-        quality = advisor.quality()
+        self._predictor.check()
+        its = self._predictor.report
         return PrefetchReport(
             mode=self._mode.value,
             is_on=self._is_on,
-            predictor=advisor.picked or "",
-            reason=advisor.pick_reason,
+            predictor=its.predictor,
+            reason=its.reason,
             verdict=self._trial.verdict.value,
             step_ratio=self._trial.ratio,
-            horizon_layers=advisor.horizon.layers,
-            precision=quality.precision or 0.0,
-            recall=quality.recall or 0.0,
-            batch_accuracy=quality.batch_accuracy or 0.0,
-            coverage={name: its.coverage for name, its in advisor.scores().items()},
-            recall_by_layer=tuple(
-                advisor.quality(layer=layer).recall or 0.0 for layer in range(self._num_layers)
-            ),
+            horizon_layers=its.horizon_layers,
+            precision=its.precision,
+            recall=its.recall,
+            batch_accuracy=its.batch_accuracy,
+            coverage=its.coverage,
+            recall_by_layer=its.recall_by_layer,
             saved_seconds=self._saved_seconds,
             skipped_steps=self.num_skipped_steps,
-            failed=self._thread.failed,
+            failed=self._predictor.failed,
         )

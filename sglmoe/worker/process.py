@@ -7,15 +7,24 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
+import numpy as np
+import numpy.typing as npt
 import zmq
 
 from sglmoe.config import EngineConfig, MemoryPolicy, PrefetchMode
+from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.step_times import StepTimes
 from sglmoe.memory.use_counter import UseCounter
+from sglmoe.prediction.advisor import Advisor
 from sglmoe.prediction.predictor import ModelParts
+from sglmoe.predictor.client import PredictorClient
+from sglmoe.predictor.listener import SentEmbeddings
+from sglmoe.predictor.process import start_predictor
 from sglmoe.protocol import (
     PROTOCOL_VERSION,
     AddRequests,
@@ -23,12 +32,15 @@ from sglmoe.protocol import (
     FlushCache,
     FromWorker,
     Limits,
+    MemoryMap,
     Profile,
     RecordRouting,
     RequestReady,
+    ShowMemory,
     Shutdown,
     StepPlan,
     ToWorker,
+    WorkerCall,
     WorkerFailed,
     WorkerProgress,
     WorkerReady,
@@ -74,7 +86,11 @@ def run_worker(
             loads_overlap=False
         )  # experts travel while their layer waits, on a GPU too
         prefetching = model.prefetching = start_prefetching(
-            loaded, config, times, Path(server_args.model_path)
+            loaded,
+            config,
+            times,
+            model_folder=Path(server_args.model_path),
+            start=partial(start_predictor, context=context, directory=directory),
         )
         worker = Worker(
             memory=loaded.memory,
@@ -92,7 +108,7 @@ def run_worker(
             pause=prefetching.pause if prefetching is not None else lambda is_paused: None,
         )
         sender.send(ready_message(loaded, model))
-        Loop(plans, sender, worker, model, recording).run()
+        Loop(plans, sender, worker, model, recording, drawing=lambda: draw(loaded)).run()
         status = 0
     except ValueError as error:  # says itself what to change
         logger.error("%s", error)
@@ -108,6 +124,10 @@ def run_worker(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # copy threads and grammar compilers must not hold the process
+
+
+def draw(loaded: Loaded) -> MemoryMap:
+    return loaded.memory.draw(loaded.tier.held())
 
 
 def first_price(loaded: Loaded) -> Price:
@@ -141,32 +161,40 @@ def residency_planner(
 
 
 def start_prefetching(
-    loaded: Loaded, config: EngineConfig, times: StepTimes, folder: Path
+    loaded: Loaded,
+    config: EngineConfig,
+    times: StepTimes,
+    *,
+    model_folder: Path,
+    start: Callable[[Advisor, npt.NDArray[np.int32], SentEmbeddings], PredictorClient],
 ) -> Prefetching | None:
     """None where nothing is to be predicted. Raises ValueError for a predictor that does not exist or fit."""
     experts = loaded.experts
     if config.expert_prefetch is PrefetchMode.OFF or experts.shape is None:
         return None
     model = loaded.runner.model
+    embeddings = SentEmbeddings(experts.shape.hidden)
     parts = ModelParts(
         num_layers=len(experts.layer_ids),
         num_experts=experts.shape.num_experts,
         top_k=loaded.floor_frames,
-        embed=embedding_of(model),
+        embed=embeddings,
     )
     sources = Sources(
         parts=parts,
         router=read_router(model, experts.layer_ids),
         vocab_size=loaded.runner.model_config.vocab_size,
-        folder=folder,
+        folder=model_folder,
     )
-    frame_table = loaded.memory.frame_table
+    frame_table = np.full_like(loaded.memory.frame_table, ABSENT)  # the predictor's own
+    advisor = make_advisor(config.expert_predictor, sources, frame_table=frame_table)
     prefetching = experts.observer = Prefetching(
         loaded.memory,
-        make_advisor(config.expert_predictor, sources, frame_table=frame_table),
+        start(advisor, frame_table, embeddings),
         mode=config.expert_prefetch,
         times=times,
         first_load_seconds=loaded.memory.prices.expert_nanoseconds / 1e9,
+        embed=embedding_of(model),
     )
     return prefetching
 
@@ -219,6 +247,8 @@ class Loop:
         worker: Worker,
         model: ModelRunner,
         recording: Recording,
+        *,
+        drawing: Callable[[], MemoryMap],
     ):
         self._plans = plans
         self._sender = sender
@@ -226,6 +256,7 @@ class Loop:
         self._model = model
         self._profiler = Profiler()
         self._recording = recording
+        self._drawing = drawing
 
     def run(self) -> None:
         while True:
@@ -238,9 +269,7 @@ class Loop:
             if message is not None:
                 self._handle(message)
 
-    def _handle(
-        self, message: StepPlan | AddRequests | FlushCache | Profile | RecordRouting
-    ) -> None:
+    def _handle(self, message: StepPlan | AddRequests | WorkerCall) -> None:
         match message:
             case StepPlan():
                 self._sender.send(self._worker.step(message))
@@ -255,6 +284,8 @@ class Loop:
             case RecordRouting():
                 success, text = self._recording.handle(message)
                 self._sender.send(CallDone(message.call_id, success, text))
+            case ShowMemory():
+                self._sender.send(CallDone(message.call_id, success=True, memory=self._drawing()))
             case _:
                 assert_never(message)
 

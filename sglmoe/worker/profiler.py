@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sglmoe.errors import requests
 from sglmoe.protocol import Profile
 
 ACTIVITIES = {
@@ -27,10 +28,11 @@ class Profiler:
 
     def _start(self, message: Profile) -> tuple[bool, str]:
         if self._running is not None:
-            return False, "a profile is running already; stop it first"
+            return False, str(requests.profile_running())
         unknown = set(message.activities) - set(ACTIVITIES)
         if unknown:
-            return False, f"activities {sorted(unknown)} are unknown; use {sorted(ACTIVITIES)}"
+            why = requests.unknown_activities(given=sorted(unknown), known=sorted(ACTIVITIES))
+            return False, str(why)
         directory = Path(message.output_dir or ".")
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / f"{message.name or time.time()}-worker.trace.json.gz"
@@ -44,7 +46,7 @@ class Profiler:
 
     def _stop(self) -> tuple[bool, str]:
         if self._running is None:
-            return False, "no profile is running"
+            return False, str(requests.no_profile())
         self._running.stop()
         self._running.export_chrome_trace(str(self._path))
         self._running = None

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sglmoe.errors import requests
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.radix_cache import TOKEN_BYTES
@@ -129,7 +130,7 @@ class Recorder:
     def dump(self, directory: Path) -> tuple[bool, str]:
         """Write what has been recorded; whether there was anything, and where it is."""
         if not self._step_seconds:
-            return False, "nothing was recorded: no request ran"
+            return False, str(requests.nothing_recorded())
         was_full = self._num_bytes > MAX_BYTES
         self.close()
         directory.mkdir(parents=True, exist_ok=True)
@@ -198,18 +199,15 @@ class Recording:
                 return self._stop()
             case "dump":
                 if self._recorder is None:
-                    return False, "no recording was started"
+                    return False, str(requests.no_recording())
                 self._stop()
                 return self._recorder.dump(Path(message.directory))
 
     def _start(self) -> tuple[bool, str]:
         if self._memory.frame_table.size == 0:
-            return False, "the model has no experts"
+            return False, str(requests.nothing_to_record())
         if not self._worker.is_idle:
-            return (
-                False,
-                "requests are running; a recording starts with an empty memory, try again when they are done",
-            )
+            return False, str(requests.requests_running())
         self._stop()
         self._pause(True)
         self._memory.clear()

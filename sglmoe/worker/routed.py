@@ -1,11 +1,12 @@
-"""What a layer's router did, on its way from the device to the predictor's thread."""
+"""What a layer's router did, on its way from the device to the predictor."""
 
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import torch
 
-from sglmoe.prediction.predictor import LayerRouting
+from sglmoe.predictor.messages import Event, LayerRouted, array_bytes
 
 
 class Routed(msgspec.Struct, frozen=True, eq=False):
@@ -16,33 +17,63 @@ class Routed(msgspec.Struct, frozen=True, eq=False):
     logits: torch.Tensor  # [T, experts]
     hidden: torch.Tensor  # [T, hidden], the router's input
 
-    def arrays(
-        self, *, with_probabilities: bool, with_gate_input: bool
-    ) -> Callable[[], LayerRouting]:
-        """Begins to copy; what it returns waits for that, and may be called later in another thread.
+    def to_host(
+        self, residents: bytes, *, with_logits: bool, with_gate_input: bool
+    ) -> "RoutingOnItsWay":
+        """Begins to copy, what of it is wanted. `residents`: `pack_mask` of the experts that are in frames."""
+        wanted = [self.ids]
+        if with_logits:
+            wanted.append(self.logits)
+        if with_gate_input:
+            wanted.append(self.hidden)
+        copies, is_there = copy_to_host(wanted)
+        ids, *others = copies
+        return RoutingOnItsWay(
+            layer=self.layer,
+            ids=ids,
+            logits=others.pop(0) if with_logits else None,
+            hidden=others.pop(0) if with_gate_input else None,
+            residents=residents,
+            is_there=is_there,
+        )
 
-        Without probabilities there are those of no token.
-        """
-        logits = self.logits if with_probabilities else self.logits[:0]
-        hidden = self.hidden if with_gate_input else self.hidden[:0]
-        (ids, logits, hidden), wait = copy_to_host(self.ids, logits, hidden)
 
-        def arrays() -> LayerRouting:
-            wait()
-            probabilities = logits.float().softmax(dim=-1).numpy()
-            gate_input = hidden.float().numpy() if with_gate_input else None
-            return LayerRouting(self.layer, ids.numpy(), probabilities, gate_input)
+class RoutingOnItsWay(msgspec.Struct, frozen=True, eq=False):
+    """A `client.Coming`; on a CPU it has arrived, and its tensors are the model's own."""
 
-        return arrays
+    layer: int
+    ids: torch.Tensor
+    logits: torch.Tensor | None
+    hidden: torch.Tensor | None
+    residents: bytes
+    is_there: Callable[[], bool]
+
+    def event(self) -> Event:
+        return LayerRouted(
+            layer=self.layer,
+            num_tokens=len(self.ids),
+            expert_ids=array_bytes(self.ids.numpy(), np.int16),
+            logits=float_bytes(self.logits),
+            gate_input=float_bytes(self.hidden),
+            residents=self.residents,
+        )
 
 
-def copy_to_host(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[], None]]:
-    """Copies, and what returns when they are there; no GPU has run that part."""
+def float_bytes(tensor: torch.Tensor | None) -> bytes:
+    return b"" if tensor is None else tensor.float().numpy().tobytes()
+
+
+def copy_to_host(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], bool]]:
+    """Copies, and what says whether they are there; no GPU has run that part."""
     if tensors[0].device.type == "cpu":
-        return [tensor.clone() for tensor in tensors], lambda: None
+        return tensors, always
     copies = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
-    return copies, copied.synchronize
+    return copies, copied.query
+
+
+def always() -> bool:
+    return True

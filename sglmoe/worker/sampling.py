@@ -21,6 +21,7 @@ from sglang.srt.sampling.sampling_params import (
     get_request_reasoning_in_grammar,
 )
 
+from sglmoe.errors.requests import no_grammars
 from sglmoe.worker.request import WorkerRequest
 
 
@@ -241,10 +242,7 @@ class GrammarCompiler:
         if key is None:
             return None
         if self._backend is None:
-            return (
-                "json_schema, regex, ebnf and structural_tag need a grammar backend and a tokenizer: "
-                "start the server without --grammar-backend none and --skip-tokenizer-init"
-            )
+            return str(no_grammars())
         budget = thinking_budget(request.sampling_params)
         # How the prompt ends decides, whatever a request that comes from another worker has generated since.
         prompt = request.request.tokens[: request.request.num_prompt]

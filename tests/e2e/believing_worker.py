@@ -6,7 +6,7 @@ The product acts only as long as predictions come true (`Calibration`) and steps
 
 from typing import Any
 
-from sglmoe.prediction import advisor
+from sglmoe.prediction import advisor, forecast
 from sglmoe.prediction.forecast import Forecast
 from sglmoe.worker import predictors, prefetching
 from sglmoe.worker.process import run_worker
@@ -40,7 +40,7 @@ class InTurn(advisor.Advisor):
 def run_believing_worker(*arguments: Any) -> None:
     """As `run_worker`, which see; with `--expert-predictor auto`."""
     prefetching.Trial = Always  # type: ignore[misc]
-    advisor.Calibration = lambda: None  # type: ignore[assignment, misc]
+    forecast.Calibration = lambda: None  # type: ignore[assignment, misc]
     predictors.Advisor = InTurn  # type: ignore[misc]
     known_makers = predictors.known_makers
     predictors.known_makers = lambda sources: (

@@ -25,6 +25,7 @@ from sglmoe.protocol import (
     RequestReady,
     RoutedExperts,
     RowResult,
+    ShowMemory,
     Shutdown,
     StepPlan,
     StepResult,
@@ -116,7 +117,12 @@ class FakeWorker:
                     self._add(requests)
                 case StepPlan() as plan:
                     self._sender.send(self._step(plan))
-                case FlushCache(call_id) | Profile(call_id) | RecordRouting(call_id):
+                case (
+                    FlushCache(call_id)
+                    | Profile(call_id)
+                    | RecordRouting(call_id)
+                    | ShowMemory(call_id)
+                ):
                     self._sender.send(CallDone(call_id, success=True))
 
     def _add(self, requests: tuple[NewRequest, ...]) -> None:

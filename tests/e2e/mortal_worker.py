@@ -41,6 +41,10 @@ def serve_with_mortal_workers() -> None:
     from sglmoe.start_up import ChildEntry
 
     worker = ChildEntry("mortal_worker", "run_mortal_worker")
-    preparation.scheduler_entry = lambda config: ChildEntry(
-        "sglmoe.scheduler.process", "run_scheduler", config=config, run_worker=worker
+    preparation.scheduler_entry = lambda config, viewers: ChildEntry(
+        "sglmoe.scheduler.process",
+        "run_scheduler",
+        config=config,
+        run_worker=worker,
+        viewers=viewers,
     )

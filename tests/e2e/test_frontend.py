@@ -280,6 +280,7 @@ def test_metrics_and_loads(server: Server) -> None:
         "sglmoe_prefill_passes_total",
         "sglmoe_held_passes_total",
         "sglmoe_held_seconds_total",
+        "sglmoe_out_of_turn_total",
     ):
         assert name in metrics
     loads = server.client.get("/v1/loads").json()["loads"]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 from checkpoints import VOCAB_SIZE, make_checkpoint
 from forking import run_in_fork
+from halving_scheduler import decode_in_halves
 from sglang_engine import running_engine
 from sglmoe_engine import frames_budget, running_sglmoe, state_of
 
@@ -48,11 +49,17 @@ def mixed_requests(*, as_asked: bool = True) -> list[tuple[list[int], dict[str, 
     return requests
 
 
-def answers(model_dir: Path, memory_budget: str) -> tuple[list[Any], list[Any], dict[str, Any]]:
+def answers(
+    model_dir: Path, memory_budget: str, **options: Any
+) -> tuple[list[Any], list[Any], dict[str, Any]]:
     """Each alone, all together, and the state of memory in the end."""
     requests = mixed_requests()
     with running_sglmoe(
-        model_dir, dtype="float32", memory_budget=memory_budget, enable_return_routed_experts=True
+        model_dir,
+        dtype="float32",
+        memory_budget=memory_budget,
+        enable_return_routed_experts=True,
+        **options,
     ) as engine:
         alone = ask_alone(engine, requests)
         engine.flush_cache()
@@ -63,6 +70,12 @@ def answers(model_dir: Path, memory_budget: str) -> tuple[list[Any], list[Any], 
             return_routed_experts=True,
         )
         return alone, [output["output_ids"] for output in together], state_of(engine)
+
+
+def answers_in_halves(model_dir: Path, memory_budget: str, **options: Any) -> tuple[Any, ...]:
+    """As `answers`, by a scheduler that alternates between two halves."""
+    decode_in_halves()
+    return answers(model_dir, memory_budget, **options)
 
 
 def answers_of_sglang(model_dir: Path) -> tuple[list[Any], list[Any]]:
@@ -102,6 +115,27 @@ def test_mixed_requests_match_their_solo_runs(tmp_path: Path) -> None:
     assert tight_together == roomy_alone
     assert tight["memory"]["experts_evicted"] > 0
     assert tight["memory"]["num_split_layers"] > 0
+
+
+def test_halves_that_take_turns_answer_the_same(tmp_path: Path) -> None:
+    """A request's pages stay where they are, whoever decodes with it: nothing to merge, nothing to index anew."""
+    model_dir = run_in_fork(
+        make_checkpoint, "qwen3_moe", tmp_path, dtype="float32", attention_gain=1.0
+    )
+    alone, together, whole = run_in_fork(answers, model_dir, "200MB")
+    alone_again, in_halves, halved = run_in_fork(answers_in_halves, model_dir, "200MB")
+    assert alone_again == alone
+    assert in_halves == together == alone
+    # Steps of the crowd, 24 and a few more, are twice as many; those of lone requests are not.
+    more_steps = halved["memory"]["step_id"] - whole["memory"]["step_id"]
+    assert 20 <= more_steps <= 40
+    # Many wait here, and go by whom they are like.
+    tight = frames_budget(whole, 20)
+    _, in_tight_halves, state = run_in_fork(
+        answers_in_halves, model_dir, tight, expert_affinity="on"
+    )
+    assert in_tight_halves == alone
+    assert state["admitted_out_of_turn"] > 0
 
 
 def penalised_answers(running: Any, model_dir: Path, **options: Any) -> list[Any]:

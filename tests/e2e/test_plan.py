@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from checkpoints import FAMILIES, make_checkpoint
+from command_lines import refused
 from forking import run_in_fork
 
 from sglmoe.checkpoint import read_json
@@ -55,27 +56,10 @@ def test_the_plan_has_the_servers_frames_and_kv_tokens(family: str, tmp_path: Pa
 
 def refused_commands() -> dict[str, str]:
     """Of the recipes' commands, those that our parser or our tables of flags refuse, and why."""
-    from sglang.srt.server_args import ServerArgs
-
-    from sglmoe.flags import refused_flags
-    from sglmoe.launch_server import Parser, our_parser, read_options
-    from sglmoe.preparation import flag_defaults, flag_namespaces
     from sglmoe.recipe import read_plan
 
-    parser = Parser()
-    ServerArgs.add_cli_args(parser)
-    refused = {}
-    for path in RECIPES:
-        argv = list(read_plan(path, [])[0].command[3:])
-        try:
-            read_options(argv)
-            given = vars(parser.parse_args(our_parser().parse_known_args(argv)[1]))
-            values = {name: given[name] for name in flag_namespaces() if name in given}
-            if problems := refused_flags(values, flag_defaults(), flag_namespaces()):
-                refused[path.name] = "; ".join(problems)
-        except ValueError as error:
-            refused[path.name] = str(error)
-    return refused
+    commands = {path.name: read_plan(path, [])[0].command for path in RECIPES}
+    return {name: why for name, words in commands.items() if (why := refused(words[3:]))}
 
 
 def test_the_flags_of_every_recipe_are_taken() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import requests
 from checkpoints import make_checkpoint
@@ -16,6 +17,8 @@ from forking import run_in_fork
 from serving import running_server
 from sglmoe_engine import running_sglmoe, state_of
 from test_parity import NUM_TOKENS, TOGETHER, Interview, interview
+
+from sglmoe.predictor.process import SHORT_NAME
 
 pytestmark = pytest.mark.usefixtures("preloaded")
 
@@ -109,8 +112,17 @@ def test_observing_moves_nothing(asked: Asked) -> None:
     assert not prefetch["failed"]
 
 
-def serve(model_dir: Path, budget: int, log: Path) -> tuple[list[list[int]], dict[str, Any], str]:
-    """The product as it is: answers to prompts one after the other, /server_info, and /metrics."""
+class Served(NamedTuple):
+    """What the product as it is has answered to prompts one after the other, and said of itself."""
+
+    answers: list[list[int]]
+    state: dict[str, Any]  # of /server_info
+    metrics: str
+    after_kill: list[list[int]]
+    state_after_kill: dict[str, Any]
+
+
+def serve(model_dir: Path, budget: int, log: Path) -> Served:
     flags = [
         f"--model-path={model_dir}",
         f"--memory-budget={budget}",
@@ -122,22 +134,38 @@ def serve(model_dir: Path, budget: int, log: Path) -> tuple[list[list[int]], dic
     with running_server(
         "sglmoe.launch_server", *flags, log=log, environ={"SGLMOE_READ_RATE": READ_RATE}
     ) as server:
-        answers = []
-        for prompt in TOGETHER:
-            body = {
-                "input_ids": prompt,
-                "sampling_params": {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True},
-            }
-            answer = requests.post(f"{server.url}/generate", json=body, timeout=120)
-            answers.append(answer.json()["output_ids"][:NUM_TOKENS])
-        info = requests.get(f"{server.url}/server_info", timeout=60).json()
+        answers = ask(server.url)
+        state = server_state(server.url)
         metrics = requests.get(f"{server.url}/metrics", timeout=60).text
-        return answers, info["internal_states"][0]["sglmoe"], metrics
+        fork_server = psutil.Process(state["worker_pid"]).parent()
+        [predictor] = (its for its in fork_server.children() if its.name() == SHORT_NAME)
+        predictor.kill()
+        after_kill = ask(server.url)
+        return Served(answers, state, metrics, after_kill, server_state(server.url))
+
+
+def ask(url: str) -> list[list[int]]:
+    answers = []
+    for prompt in TOGETHER:
+        body = {
+            "input_ids": prompt,
+            "sampling_params": {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True},
+        }
+        answer = requests.post(f"{url}/generate", json=body, timeout=120)
+        answers.append(answer.json()["output_ids"][:NUM_TOKENS])
+    return answers
+
+
+def server_state(url: str) -> dict[str, Any]:
+    info = requests.get(f"{url}/server_info", timeout=60).json()
+    return dict(info["internal_states"][0]["sglmoe"])
 
 
 def test_a_server_says_what_comes_of_prefetching(asked: Asked, tmp_path: Path) -> None:
-    answers, state, metrics = run_in_fork(serve, asked.model_dir, asked.budget, tmp_path / "log")
-    assert answers == [output.tokens for output in asked.answers.together]
+    served = run_in_fork(serve, asked.model_dir, asked.budget, tmp_path / "log")
+    expected = [output.tokens for output in asked.answers.together]
+    assert served.answers == expected
+    state, metrics = served.state, served.metrics
     assert state["prefetch"]["mode"] == "on"
     assert state["prefetch"]["predictor"] == "last_step"
     # 496 decode steps, and a report after 448: the first trial has ended, and half of it ran with prefetching.
@@ -152,3 +180,6 @@ def test_a_server_says_what_comes_of_prefetching(asked: Asked, tmp_path: Path) -
         assert values[f"sglmoe_prefetches_{kind}_total"] == state["memory"][f"prefetches_{kind}"]
     for gauge in ("on", "step_ratio", "saved_seconds", "horizon_layers"):
         assert f"sglmoe_prefetch_{gauge}" in values
+    assert served.after_kill == expected, "a predictor that is killed costs no answer"
+    assert not state["prefetch"]["failed"]
+    assert served.state_after_kill["prefetch"]["failed"]

@@ -9,38 +9,45 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "sglmoe"
 
-FOUNDATION = {"units", "config", "protocol"}
-LAUNCH = {"checkpoint", "config", "demo_model", "flags", "machine", "start_up", "supported_models"}
+FOUNDATION = {"units", "errors", "config", "protocol"}
+LAUNCH = {"checkpoint", "config", "demo_model", "errors", "flags", "machine", "start_up"}
+LAUNCH |= {"supported_models"}
 MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "units": set(),
+    "errors": {"units"},
     "flags": set(),
-    "supported_models": set(),
-    "checkpoint": set(),
-    "packed_checkpoint": {"checkpoint"},
-    "pack": {"checkpoint", "packed_checkpoint", "kernels", "units"},
+    "supported_models": {"errors"},
+    "checkpoint": {"errors"},
+    "packed_checkpoint": {"checkpoint", "errors"},
+    "pack": {"checkpoint", "packed_checkpoint", "kernels", "units", "errors"},
     "demo_model": set(),
     "cpu_kernels": set(),
     "cpu_platform": {"cpu_kernels"},
-    "config": {"units"},
+    "config": {"units", "errors"},
     "machine": {"config"},
     "protocol": {"units"},
     "transport": {"protocol"},
     "kernels": {"units"},
     "memory": FOUNDATION | {"kernels"},
     "prediction": FOUNDATION | {"memory"},
-    "scheduler": FOUNDATION | {"transport"},
-    "worker": FOUNDATION | {"transport", "memory", "prediction", "kernels", "packed_checkpoint"},
+    "predictor": FOUNDATION | {"transport", "memory", "prediction", "start_up"},
+    "scheduler": FOUNDATION | {"transport", "live_view"},
+    "worker": FOUNDATION
+    | {"transport", "memory", "prediction", "predictor", "kernels", "packed_checkpoint"},
     "start_up": {"machine"},
     "preload": {"scheduler", "worker"},
     "preparation": LAUNCH | {"plan"},
     "graceful_stop": set(),
+    "live_view": {"units"},
+    "top": {"live_view"},
     "plan": LAUNCH | {"memory", "units"},
-    "recipe": {"config", "machine", "plan", "units"},
-    "launch_server": LAUNCH | {"graceful_stop", "plan", "preparation", "units"},
+    "recipe": {"config", "machine", "plan", "units", "errors"},
+    "launch_server": LAUNCH | {"graceful_stop", "live_view", "plan", "preparation", "units"},
     "engine": LAUNCH | {"preparation"},
 }
 DEVICE = {"torch", "triton"}
 FORBIDDEN = {  # packages that a part must not see
+    "errors": DEVICE | {"zmq", "sglang", "numpy"},
     "units": DEVICE | {"zmq", "sglang"},
     "flags": DEVICE | {"zmq", "sglang"},
     "supported_models": DEVICE | {"zmq", "sglang"},
@@ -50,9 +57,12 @@ FORBIDDEN = {  # packages that a part must not see
     "recipe": DEVICE | {"zmq", "sglang"},
     "protocol": DEVICE | {"zmq", "sglang", "pickle"},
     "transport": DEVICE | {"sglang", "pickle"},
+    "live_view": DEVICE | {"zmq", "sglang"},
+    "top": DEVICE | {"zmq", "sglang"},
     "kernels": {"zmq", "sglang", "asyncio"},
     "memory": {"zmq", "sglang", "asyncio"},
     "prediction": {"zmq", "sglang", "asyncio"},
+    "predictor": DEVICE | {"sglang", "pickle", "asyncio"},
     "scheduler": DEVICE | {"sglang", "pickle"},
 }
 KNOWS_SGLANG = (  # the only files that do, as patterns
@@ -66,6 +76,7 @@ KNOWS_SGLANG = (  # the only files that do, as patterns
     "engine.py",
     "graceful_stop.py",
     "launch_server.py",
+    "live_view/routes.py",
     "preload.py",
     "preparation.py",
     "start_up.py",

@@ -125,6 +125,11 @@ def test_passes_are_filled_if_asked_for_and_targets_are_seconds() -> None:
     assert (config.ttft_target_seconds, config.itl_target_seconds) == (None, None)
 
 
+def test_who_is_admitted_next_follows_the_queue_unless_asked_for() -> None:
+    assert not plan_config(Options(), CPU, page_tokens=None).expert_affinity
+    assert plan_config(Options(expert_affinity="on"), CPU, page_tokens=None).expert_affinity
+
+
 def test_a_target_that_would_bound_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--ttft-target bounds how long .* add that, or"):
         parse_ttft_target("2", None)

@@ -10,7 +10,7 @@ def test_our_flags_are_found_among_sglangs() -> None:
     argv = ["--port", "1", "--memory-budget", "2GiB", "--tp", "1", "--host-memory=50%"]
     argv += ["--memory-planner=off", "--expert-prefetch=on", "--expert-predictor", "pregate"]
     argv += ["--fill-passes=on", "--ttft-target", "2.5", "--itl-target=.1"]
-    argv += ["--shutdown-timeout=5"]
+    argv += ["--shutdown-timeout=5", "--expert-affinity=on"]
     argv += ["--packed-experts=./packed"]
     expected = Options(
         memory_budget="2GiB",
@@ -19,6 +19,7 @@ def test_our_flags_are_found_among_sglangs() -> None:
         expert_prefetch="on",
         expert_predictor="pregate",
         fill_passes="on",
+        expert_affinity="on",
         ttft_target="2.5",
         itl_target=".1",
         shutdown_timeout="5",
@@ -44,6 +45,7 @@ def test_abbreviations_are_left_to_sglang() -> None:
         ["--fill-passes", "perhaps"],
         ["--ttft-target", "soon", "--fill-passes", "on"],
         ["--ttft-target", "1"],
+        ["--expert-affinity", "auto"],
         ["--itl-target", "0"],
         ["--itl-target", "inf"],
         ["--shutdown-timeout", "soon"],

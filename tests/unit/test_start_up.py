@@ -104,3 +104,32 @@ def test_a_stopped_child_of_a_child_does_not_outlive_the_process_either(tmp_path
         finally:
             process.kill()
         grandchild.wait(20)
+
+
+OFFLINE = """
+import multiprocessing
+from sglmoe import start_up
+
+start_up.PRELOAD_MODULE = "json"  # for all that sglang's processes import
+start_up.start_importing()
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("forkserver").Process(target=print, args=("from the child",))
+    child.start()
+    child.join()
+    print("status", child.exitcode)
+"""
+
+
+def test_a_child_that_runs_the_users_script_again_starts_nothing(tmp_path: Path) -> None:
+    """`from sglmoe import Engine` at the top of a script: it is run once more in each child."""
+    script = tmp_path / "offline.py"
+    script.write_text(OFFLINE)
+    run = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert run.stdout == "from the child\nstatus 0\n", run.stderr

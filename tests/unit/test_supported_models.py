@@ -36,5 +36,4 @@ def test_tied_embeddings_are_refused_where_sglang_forgets_the_tie() -> None:
 )
 def test_what_can_not_be_served_says_why(fact: dict[str, object], word: str) -> None:
     refusal = refused_model(ModelFacts(architecture="OtherForCausalLM", **fact))  # type: ignore[arg-type]
-    assert refusal is not None
-    assert word in refusal
+    assert word in str(refusal)

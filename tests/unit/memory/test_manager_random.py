@@ -8,6 +8,7 @@ machine says so, and until then their frames are full of anything.
 """
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
@@ -435,6 +436,18 @@ class MemoryMachine(RuleBasedStateMachine):
     def laws_hold(self) -> None:
         assert self.memory.violations() == []
         assert self.tier.violations() == []
+
+    @invariant()
+    def the_drawing_is_what_is_counted(self) -> None:
+        drawn, now = self.memory.draw(self.tier.held()), self.memory.snapshot(0)
+        frames, experts = Counter(drawn.frames), Counter("".join(drawn.residency))
+        assert frames["."] == now.free_frames
+        assert frames["e"] + frames["l"] == now.expert_frames
+        assert frames["k"] + frames["c"] == now.kv_frames
+        assert experts["r"] + experts["a"] == np.count_nonzero(self.memory.frame_table >= 0)
+        assert experts["l"] == frames["l"]
+        assert sum(experts.values()) == NUM_LAYERS * NUM_EXPERTS
+        assert np.count_nonzero(self.tier.held()) == now.host_blocks_filled
 
     @invariant()
     def prefetches_end_once(self) -> None:

@@ -141,6 +141,28 @@ def test_what_a_load_costs_is_the_wait_and_what_it_slows_down() -> None:
     assert times.prefill_token_seconds == pytest.approx(0.001), "half of it, whatever was loaded"
 
 
+def test_a_load_holds_computing_up_for_no_longer_than_it_takes() -> None:
+    """Each is waited for for 0.2 ms of its 0.6; steps with 10 of them are 50 ms slower, whatever the reason."""
+    times = StepTimes()
+    for loads in (0, 10) * MIN_STEPS:
+        times.note_loads(loads, waited_seconds=0.0002 * loads, link_seconds=0.0006 * loads)
+        times.note_decode(4, 0.05 + 0.005 * loads, loads)
+    assert times.load_seconds == pytest.approx(0.0006)
+    model = times.model
+    assert model is not None
+    assert model.compute_seconds(4) == pytest.approx(0.075 - 5 * 0.0004, rel=0.01)
+
+
+def test_what_a_load_may_not_cost_is_left_to_rows() -> None:
+    """10 loads more in steps of 4 rows more: 8 ms between them, of which loads can have 4 at most."""
+    times = StepTimes()
+    for rows, loads in ((4, 10), (8, 20)) * MIN_STEPS:
+        times.note_loads(loads, waited_seconds=0.0, link_seconds=0.0004 * loads)
+        times.note_decode(rows, 0.002 * rows, loads)
+    assert times.model is not None
+    assert times.model.request_seconds >= 0.001 * 0.99
+
+
 def test_the_link_is_busy_whether_anybody_waits_or_not() -> None:
     times = StepTimes()
     times.note_loads(4, waited_seconds=0.001, link_seconds=0.020)

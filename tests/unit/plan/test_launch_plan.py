@@ -137,6 +137,7 @@ def test_a_report_names_what_it_assumes_marks_the_choice_and_ends_in_the_command
     the = plan(memory_budget="6GiB")
     lines = full_report(the).splitlines()
     assert any(line.startswith("| 6.00 GiB * |") for line in lines)
+    assert any(line.startswith("*: the command's budget; !: ") for line in lines)
     assert any(line.startswith("| 17.") and " ! |" in line for line in lines)  # all experts and KV
     assert "routing as uneven as in the demo model's reference traces" in full_report(the)
     assert "made up" in full_report(the)

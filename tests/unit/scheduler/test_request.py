@@ -1,11 +1,15 @@
 """What a request remembers."""
 
 from array import array
+from typing import Any
 
-from sglmoe.protocol import LogprobSpec, RoutedExperts, TokenLogprobs
+import msgspec
+import pytest
+
+from sglmoe.protocol import LogprobSpec, RoutedExperts, RowResult, TokenLogprobs
 from sglmoe.scheduler.finish import StopRules
 from sglmoe.scheduler.reasoning import ReasoningCounter
-from sglmoe.scheduler.request import Request, RoutingRecord
+from sglmoe.scheduler.request import Request, RoutingRecord, State
 
 
 def make(num_prompt: int = 4, **facts: object) -> Request:
@@ -83,3 +87,57 @@ def test_reasoning_that_the_model_does_not_open_is_none() -> None:
     for token_id in (5, 6, 1, 9, 1):
         opened.count(token_id)
     assert opened.num_tokens == 4
+
+
+def decoding(rules: dict[str, Any] | None = None, **facts: object) -> Request:
+    """A prompt of 4 with KV, and one token, the second in flight; token 2 ends it."""
+    request = make(4, **facts)
+    request.stop = msgspec.structs.replace(request.stop, token_ids=frozenset({2}), **(rules or {}))
+    request.state = State.RUNNING
+    request.num_computed = request.furthest = 4
+    request.output_ids.append(7)
+    return request
+
+
+def row_of(token_id: int | None = 9, **facts: Any) -> RowResult:
+    return msgspec.structs.replace(RowResult("r", 5, 0, token_id), **facts)
+
+
+def test_the_usual_row_is_a_token_and_its_kv() -> None:
+    request = decoding()
+    request.num_deaths = 1
+    assert request.takes_decoded(row_of(), step_id=3)
+    assert (list(request.output_ids), request.num_computed) == ([7, 9], 5)
+    assert (request.furthest, request.num_deaths) == (5, 0), "it got further than ever"
+    assert request.takes_decoded(row_of(num_computed=6), step_id=4)
+
+
+SPEC = LogprobSpec(start=0, num_top=0, token_ids=None)
+
+
+@pytest.mark.parametrize(
+    ("facts", "row"),
+    [
+        ({}, row_of(None)),
+        ({}, row_of(num_computed=7)),
+        ({}, row_of(grammar_done=True)),
+        ({}, row_of(2)),  # ends it
+        ({}, row_of(100)),  # is no token
+        ({}, row_of(-1)),
+        ({"logprobs": SPEC}, row_of()),
+        ({"routed_experts": RoutingRecord(0)}, row_of()),
+        ({"reasoning": ReasoningCounter(end_ids=[5])}, row_of()),
+        ({"rules": {"strings": ("x",)}}, row_of()),
+        ({"rules": {"regexes": ("x",)}}, row_of()),
+        ({"rules": {"max_new_tokens": 2}}, row_of()),
+        ({"state": State.QUEUED}, row_of()),
+        ({"state": State.FINISHED}, row_of()),
+        ({"evicted_step": 4}, row_of()),
+    ],
+)
+def test_of_any_other_row_nothing_is_taken(facts: dict[str, Any], row: RowResult) -> None:
+    """Each has something that the long way is there for."""
+    request = decoding(**facts)
+    request.state = facts.get("state", State.RUNNING)
+    assert not request.takes_decoded(row, step_id=3)
+    assert (list(request.output_ids), request.num_computed) == ([7], 4)

@@ -22,6 +22,7 @@ from sglmoe.protocol import (
     Row,
     RowFailure,
     RowResult,
+    ShowMemory,
     StepPlan,
     StepResult,
     ToWorker,
@@ -53,7 +54,7 @@ class Channel:
     def __init__(self) -> None:
         self.plans: list[StepPlan] = []
         self.announced: list[NewRequest] = []
-        self.calls: list[FlushCache] = []
+        self.calls: list[FlushCache | ShowMemory] = []
         self.births: asyncio.Queue[WorkerReady | WorkerLost] = asyncio.Queue()
         self._voice: asyncio.Queue[FromWorker] = asyncio.Queue()
 
@@ -77,7 +78,7 @@ class Channel:
                 self.plans.append(message)
             case AddRequests(requests):
                 self.announced += requests
-            case FlushCache():
+            case FlushCache() | ShowMemory():
                 self.calls.append(message)
 
     async def receive(self) -> FromWorker:

@@ -23,6 +23,7 @@ from sglmoe.protocol import (
     NewRequest,
     RequestReady,
     RowResult,
+    StepCosts,
     StepPlan,
     StepResult,
     ToWorker,
@@ -133,6 +134,7 @@ class LiteralWorker:
             total_pages=NUM_PAGES,
             locked_pages=self._locked(),
             page_tokens=PAGE_TOKENS,
+            costs=StepCosts(stream_seconds=1.0),
         )
 
     def _locked(self) -> int:
@@ -218,6 +220,7 @@ async def live(seed: int, *, death_rate: float = 0.0, pill_rate: float = 0.0) ->
         order=rng.choice(orders),
         mix_decode=rng.random() < 0.5,
         preemption_threshold=rng.choice([None, 0]),
+        expert_affinity=rng.random() < 0.5,
     )
     scheduler = Scheduler(
         worker=worker,
@@ -285,7 +288,7 @@ def random_request(rng: random.Random, num_known: int, *, pill_rate: float) -> R
         vocab_size=1000,
         token_ids=frozenset({rng.randrange(40)}),
     )
-    prompt_ids = array("q", [7] * num_prompt)
+    prompt_ids = array("q", [7, *rng.choices(range(8, 12), k=num_prompt - 1)])
     if rng.random() < pill_rate:
         prompt_ids[0] = rng.choice([KILLS_COMPILER, KILLS_STEP])
     has_grammar = prompt_ids[0] == KILLS_COMPILER or rng.random() < 0.3

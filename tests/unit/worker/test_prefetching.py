@@ -1,22 +1,23 @@
 """What runs is told to the predictor, and what it asks for is begun: 2 layers of 4 experts, 8 frames."""
 
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from loopback import loopback
 
 from sglmoe.config import PrefetchMode
 from sglmoe.memory.arena import Geometry
-from sglmoe.memory.experts import Load
+from sglmoe.memory.experts import ABSENT, Load
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.prefetch import Arrival, Wanted
 from sglmoe.memory.step_times import StepTimes
-from sglmoe.prediction.advisor import Advisor, Outlook
+from sglmoe.prediction.advisor import Advisor
 from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
-from sglmoe.prediction.thread import StepBegun
 from sglmoe.prediction.trial import Trial, Verdict
+from sglmoe.predictor.client import Said
+from sglmoe.predictor.messages import Advice, StepBegun, Wishes
 from sglmoe.protocol import NewRequest
 from sglmoe.worker.prefetching import REPORT_STEPS, Prefetching
 from sglmoe.worker.request import WorkerRequest
@@ -107,17 +108,20 @@ class Bench:
             background=self.background,
         )
         self.predictor, self.bulk, self.trial = Expert3(), Expert3(), AlwaysOn()
-        advisor = Advisor({"three": self.predictor}, self.bulk, frame_table=self.memory.frame_table)
+        frame_table = np.full((2, 4), ABSENT, np.int32)
+        advisor = Advisor({"three": self.predictor}, self.bulk, frame_table=frame_table)
+        self.client, self.line = loopback(advisor, frame_table)
         times = StepTimes()
         times.note_loads(1, waited_seconds=0.002, link_seconds=0.002)
         times.note_decode(1, 0.002)
         self.prefetching = Prefetching(
             self.memory,
-            advisor,
+            self.client,
             mode=mode,
             times=times,
             first_load_seconds=0.001,
             trial=self.trial,
+            embed=lambda token_ids: np.stack([token_ids, token_ids], axis=1),
         )
 
     def begin(self, *rids: str, tokens_each: int = 1) -> None:
@@ -129,7 +133,6 @@ class Bench:
             positions=np.arange(num_tokens),
             owners=np.repeat(np.arange(len(rids)), tokens_each),
         )
-        self.settle()
 
     def layer(self, layer: int, *experts: int) -> None:
         """As the model does it."""
@@ -137,7 +140,6 @@ class Bench:
         self.prefetching.routed(layer, routed)
         for _ in self.memory.waves(layer, experts):
             self.prefetching.look_ahead()
-        self.settle()
         self.prefetching.look_ahead()
 
     def step(self) -> None:
@@ -151,16 +153,8 @@ class Bench:
         probabilities = np.zeros((2, 4), np.float32)
         probabilities[:, 3] = 1
         wanted = [Wanted(0, 3, 1.0), Wanted(1, 3, 1.0)]
-        self.prefetching._thread._outlooks.append(Outlook(step, layer, probabilities, wanted))
-
-    def settle(self) -> None:
-        """Wait until the predictor has heard of it, and what follows from that."""
-        thread = self.prefetching._thread
-        for _ in range(1000):
-            if not thread.num_waiting:
-                return
-            threading.Event().wait(0.001)
-        raise AssertionError("the predictor is stuck")
+        self.client.outlook()  # what it has said already
+        self.line.say(Advice(step, layer, probabilities.tobytes(), wanted, Wishes()))
 
     def done(self, *, num_decoding: int = 1, seconds: float = 0.5) -> None:
         requests = [WorkerRequest(new_request(f"r{n}")) for n in range(num_decoding)]
@@ -303,7 +297,12 @@ def test_a_step_begins_with_what_became_of_the_prefetches_of_the_last(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[StepBegun] = []
-    monkeypatch.setattr(bench.prefetching._thread, "begin_step", told.append)
+
+    def tell(said: Said) -> None:
+        assert isinstance(said.its, StepBegun)
+        told.append(said.its)
+
+    monkeypatch.setattr(bench.client, "tell", tell)
     bench.begin("a")
     bench.memory.prefetch([Wanted(0, 1, 1.0), Wanted(1, 2, 1.0)])
     bench.memory.clear()  # both are given up
@@ -338,6 +337,7 @@ def test_the_predictor_gets_what_it_wants_of_a_layer(bench: Bench) -> None:
 def test_what_it_does_not_want_is_not_copied(bench: Bench) -> None:
     bench.predictor.wants_probabilities = bench.predictor.wants_gate_input = False
     bench.begin("a")
+    bench.prefetching.look_ahead()  # that is how it is known
     bench.layer(0, 1)
     [routing] = bench.predictor.routing
     assert routing.probabilities.shape == (0, 4)

@@ -186,7 +186,8 @@ def test_replay_gives_the_counters_of_any_run(seed: int, tmp_path: Path) -> None
 def test_recording_needs_an_idle_worker_and_dumping_a_recording(tmp_path: Path) -> None:
     bench = Bench()
     success, text = bench.ask("dump", tmp_path)
-    assert (success, text) == (False, "no recording was started")
+    assert not success
+    assert text.startswith("no recording was started")
     bench.add("a", range(4))
     bench.step("a")
     success, text = bench.ask("start")
@@ -194,7 +195,9 @@ def test_recording_needs_an_idle_worker_and_dumping_a_recording(tmp_path: Path) 
     assert "requests are running" in text
     bench.step(drop=("a",))
     assert bench.ask("start")[0]
-    assert bench.ask("dump", tmp_path) == (False, "nothing was recorded: no request ran")
+    success, text = bench.ask("dump", tmp_path)
+    assert not success
+    assert text.startswith("nothing was recorded: no request ran")
 
 
 def test_what_is_not_recorded_pauses_meanwhile(tmp_path: Path) -> None:

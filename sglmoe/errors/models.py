@@ -1,0 +1,99 @@
+"""Models whose experts or KV can't be paged."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglmoe.errors.user_error import UserError
+
+UNMODIFIED = "use unmodified SGLang"
+
+
+def encoder_decoder(*, name: str) -> UserError:
+    return UserError(f"{name} is an encoder-decoder model; sglmoe serves decoders, {UNMODIFIED}")
+
+
+def multimodal(*, name: str) -> UserError:
+    return UserError(f"{name} is multimodal; only text models work for now, {UNMODIFIED}")
+
+
+def not_generating(*, name: str) -> UserError:
+    return UserError(f"{name} does not generate text; {UNMODIFIED} for embeddings and scores")
+
+
+def recurrent_layers(*, name: str) -> UserError:
+    return UserError(f"{name} has recurrent layers, whose state is not paged yet; {UNMODIFIED}")
+
+
+def sliding_window_layers(*, name: str) -> UserError:
+    return UserError(f"{name} has sliding-window layers, whose KV is not paged yet; {UNMODIFIED}")
+
+
+def quantised(*, method: str) -> UserError:
+    return UserError(
+        f"the checkpoint is quantised ({method}), which can't be paged yet; "
+        "use a bf16, fp16 or fp32 one"
+    )
+
+
+def unknown_family(*, name: str, known: Sequence[str]) -> UserError:
+    return UserError(
+        f"the experts of {name} can't be paged yet; these can: {', '.join(known)}. For others, {UNMODIFIED}"
+    )
+
+
+def tied_embeddings(*, name: str) -> UserError:
+    return UserError(
+        f"{name} with tie_word_embeddings=true: SGLang 0.5.23 does not tie the output layer "
+        "and would answer garbage; save the checkpoint with an lm_head of its own"
+    )
+
+
+def uneven_experts(*, layer: int, shape: str, first: str) -> UserError:
+    return UserError(
+        f"layer {layer} has experts of shape {shape}, earlier ones {first}: "
+        f"models whose experts differ from layer to layer can't be paged yet; {UNMODIFIED}"
+    )
+
+
+def ungated_experts() -> UserError:
+    return UserError(f"experts with biases or without a gate can't be paged yet; {UNMODIFIED}")
+
+
+def weighted_inputs() -> UserError:
+    return UserError(f"router weights on the input can't be paged yet; {UNMODIFIED}")
+
+
+def unknown_activation(*, name: str) -> UserError:
+    return UserError(f"experts with activation {name!r} can't be paged yet; {UNMODIFIED}")
+
+
+def unknown_kv(*, kind: str) -> UserError:
+    return UserError(f"KV of kind {kind} does not fit the arena yet; {UNMODIFIED}")
+
+
+def uneven_kv(*, shapes: str) -> UserError:
+    return UserError(
+        f"K and V rows of different shapes do not fit the arena yet: {shapes}; {UNMODIFIED}"
+    )
+
+
+def no_architecture() -> UserError:
+    return UserError("config.json names no architecture; take the checkpoint's own")
+
+
+def not_understood(*, model_path: str, why: str) -> UserError:
+    """`why`: SGLang's or transformers' words."""
+    return UserError(f"SGLang can't read the configuration of {model_path}: {why}")
+
+
+def not_here(*, model_path: str) -> UserError:
+    return UserError(
+        f"{model_path} is neither a folder nor in Hugging Face's cache, and a plan downloads nothing; "
+        f"fetch its config first (hf download {model_path} config.json), or name one with --config-file"
+    )
+
+
+def no_config(*, folder: Path) -> UserError:
+    return UserError(
+        f"{folder} is not a folder with a config.json; name a model's folder with --model-path"
+    )

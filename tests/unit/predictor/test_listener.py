@@ -1,0 +1,194 @@
+"""From bytes to what predictors are told, and back: 2 layers of 4 experts, 2 tokens, a hidden size of 3."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglmoe.memory.experts import ABSENT
+from sglmoe.memory.prefetch import Wanted
+from sglmoe.prediction.advisor import Advisor, LinkTimes
+from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
+from sglmoe.predictor.listener import REPORT_STEPS, Listener, SentEmbeddings, softmax
+from sglmoe.predictor.messages import (
+    LayerRouted,
+    StepBegun,
+    Wishes,
+    array_bytes,
+    pack_mask,
+    unpack_mask,
+)
+
+EMBEDDINGS = np.array([[1, 2, 3], [4, 5, 6]], np.float32)  # of tokens 70 and 7
+GATE_INPUT = np.array([[0.5, 0, 0], [0, 0.25, 0]], np.float32)
+LOGITS = np.log(np.array([[1, 2, 3, 4], [4, 4, 1, 1]], np.float32))
+
+
+class Noting:
+    """Is sure of expert 3 in both layers, and keeps what it is told."""
+
+    def __init__(self, embeddings: SentEmbeddings | None = None, *, wants: bool = True):
+        self.wants_gate_input = self.wants_probabilities = wants
+        self.tokens: list[StepTokens] = []
+        self.routing: list[LayerRouting] = []
+        self.forgotten: list[int] = []
+        self.looked_up: list[list[list[float]]] = []
+        self._embed = embeddings
+        self._scores: Scores = np.zeros((2, 4), np.float32)
+        self._scores[:, 3] = 1
+
+    def begin_step(self, tokens: StepTokens) -> None:
+        self.tokens.append(tokens)
+        if self._embed is not None:
+            self.looked_up.append(self._embed(tokens.token_ids).tolist())
+
+    def observe(self, routing: LayerRouting) -> None:
+        self.routing.append(routing)
+
+    def scores(self) -> Scores:
+        return self._scores
+
+    def forget(self, owner: int) -> None:
+        self.forgotten.append(owner)
+
+
+class Bench:
+    def __init__(self, *, wants: bool = True):
+        self.embeddings = SentEmbeddings(3)
+        self.predictor = Noting(self.embeddings if wants else None, wants=wants)
+        frame_table = np.full((2, 4), ABSENT, np.int32)
+        advisor = Advisor({"noting": self.predictor}, Noting(wants=False), frame_table=frame_table)
+        self.listener = Listener(advisor, frame_table, self.embeddings)
+
+    def begin(
+        self,
+        step: int,
+        *,
+        residents: tuple[tuple[int, int], ...] = (),
+        embeddings: bytes = EMBEDDINGS.tobytes(),
+    ) -> None:
+        self.listener.hear(
+            StepBegun(
+                step=step,
+                token_ids=array_bytes(np.array([70, 7]), np.int32),
+                positions=array_bytes(np.array([5, 6]), np.int32),
+                owners=array_bytes(np.array([1, 2]), np.int32),
+                embeddings=embeddings,
+                ended=[2],
+                residents=mask(*residents),
+                times=LinkTimes(expert_seconds=0.001, layer_seconds=0.004),
+                late=0,
+                unused=0,
+            )
+        )
+
+    def routed(self, layer: int, **fields: Any) -> None:
+        its = {
+            "expert_ids": array_bytes(np.array([[3, 1], [0, 3]]), np.int16),
+            "logits": LOGITS.tobytes(),
+            "gate_input": GATE_INPUT.tobytes(),
+            "residents": mask(),
+        }
+        self.listener.hear(LayerRouted(layer=layer, num_tokens=2, **its | fields))
+
+    def steps(self, count: int) -> None:
+        """Both tokens choose expert 3, twice."""
+        only_3 = array_bytes(np.full((2, 2), 3), np.int16)
+        for number in range(count):
+            self.begin(number)
+            self.routed(0, expert_ids=only_3)
+            self.routed(1, expert_ids=only_3)
+
+
+def mask(*experts: tuple[int, int]) -> bytes:
+    its = np.zeros((2, 4), np.bool_)
+    for key in experts:
+        its[key] = True
+    return pack_mask(its)
+
+
+def test_a_predictor_is_told_what_was_sent() -> None:
+    bench = Bench()
+    bench.begin(1)
+    bench.routed(0)
+    [tokens] = bench.predictor.tokens
+    assert tokens.token_ids.tolist() == [70, 7]
+    assert tokens.positions.tolist() == [5, 6]
+    assert tokens.owners.tolist() == [1, 2]
+    [routing] = bench.predictor.routing
+    assert (routing.layer, routing.expert_ids.tolist()) == (0, [[3, 1], [0, 3]])
+    assert routing.probabilities == pytest.approx(
+        np.array([[0.1, 0.2, 0.3, 0.4], [0.4, 0.4, 0.1, 0.1]])
+    )
+    assert routing.gate_input is not None
+    assert routing.gate_input.tolist() == GATE_INPUT.tolist()
+    assert bench.predictor.forgotten == [2]
+    assert bench.predictor.looked_up == [EMBEDDINGS.tolist()]
+
+
+def test_what_was_not_sent_is_of_no_token() -> None:
+    bench = Bench(wants=False)
+    bench.begin(1)
+    bench.routed(0, logits=b"", gate_input=b"")
+    [routing] = bench.predictor.routing
+    assert routing.probabilities.shape == (0, 4)
+    assert routing.gate_input is None
+
+
+def test_embeddings_that_were_not_sent_are_zeros() -> None:
+    bench = Bench()
+    bench.begin(1)
+    bench.begin(2, embeddings=b"")
+    assert bench.predictor.looked_up == [EMBEDDINGS.tolist(), [[0, 0, 0]] * 2]
+    assert bench.listener.advice().wishes.embeddings, "somebody has asked"
+
+
+def test_advice_says_what_predictors_want_from_now_on() -> None:
+    asking, modest = Bench(), Bench(wants=False)
+    for bench in (asking, modest):
+        bench.begin(1)
+    assert asking.listener.advice().wishes == Wishes(True, True, True)
+    assert modest.listener.advice().wishes == Wishes(False, False, False)
+
+
+def test_residents_are_not_wanted_and_no_misses() -> None:
+    bench = Bench()
+    bench.steps(50)
+    bench.begin(50, residents=((0, 3),))
+    assert bench.listener.advice().wanted == []
+    bench.begin(51)
+    bench.routed(0, residents=mask((1, 0), (1, 1)))
+    advice = bench.listener.advice()
+    assert (advice.step, advice.layer) == (51, 0)
+    assert advice.wanted == [Wanted(1, 3, pytest.approx(1, abs=0.1))]
+    probabilities = np.frombuffer(advice.probabilities, np.float32).reshape(2, 4)
+    assert probabilities[1, 3] == pytest.approx(1, abs=0.1)
+
+
+def test_a_report_comes_now_and_then() -> None:
+    bench = Bench()
+    bench.begin(1)
+    first = bench.listener.advice().report
+    assert first is not None
+    assert first.predictor == "noting"
+    bench.routed(0)
+    assert bench.listener.advice().report is None
+    bench.begin(REPORT_STEPS)
+    bench.routed(0)  # it was behind, and says nothing of the step's begin
+    report = bench.listener.advice().report
+    assert report is not None
+    assert (report.precision, report.recall) == (0.75, 1.0), "of all four, 0, 1 and 3 were used"
+    assert len(report.recall_by_layer) == 2
+
+
+@given(st.lists(st.booleans(), min_size=15, max_size=15))
+def test_masks_survive_the_way(bits: list[bool]) -> None:
+    its = np.array(bits).reshape(3, 5)
+    assert (unpack_mask(pack_mask(its), (3, 5)) == its).all()
+
+
+def test_softmax_of_large_logits_and_of_none() -> None:
+    assert softmax(np.array([[1e4, 0]], np.float32)).tolist() == [[1, 0]]
+    assert softmax(np.zeros((0, 4), np.float32)).shape == (0, 4)

@@ -1,0 +1,148 @@
+"""The predictor as a process of its own: told, answering, ended, killed."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import zmq
+
+from sglmoe.memory.experts import ABSENT
+from sglmoe.prediction.advisor import Advisor, LinkTimes, Outlook
+from sglmoe.prediction.baselines import Frequency
+from sglmoe.prediction.predictor import ModelParts
+from sglmoe.predictor.client import PredictorClient, Said
+from sglmoe.predictor.listener import SentEmbeddings
+from sglmoe.predictor.messages import LayerRouted, StepBegun, array_bytes, pack_mask
+from sglmoe.predictor.process import MAX_WAITING, ProcessLine, start_predictor
+from sglmoe.transport import make_socket_directory
+
+WAIT_SECONDS = 30
+PARTS = ModelParts(num_layers=2, num_experts=4, top_k=1)
+NOTHING_RESIDENT = pack_mask(np.zeros((2, 4), np.bool_))
+
+
+def begun(step: int) -> Said:
+    number = array_bytes(np.zeros(1), np.int32)
+    return Said(
+        StepBegun(
+            step=step,
+            token_ids=number,
+            positions=number,
+            owners=number,
+            embeddings=b"",
+            ended=(),
+            residents=NOTHING_RESIDENT,
+            times=LinkTimes(0.001, 0.001),
+            late=0,
+            unused=0,
+        )
+    )
+
+
+def routed(layer: int) -> Said:
+    return Said(
+        LayerRouted(
+            layer=layer,
+            num_tokens=1,
+            expert_ids=array_bytes(np.full(1, 3), np.int16),
+            logits=b"",
+            gate_input=b"",
+            residents=NOTHING_RESIDENT,
+        )
+    )
+
+
+class Bench:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        directory = make_socket_directory()
+        frame_table = np.full((2, 4), ABSENT, np.int32)
+        advisor = Advisor(
+            {"frequency": Frequency(PARTS)}, Frequency(PARTS), frame_table=frame_table
+        )
+        self.client: PredictorClient = start_predictor(
+            advisor, frame_table, SentEmbeddings(2), context=context, directory=directory
+        )
+        shutil.rmtree(directory)  # as the scheduler does it: they need no names any more
+        line = self.client._line
+        assert isinstance(line, ProcessLine)
+        self.line = line
+
+    def step(self, number: int) -> None:
+        for said in (begun(number), routed(0), routed(1)):
+            self.client.tell(said)
+
+    def outlook_after(self, step: int, layer: int) -> Outlook:
+        found: list[Outlook] = []
+
+        def has_come() -> bool:
+            outlook = self.client.outlook()
+            if outlook is not None and (outlook.step, outlook.layer) == (step, layer):
+                found.append(outlook)
+            return bool(found)
+
+        eventually(has_come)
+        return found[0]
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    its = Bench(context)
+    yield its
+    its.client.close()
+    assert not its.line.process.is_alive()
+    context.destroy(linger=0)
+
+
+def test_it_learns_and_says_what_is_next(bench: Bench) -> None:
+    for step in range(20):
+        bench.step(step)
+        bench.outlook_after(step, 1)
+    bench.client.tell(begun(20))
+    outlook = bench.outlook_after(20, -1)
+    assert outlook.probabilities[:, 3].min() > 0.8
+    assert (outlook.wanted[0].layer, outlook.wanted[0].expert) == (0, 3)
+    assert bench.client.report.predictor == "frequency"
+    assert not bench.client.wishes.logits
+
+
+def test_one_that_stands_still_is_not_waited_for(bench: Bench) -> None:
+    pid = bench.line.process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    for step in range(4 * MAX_WAITING):
+        bench.step(step)
+    assert bench.client.num_skipped > MAX_WAITING
+    assert not bench.client.failed
+    os.kill(pid, signal.SIGCONT)
+
+    def is_told_again() -> bool:
+        before = bench.client.num_skipped
+        bench.step(10_000)
+        return bench.client.num_skipped == before
+
+    eventually(is_told_again)
+    bench.outlook_after(10_000, 1)
+
+
+def test_one_that_is_killed_is_given_up(bench: Bench) -> None:
+    bench.line.process.kill()
+
+    def is_given_up() -> bool:
+        bench.step(1)
+        return bench.client.failed
+
+    eventually(is_given_up)
+    bench.step(2)
+    assert bench.client.outlook() is None
