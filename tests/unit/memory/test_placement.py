@@ -1,7 +1,7 @@
 """Who brings which part of a layer: the slowest backend decides when its experts are there."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglmoe.memory.placement import (
@@ -75,7 +75,7 @@ BACKENDS = st.lists(
         Backend,
         st.sampled_from(["packed", "host", "disk"]),
         st.floats(1e8, 1e12),
-        st.floats(0, 5e9) | st.just(float("inf")),
+        st.integers(0, 5 * 10**9).map(float) | st.just(float("inf")),
     ),
     min_size=1,
     max_size=4,
@@ -83,6 +83,7 @@ BACKENDS = st.lists(
 
 
 @given(BACKENDS, st.floats(1e6, 5e9), st.data())
+@settings(derandomize=True, database=None)
 def test_no_other_placement_is_sooner(
     backends: list[Backend], layer_bytes: float, data: st.DataObject
 ) -> None:
@@ -102,6 +103,7 @@ def test_no_other_placement_is_sooner(
 
 
 @given(BACKENDS, st.integers(1, 64))
+@settings(derandomize=True, database=None)
 def test_no_whole_expert_would_be_brought_sooner_by_another(
     backends: list[Backend], num_experts: int
 ) -> None:
@@ -125,6 +127,7 @@ def test_no_whole_expert_would_be_brought_sooner_by_another(
         )
     )
 )
+@settings(derandomize=True, database=None)
 def test_moves_end_and_keep_every_expert(case: tuple[list[list[int]], list[int]]) -> None:
     counts, target = case
     num_experts = sum(target)
