@@ -1,6 +1,7 @@
 """The runs of `eval.serving` as they were written, and what is said of several rounds: medians and ratios."""
 
 import json
+import lzma
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,13 @@ Groups = dict[tuple[str, str, int], list[Row]]  # system, phase, concurrency: a 
 
 
 def read_runs(folder: Path) -> tuple[dict[str, Any], Groups]:
-    """What was run where, and the runs by what they measured, in the order of the file."""
-    first, *lines = (folder / "runs.jsonl").read_text().splitlines()
+    """What was run where, and the runs by what they measured, in the order of the file.
+
+    `runs.jsonl` as `eval.serving` writes it, or `runs.jsonl.xz`: a tenth of the size, for keeping.
+    """
+    path, packed = folder / "runs.jsonl", folder / "runs.jsonl.xz"
+    text = path.read_text() if path.exists() else lzma.decompress(packed.read_bytes()).decode()
+    first, *lines = text.splitlines()
     groups: Groups = {}
     for line in lines:
         row = json.loads(line)

@@ -1,6 +1,7 @@
 """The report of the shifting workload: each round beside the same round of the best and the worst split."""
 
 import json
+import lzma
 import time
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,14 @@ def test_a_line_tells_what_a_split_costs(tmp_path: Path) -> None:
         "| long | static=80% | 80.0 | 8.0 | 0.53 [0.50 .. 0.55] | 1.00 [1.00 .. 1.00] | 7 "
         "| 60.0 % | 75.0 % | 5.0 % | 1 | 2 |"
     )
+
+
+def test_runs_are_read_packed_too(tmp_path: Path) -> None:
+    plain = written(tmp_path, "long")
+    path = tmp_path / "runs.jsonl"
+    (tmp_path / "runs.jsonl.xz").write_bytes(lzma.compress(path.read_bytes()))
+    path.unlink()
+    assert read_runs(tmp_path)[1] == plain
 
 
 def test_a_server_without_counters_is_compared_too(tmp_path: Path) -> None:
