@@ -278,6 +278,7 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
             "prefetch": prefetch,
             "running_limit": scheduler.planner.running_limit,
             "admitted_out_of_turn": scheduler.planner.num_out_of_turn,
+            "held_passes": scheduler.planner.holding_back.num_passes,
             "limits": msgspec.structs.asdict(scheduler.limits),
             "totals": msgspec.structs.asdict(metrics.totals),
             "running_requests": len(roster.running),

@@ -8,6 +8,7 @@ import pytest
 from checkpoints import VOCAB_SIZE, make_checkpoint
 from forking import run_in_fork
 from halving_scheduler import decode_in_halves
+from holding_scheduler import hold_prompts_back
 from sglang_engine import running_engine
 from sglmoe_engine import frames_budget, running_sglmoe, state_of
 
@@ -78,6 +79,12 @@ def answers_in_halves(model_dir: Path, memory_budget: str, **options: Any) -> tu
     return answers(model_dir, memory_budget, **options)
 
 
+def answers_of_held_prompts(model_dir: Path, memory_budget: str) -> tuple[Any, ...]:
+    """As `answers`, by a scheduler that lets prompts wait while anybody decodes."""
+    hold_prompts_back()
+    return answers(model_dir, memory_budget, fill_passes="on")
+
+
 def answers_of_sglang(model_dir: Path) -> tuple[list[Any], list[Any]]:
     """Each alone as it is asked, and without what it asks for."""
     with running_engine(model_dir, dtype="float32") as engine:
@@ -136,6 +143,17 @@ def test_halves_that_take_turns_answer_the_same(tmp_path: Path) -> None:
     )
     assert in_tight_halves == alone
     assert state["admitted_out_of_turn"] > 0
+
+
+def test_prompts_that_wait_for_fuller_passes_answer_the_same(tmp_path: Path) -> None:
+    model_dir = run_in_fork(
+        make_checkpoint, "qwen3_moe", tmp_path, dtype="float32", attention_gain=1.0
+    )
+    alone, _, roomy = run_in_fork(answers, model_dir, "200MB")
+    tight = frames_budget(roomy, 20)  # where they come to run one after the other
+    alone_again, held_together, state = run_in_fork(answers_of_held_prompts, model_dir, tight)
+    assert alone_again == held_together == alone
+    assert state["held_passes"] > 0
 
 
 def penalised_answers(running: Any, model_dir: Path, **options: Any) -> list[Any]:
