@@ -20,8 +20,10 @@ import numpy.typing as npt
 from sglmoe.protocol import ResidencyPlan
 from sglmoe.units import ceil_div
 
-# Arbitrary. A limit is changed for more than this ...
+# Arbitrary. More requests are let in for a gain of more than this, and requests are held back for more than that: what is
+# predicted of a live server is often wrong by as much (`docs/design.md`) ...
 MIN_GAIN_RATIO = 0.05
+MIN_GAIN_RATIO_OF_HOLDING_BACK = 0.1
 # ... and the number of running requests by this share of it, at most.
 MAX_CHANGE_RATIO = 0.25
 # Arbitrary. What was measured with r requests is believed up to so many times r.
@@ -126,7 +128,7 @@ class Prediction(NamedTuple):
 def plan_residency(now: ResidencySnapshot) -> ResidencyPlan:
     """The limit on running requests that promises the most tokens per second, and what follows.
 
-    The present limit stays unless another number promises more than MIN_GAIN_RATIO; steps are of
+    The present limit stays unless another number promises enough more (`is_worth_it`); steps are of
     MAX_CHANGE_RATIO, seen from what runs. There is no limit (None) while nothing is known, where all
     experts fit anyway, and where KV memory or `max_running` sets it.
     """
@@ -139,7 +141,8 @@ def plan_residency(now: ResidencySnapshot) -> ResidencyPlan:
     present = min(now.num_running, now.limit or now.num_running)
     tried = [predict(now, now.model, number) for number in numbers_to_try(present, most)]
     at_present = next(p for p in tried if p.num_running == present)
-    best = max(tried, key=lambda p: p.tokens_per_second)
+    better = [prediction for prediction in tried if is_worth_it(prediction, at_present)]
+    best = max(better, key=lambda p: p.tokens_per_second, default=at_present)
     if why := reason_to_stay(now.model, at_present, best):
         return describe(now.limit, at_present, why)
     limit = next_limit(now, present, best.num_running, most)
@@ -187,12 +190,19 @@ def numbers_to_try(present: int, most: int) -> list[int]:
     return sorted(nearby.union(spread.tolist()))
 
 
+def is_worth_it(other: Prediction, present: Prediction) -> bool:
+    """Whether it promises so many more tokens a second that running more, or fewer, is worth trying."""
+    is_fewer = other.num_running < present.num_running
+    least = MIN_GAIN_RATIO_OF_HOLDING_BACK if is_fewer else MIN_GAIN_RATIO
+    return other.tokens_per_second > present.tokens_per_second * (1 + least)
+
+
 def reason_to_stay(model: StepModel, present: Prediction, best: Prediction) -> str:
     """Why the limit should not change; empty if it should."""
-    if best.tokens_per_second <= present.tokens_per_second * (1 + MIN_GAIN_RATIO):
+    if best is present:
         return (
-            f"{present.num_running} run, {present.misses:.1f} misses a step; no other number "
-            f"promises {MIN_GAIN_RATIO:.0%} more than {present.tokens_per_second:.1f} tokens/s"
+            f"{present.num_running} run, {present.misses:.1f} misses a step; no more promise {MIN_GAIN_RATIO:.0%} "
+            f"above {present.tokens_per_second:.1f} tokens/s, no fewer {MIN_GAIN_RATIO_OF_HOLDING_BACK:.0%}"
         )
     if not model.loads_overlap or not present.load_seconds:
         return ""
