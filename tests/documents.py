@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import dropwhile
 from pathlib import Path
 
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 LANGUAGES = ("sh", "python", "text")  # sh and python are run; text is a picture
+_ASSIGNMENT = re.compile(r"[A-Z_]+=")
 _FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -32,13 +34,13 @@ def blocks() -> list[Block]:
 
 
 def commands() -> list[tuple[str, tuple[str, ...]]]:
-    """Of all sh blocks: where, and the words as a shell would make them."""
+    """Of all sh blocks: where, and the words as a shell would make them, without variables that are set for one command."""
     return [
         (f"{block.page}:{block.line}", tuple(words))
         for block in blocks()
         if block.language == "sh"
         for line in block.text.replace("\\\n", " ").splitlines()
-        if (words := shlex.split(line, comments=True))
+        if (words := [*dropwhile(_ASSIGNMENT.match, shlex.split(line, comments=True))])
     ]
 
 
