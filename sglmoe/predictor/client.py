@@ -125,5 +125,4 @@ class PredictorClient:
 
     def _fail(self, why: str) -> None:
         self.failed = True
-        self._coming.clear()
         logger.error("nothing is predicted any more; serving goes on without. %s", why)

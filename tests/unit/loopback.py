@@ -23,6 +23,7 @@ class Loopback:
         self.is_slow = False
         self.end: str | None = None  # how it has ended
         self.closed = False
+        self.told: list[Event] = []
         self._max_waiting = max_waiting
         self._events: deque[bytes] = deque()
         self._answers: deque[bytes] = deque()
@@ -30,6 +31,7 @@ class Loopback:
     def send(self, event: Event) -> bool:
         if self.end is not None or len(self._events) >= self._max_waiting:
             return False
+        self.told.append(event)
         self._events.append(ENCODER.encode(event))
         if not self.is_slow:
             self.go_on()

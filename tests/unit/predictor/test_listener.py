@@ -79,8 +79,8 @@ class Bench:
                 ended=[2],
                 residents=mask(*residents),
                 times=LinkTimes(expert_seconds=0.001, layer_seconds=0.004),
-                late=0,
-                unused=0,
+                late=1,
+                unused=2,
             )
         )
 
@@ -143,6 +143,9 @@ def test_embeddings_that_were_not_sent_are_zeros() -> None:
     bench.begin(2, embeddings=b"")
     assert bench.predictor.looked_up == [EMBEDDINGS.tolist(), [[0, 0, 0]] * 2]
     assert bench.listener.advice().wishes.embeddings, "somebody has asked"
+    bench.predictor._embed = None
+    bench.begin(3)
+    assert not bench.listener.advice().wishes.embeddings, "in this step nobody has"
 
 
 def test_advice_says_what_predictors_want_from_now_on() -> None:
@@ -153,12 +156,24 @@ def test_advice_says_what_predictors_want_from_now_on() -> None:
     assert modest.listener.advice().wishes == Wishes(False, False, False)
 
 
+def test_the_advisor_hears_what_became_of_prefetches(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, heard = Bench(), {}
+    monkeypatch.setattr(
+        bench.listener._advisor, "begin_step", lambda *arguments, **named: heard.update(named)
+    )
+    bench.begin(1)
+    assert heard == {"late": 1, "unused": 2}
+
+
 def test_residents_are_not_wanted_and_no_misses() -> None:
     bench = Bench()
     bench.steps(50)
     bench.begin(50, residents=((0, 3),))
     assert bench.listener.advice().wanted == []
     bench.begin(51)
+    bench.routed(0, residents=mask((1, 3)))
+    assert bench.listener.advice().wanted == []
+    bench.begin(51, residents=((1, 3),))
     bench.routed(0, residents=mask((1, 0), (1, 1)))
     advice = bench.listener.advice()
     assert (advice.step, advice.layer) == (51, 0)

@@ -100,7 +100,8 @@ def bench() -> Iterator[Bench]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     its = Bench(context)
     yield its
-    its.client.close()
+    if its.line.process.is_alive():
+        its.client.close()
     assert not its.line.process.is_alive()
     context.destroy(linger=0)
 
@@ -115,6 +116,8 @@ def test_it_learns_and_says_what_is_next(bench: Bench) -> None:
     assert (outlook.wanted[0].layer, outlook.wanted[0].expert) == (0, 3)
     assert bench.client.report.predictor == "frequency"
     assert not bench.client.wishes.logits
+    bench.client.close()
+    assert bench.line.process.exitcode == 0, "it ends when it is told to"
 
 
 def test_one_that_stands_still_is_not_waited_for(bench: Bench) -> None:

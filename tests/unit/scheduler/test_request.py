@@ -112,6 +112,13 @@ def test_the_usual_row_is_a_token_and_its_kv() -> None:
     assert request.takes_decoded(row_of(num_computed=6), step_id=4)
 
 
+def test_a_first_token_is_not_usual() -> None:
+    """It has a time."""
+    request = decoding()
+    del request.output_ids[:]
+    assert not request.takes_decoded(row_of(), step_id=3)
+
+
 SPEC = LogprobSpec(start=0, num_top=0, token_ids=None)
 
 

@@ -205,6 +205,19 @@ def test_one_plan_ahead_and_never_two() -> None:
     play(scene)
 
 
+def test_each_token_is_handed_out_as_it_comes() -> None:
+    async def scene(stage: Stage) -> None:
+        request = await stage.add("a", 4)
+        stage.now = 200.0
+        await stage.answer(0, {"a": 50})
+        stage.now = 300.0
+        await stage.answer(1, {"a": 51}, computed={"a": 5})
+        assert stage.client.outputs["a"] == [50, 51]
+        assert (request.timing.scheduled_at, request.timing.first_token_at) == (100.0, 200.0)
+
+    play(scene)
+
+
 def test_a_request_in_flight_to_its_limit_is_not_planned_again() -> None:
     async def scene(stage: Stage) -> None:
         await stage.add("a", 4, max_new_tokens=2)

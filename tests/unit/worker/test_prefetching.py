@@ -321,7 +321,8 @@ def test_requests_have_numbers_and_steps_their_tokens(bench: Bench) -> None:
     assert first.owners.tolist() == [0, 0, 1, 1]
     assert first.token_ids.tolist() == [0, 1, 2, 3]
     assert second.owners.tolist() == [0, 1], "the number of one that has ended is free"
-    assert bench.predictor.forgotten == [0]
+    bench.begin("c", "b")
+    assert bench.predictor.forgotten == [0], "once"
 
 
 def test_the_predictor_gets_what_it_wants_of_a_layer(bench: Bench) -> None:
@@ -342,6 +343,31 @@ def test_what_it_does_not_want_is_not_copied(bench: Bench) -> None:
     [routing] = bench.predictor.routing
     assert routing.probabilities.shape == (0, 4)
     assert routing.gate_input is None
+
+
+def test_embeddings_are_looked_up_for_those_who_want_them(bench: Bench) -> None:
+    def sent() -> bytes:
+        its = bench.line.told[-1]
+        assert isinstance(its, StepBegun)
+        return its.embeddings
+
+    bench.begin("a", "b")
+    assert np.frombuffer(sent(), np.float32).tolist() == [0, 0, 1, 1]
+    bench.begin("a", tokens_each=1000)
+    assert sent() == b"", "a long prompt's would be hundreds of megabytes"
+    bench.prefetching.look_ahead()
+    bench.begin("a")
+    assert sent() == b"", "nobody has asked for any"
+
+
+def test_a_predictor_that_dies_while_it_rests_is_noticed(bench: Bench) -> None:
+    bench.trial.is_on = False
+    bench.trial._hold_steps = 1000
+    bench.line.end = "dead"
+    for _ in range(REPORT_STEPS):
+        bench.begin("a")
+        bench.done()
+    assert bench.report.failed
 
 
 def test_of_a_long_prompt_it_gets_the_choices_alone(bench: Bench) -> None:
