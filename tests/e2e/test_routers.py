@@ -16,8 +16,8 @@ from test_families_reference import random_prompts
 from test_parity import PAGED_FAMILIES
 
 from sglmoe.prediction.gate_inputs import load_model, read_by_gates
-from sglmoe.prediction.predictor import LayerRouting
 from sglmoe.prediction.router import Router
+from sglmoe.predictor.messages import LayerRouted, rows
 from sglmoe.worker.routed import Routed
 
 PROMPT = random_prompts(300)[0]
@@ -44,23 +44,26 @@ def observe(model_dir: Path, *, corrected: bool = False) -> Observed:
     model, experts = worker.loaded.runner.model, worker.loaded.experts
     if corrected:
         add_corrections(model)
-    seen: dict[int, LayerRouting] = {}
-    logits: dict[int, np.ndarray] = {}
+    seen: dict[int, LayerRouted] = {}
 
     def note(routing: Routed) -> None:
-        """Keep what predictors are told, and what the gate itself said."""
-        seen[routing.layer] = routing.arrays(with_probabilities=True, with_gate_input=True)()
-        logits[routing.layer] = routing.logits.numpy().copy()
+        """Keep what the predictor is told."""
+        event = routing.to_host(b"", with_logits=True, with_gate_input=True).event()
+        assert isinstance(event, LayerRouted)
+        seen[routing.layer] = event
 
     experts.note_router = note  # type: ignore[method-assign]
     worker.prefill(PROMPT)
-    layers = range(len(experts.layer_ids))
-    gate_inputs = [seen[layer].gate_input for layer in layers]
+    events = [seen[layer] for layer in range(len(experts.layer_ids))]
+
+    def arrays(name: str, dtype: type) -> np.ndarray:
+        return np.stack([rows(getattr(its, name), dtype, its.num_tokens) for its in events])
+
     return Observed(
         experts.layer_ids,
-        gate_inputs=np.stack([hidden for hidden in gate_inputs if hidden is not None]),
-        logits=np.stack([logits[layer] for layer in layers]),
-        chosen=np.stack([seen[layer].expert_ids for layer in layers]),
+        gate_inputs=arrays("gate_input", np.float32),
+        logits=arrays("logits", np.float32),
+        chosen=arrays("expert_ids", np.int16),
         router=read_router(model, experts.layer_ids),
         embeddings=embedding_of(model)(np.array(PROMPT, np.int32)),
     )
