@@ -119,7 +119,8 @@ def plan_packed_share(now: PackedSnapshot) -> PackedPlan:
     """The number of packed frames, a step closer to the fewest that nearly have the shortest predicted stall.
 
     The present number stays unless that makes steps shorter by MIN_GAIN_RATIO; but it never stays where nothing packed
-    is predicted to be better. It changes by MAX_CHANGE_RATIO of the frames at most: experts have to move.
+    is predicted to be better, and nowhere through a share that is worse. It changes by MAX_CHANGE_RATIO of the frames at most:
+    experts have to move.
     """
     if now.slab is None:
         return _describe(now, 0, "packed experts are no smaller")
@@ -137,6 +138,9 @@ def plan_packed_share(now: PackedSnapshot) -> PackedPlan:
         return _describe(now, present, reason)
     change = max(1, int(MAX_CHANGE_RATIO * now.num_frames) // now.slab.frames)
     runs = min(max(best, present - change), present + change)
+    if stalls[runs] > stalls[present]:
+        reason = f"the way to fewer stalls than {_ms(stalls[present])} leads through {_ms(stalls[runs])} a step"
+        return _describe(now, present, reason)
     reason = (
         f"{best * now.slab.frames} packed frames promise a stall of {_ms(stalls[best])} a step, "
         f"{present * now.slab.frames} of {_ms(stalls[present])}"

@@ -203,6 +203,25 @@ def test_any_plan_is_within_its_bounds(now: PackedSnapshot) -> None:
             )
 
 
+def test_no_share_is_taken_that_is_worse_on_the_way_to_a_better_one() -> None:
+    """7 frames, runs of 3: with one run 4 frames are left and 4 experts packed, with two 1 and 8. Stalls of 8 equal experts, of
+    which a step uses half: at first more has to be decoded than is no longer loaded."""
+    uses = ExpertUses(np.full((1, 8), 0.5), 1.0)
+    now = PackedSnapshot(
+        curve=MissCurve(uses),
+        num_running=1.0,
+        num_frames=7,
+        floor_frames=1,
+        slab=SlabClass(frames=3, experts=4),
+        costs=FormCosts(link_seconds=1.0, decode_seconds=0.25, overlap=False),
+        compute_seconds=0.0,
+        packed_frames=0,
+    )
+    none, one, two = predict_stalls(now)
+    assert two < none < one
+    assert plan_packed_share(now).packed_frames == 0
+
+
 @given(snapshots())
 @settings(derandomize=True, database=None)
 def test_plans_settle_where_nothing_is_to_be_gained(now: PackedSnapshot) -> None:
@@ -214,6 +233,8 @@ def test_plans_settle_where_nothing_is_to_be_gained(now: PackedSnapshot) -> None
     plan = plan_packed_share(now)
     assert plan.packed_frames == packed
     assert plan.stall_seconds <= plan.ready_only_seconds
+    if "leads through" in plan.reason:
+        return  # see the example below
     if now.slab is not None and now.num_frames < now.curve.num_experts:
         # It stops where the shortest, or what is nearly as short, is no gain.
         assert plan.stall_seconds * (1 - MIN_GAIN_RATIO) <= predict_stalls(now).min() * (
