@@ -59,7 +59,10 @@ def test_make_knows_what_to_do(place: str, words: tuple[str, ...]) -> None:
 
 def server_of(words: tuple[str, ...]) -> list[str]:
     """The server's arguments that make would start it with."""
-    dry = subprocess.run([*words, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    # A make within a make says which directory it leaves, after the command.
+    dry = subprocess.run(
+        [*words, "--dry-run", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True
+    )
     last = shlex.split(dry.stdout.splitlines()[-1])
     assert last[:3] == [".venv/bin/python", "-m", MODULE]
     return last[3:]

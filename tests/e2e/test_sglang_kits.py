@@ -11,6 +11,7 @@ from typing import Any
 
 import openai
 import pytest
+import regex
 import requests
 from checkpoints import make_checkpoint
 from forking import run_in_fork
@@ -62,6 +63,7 @@ def run_kit(mixin: type, server: Server, model: str) -> dict[str, str]:
         "base_url": server.url,
         "model": model,
         "process": server,
+        "regex_match": matches_or_begins_to,
         "client": openai.Client(api_key="EMPTY", base_url=f"{server.url}/v1"),
         # Small enough for a server on two cores.
         "abort_all_num_requests": 8,
@@ -84,6 +86,11 @@ def run_kit(mixin: type, server: Server, model: str) -> dict[str, str]:
         name.rsplit(".", 1)[-1]: bad.get(name, "ok")
         for name in (f"{case.__module__}.{case.__qualname__}.{m}" for m in names_of(case))
     }
+
+
+def matches_or_begins_to(_case: unittest.TestCase, text: str, pattern: str) -> bool:
+    """The kits' own check, for a model that may well never end a `[a-z]+`: 128 tokens cut it off."""
+    return regex.match(pattern, text, partial=True) is not None
 
 
 def names_of(case: type[unittest.TestCase]) -> list[str]:
