@@ -54,7 +54,9 @@ ADAPTIVE = "adaptive"
 class PrefetchReplay:
     """A trace's steps through one memory and one link. Without a `prefetcher`, on demand alone."""
 
-    def __init__(self, trace: Trace, setting: Setting, policy: MemoryPolicy) -> None:
+    def __init__(
+        self, trace: Trace, setting: Setting, policy: MemoryPolicy, *, streams_layers: bool = False
+    ) -> None:
         info = trace.info
         geometry: Geometry = msgspec.structs.replace(info.geometry, num_frames=setting.num_frames)
         self._trace = trace
@@ -71,6 +73,7 @@ class PrefetchReplay:
             policy=policy,
             background=self.link,
         )
+        self.memory.pause_streaming(not streams_layers)
         self.prefetcher: Prefetcher | None = None
         self._gate_inputs: npt.NDArray[np.float32] | None = None  # [T, layers, hidden]
 
@@ -175,9 +178,10 @@ def replay(material: Material, setting: Setting, policy: str, predictor: str | N
     """One policy, with one predictor if it uses any."""
     if policy == BELADY:
         return belady(material.trace, setting)
-    run = PrefetchReplay(material.trace, setting, POLICIES[policy].memory)
+    its = POLICIES[policy]
+    run = PrefetchReplay(material.trace, setting, its.memory, streams_layers=its.streams_layers)
     if predictor is not None:
-        run.use(predictor, material, POLICIES[policy])
+        run.use(predictor, material, its)
     run.run()
     return run.outcome(policy, predictor)
 

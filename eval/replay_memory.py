@@ -130,7 +130,7 @@ def new_memory(
     expert_ratio: float = 0.0,
 ) -> MemoryManager:
     geometry: Geometry = msgspec.structs.replace(trace.info.geometry, num_frames=num_frames)
-    return MemoryManager(
+    memory = MemoryManager(
         geometry,
         num_layers=trace.info.num_layers,
         num_experts=trace.info.num_experts,
@@ -139,6 +139,8 @@ def new_memory(
         policy=policy,
         expert_ratio=expert_ratio,
     )
+    memory.pause_streaming(True)  # as in the server while it recorded
+    return memory
 
 
 class Savings(msgspec.Struct, frozen=True):

@@ -29,12 +29,14 @@ class Policy(msgspec.Struct, frozen=True):
     prefetches: bool = False
     splits_frames: bool = False  # prefetches what has frames by PLEC
     is_advised: bool = False  # by the server's own advisor
+    streams_layers: bool = False  # in passes that use most experts
 
 
 POLICIES = {
     "lru": Policy(MemoryPolicy.LRU),
     "lfu": Policy(MemoryPolicy.LFU),
     "cost-aware": Policy(MemoryPolicy.COST_AWARE),
+    "cost-aware+stream": Policy(MemoryPolicy.COST_AWARE, streams_layers=True),
     "cost-aware+expect": Policy(MemoryPolicy.COST_AWARE, expects=True),
     "cost-aware+prefetch": Policy(MemoryPolicy.COST_AWARE, expects=True, prefetches=True),
     "lru+prefetch": Policy(MemoryPolicy.LRU, expects=True, prefetches=True),

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sglmoe.memory.arena import Frames
 from sglmoe.memory.expert_order import ExpertOrder
 from sglmoe.memory.experts import ABSENT, NO_EXPERTS, ExpertIds, ExpertTable, Load
+from sglmoe.memory.layer_streaming import LayerStreaming
 from sglmoe.memory.link_gate import Finish, LoadExperts
 from sglmoe.memory.prefetches import Prefetches
 
@@ -19,7 +20,8 @@ T = TypeVar("T")
 class ExpertPager:
     """Pins what a wave needs and loads what of it is absent.
 
-    `make_frame(layer)` frees a frame for an expert of that layer, or says that it can't.
+    `make_frame(layer)` frees a frame for an expert of that layer, or says that it can't. With
+    `streams_layers` see `LayerStreaming`.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class ExpertPager:
         prefetches: Prefetches,
         make_frame: Callable[[int], bool],
         load_experts: LoadExperts,
+        streams_layers: bool = False,
     ):
         self._table = table
         self._order = order
@@ -38,6 +41,9 @@ class ExpertPager:
         self._prefetches = prefetches
         self._make_frame = make_frame
         self._load_experts = load_experts
+        self.streaming = (
+            LayerStreaming(table, order, prefetches=prefetches) if streams_layers else None
+        )
         self._num_experts = table.frame_table.shape[1]
         self._loads: list[Load] = []  # demand loads under way
         self._late: list[Load] = []  # prefetches under way that the layer needs now
@@ -55,6 +61,8 @@ class ExpertPager:
         self.settle()
         self._prefetches.begin_layer(layer)
         self._order.use(layer, experts)
+        if self.streaming is not None:
+            self.streaming.layer_begins(layer, experts)
         waiting = experts
         num_rounds = 0
         while len(waiting):
@@ -62,6 +70,8 @@ class ExpertPager:
             num_rounds += 1
             self.num_waves += 1
             self.num_split_layers += num_rounds == 2
+            if self.streaming is not None and not len(waiting):
+                self.streaming.loads_begun(layer)
             if len(ready):
                 yield from self._lend(ready)
             if len(coming):
@@ -72,6 +82,25 @@ class ExpertPager:
                 if len(came):
                     yield from self._lend(came)
             self.settle()
+
+    def begin_step(self) -> None:
+        """The layers to come are those of another forward pass."""
+        self.settle()
+        if self.streaming is not None:
+            self.streaming.begin_step()
+
+    def counters(self) -> dict[str, Any]:
+        """These totals, as `MemorySnapshot` calls them."""
+        return {
+            "expert_hits": self.hits,
+            "expert_misses": self.misses,
+            "stall_seconds": self.stall_seconds,
+            "late_seconds": self.late_seconds,
+            "load_seconds": self.load_seconds,
+            "num_waves": self.num_waves,
+            "num_split_layers": self.num_split_layers,
+            "experts_streamed": self.streaming.num_streamed if self.streaming else 0,
+        }
 
     def settle(self) -> None:
         """Take pins away, and end the loads of a layer that was left in the middle."""

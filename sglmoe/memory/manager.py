@@ -110,6 +110,7 @@ class MemoryManager:
             prefetches=self._prefetches,
             make_frame=self._evictor.make_frame,
             load_experts=load_experts,
+            streams_layers=policy is MemoryPolicy.COST_AWARE and num_experts > 0,
         )
         self.policy = policy
         self.expert_ratio = expert_ratio
@@ -294,7 +295,7 @@ class MemoryManager:
 
     def begin_step(self) -> None:
         """The layers to come are those of another forward pass."""
-        self._pager.settle()
+        self._pager.begin_step()
         self._prefetches.begin_step()
         self._reuse.begin_step()
         self._experts.begin_step()
@@ -321,6 +322,11 @@ class MemoryManager:
         layer is over."""
         return self._prefetches.begin(wanted, limit)
 
+    def pause_streaming(self, is_paused: bool) -> None:
+        """Expect nothing and begin nothing but what `expect` and `prefetch` say; see `LayerStreaming`."""
+        if self._pager.streaming is not None:
+            self._pager.streaming.is_paused = is_paused
+
     @property
     def num_on_their_way(self) -> int:
         """Prefetches that were begun and have not ended."""
@@ -344,15 +350,8 @@ class MemoryManager:
             cached_pages=self._pool.idle_pages,
             free_pages=self._pool.free_pages,
             page_tokens=geometry.page_tokens,
-            expert_hits=pager.hits,
-            expert_misses=pager.misses,
             expert_bytes_moved=(pager.misses - prefetches.late + prefetches.landed)
             * geometry.expert_bytes,
-            stall_seconds=pager.stall_seconds,
-            late_seconds=pager.late_seconds,
-            load_seconds=pager.load_seconds,
-            num_waves=pager.num_waves,
-            num_split_layers=pager.num_split_layers,
             experts_evicted=evictor.experts_evicted,
             pages_evicted=evictor.pages_evicted,
             cache_hit_tokens=counters.cache_hit_tokens,
@@ -362,6 +361,7 @@ class MemoryManager:
             prefetches_used=prefetches.used,
             prefetches_late=prefetches.late,
             prefetches_wasted=prefetches.dropped + self._table.num_unused_evicted,
+            **pager.counters(),
             **self._host_counters(),
         )
 

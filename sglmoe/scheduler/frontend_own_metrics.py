@@ -77,6 +77,10 @@ COUNTERS = {
         "Tokens that would have been found cached had they not been evicted.",
         "ghost_hit_tokens",
     ),
+    "sglmoe_experts_streamed": (
+        "Of prefetches begun, those of passes that use most experts of every layer.",
+        "experts_streamed",
+    ),
     "sglmoe_prefetches_begun": ("Experts begun to be brought in ahead.", "prefetches_begun"),
     "sglmoe_prefetches_used": ("Those that were there in time, and used.", "prefetches_used"),
     "sglmoe_prefetches_late": ("Those their layer had to wait for.", "prefetches_late"),

@@ -261,7 +261,7 @@ def manage(
     prefetch = LinkGate(above=demand)
     load_experts, copy_in_background = expert_copiers(arena, geometry, store, tier)
     background = None
-    if config.expert_prefetch is PrefetchMode.ON and num_experts:
+    if num_experts:
         background = BackgroundCopier(copy_in_background, demand=demand, prefetch=prefetch)
     memory = MemoryManager(
         geometry,

@@ -147,8 +147,11 @@ class Prefetching:
         """To be called after every step; what is known of prefetching."""
         used = snapshot.prefetches_used - self._before.prefetches_used
         self._saved_seconds += used * (self._times.load_seconds or self._first_load_seconds)
-        self._late = snapshot.prefetches_late - self._before.prefetches_late
-        self._unused = snapshot.prefetches_wasted - self._before.prefetches_wasted
+        # What was streamed says nothing about the horizon.
+        is_streaming = snapshot.experts_streamed > self._before.experts_streamed
+        late = snapshot.prefetches_late - self._before.prefetches_late
+        unused = snapshot.prefetches_wasted - self._before.prefetches_wasted
+        self._late, self._unused = (0, 0) if is_streaming else (late, unused)
         self._before = snapshot
         if kind.num_decoding and not self._is_paused:
             self._decode_done(kind.num_decoding, cost.seconds)

@@ -1,0 +1,65 @@
+"""Passes that use most experts of every layer: the next layer's come while this one computes.
+
+FluxMoE (arXiv 2604.02715, section 3) materialises whole layers in a ring of two. Here the ring is the arena: a layer that
+computes is pinned, the next one's experts take frames of layers that are over, and the currency says so by itself once it
+is told what is certain: that this pass will use nearly all of them.
+"""
+
+import numpy as np
+
+from sglmoe.memory.expert_order import ExpertOrder
+from sglmoe.memory.experts import ABSENT, ExpertIds, ExpertTable
+from sglmoe.memory.prefetch import Wanted
+from sglmoe.memory.prefetches import Prefetches
+
+# What a pass over prompts uses of a layer, or more. Below it, whole layers would bring more than one in four for nothing.
+LEAST_COVERAGE = 0.75
+
+
+class LayerStreaming:
+    """Watches how much of its layers a forward pass uses.
+
+    While that is most of them, memory expects the layers ahead to be used as much, and what is absent of the next one is
+    begun as soon as this layer's own loads are: it gives way to these, chunk by chunk.
+    """
+
+    def __init__(self, table: ExpertTable, order: ExpertOrder, *, prefetches: Prefetches):
+        self._table = table
+        self._order = order
+        self._prefetches = prefetches
+        self._num_layers, self._num_experts = table.frame_table.shape
+        self._layers_seen = self._experts_used = 0  # in this forward pass
+        self.is_paused = False
+        self.num_streamed = 0  # experts begun so, since the start
+
+    def begin_step(self) -> None:
+        """Another forward pass."""
+        self._layers_seen = self._experts_used = 0
+
+    def layer_begins(self, layer: int, experts: ExpertIds) -> None:
+        """The layer uses these, and memory has been told so."""
+        self._layers_seen += 1
+        self._experts_used += len(experts)
+        coverage = self._coverage()
+        if coverage is not None and layer + 1 < self._num_layers:
+            self._order.expect(layer, np.full(self._table.frame_table.shape, coverage))
+
+    def loads_begun(self, layer: int) -> None:
+        """The layer waits for nothing that is not on its way."""
+        coverage, following = self._coverage(), layer + 1
+        if coverage is None or following == self._num_layers:
+            return
+        absent = np.flatnonzero(self._table.frame_table[following] == ABSENT)
+        if not len(absent):
+            return
+        values = self._order.values.now()[following, absent]
+        first = absent[(-values).argsort(kind="stable")].tolist()
+        wanted = (Wanted(following, expert, coverage) for expert in first)
+        self.num_streamed += self._prefetches.begin(wanted, len(first))
+
+    def _coverage(self) -> float | None:
+        """The share of its layers' experts that this pass uses, if that is most of them."""
+        if self.is_paused:
+            return None
+        coverage = self._experts_used / max(1, self._layers_seen * self._num_experts)
+        return coverage if coverage >= LEAST_COVERAGE else None
