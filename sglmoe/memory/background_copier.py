@@ -4,7 +4,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from sglmoe.memory.experts import Load
 from sglmoe.memory.link_gate import LinkGate
@@ -13,9 +13,11 @@ from sglmoe.memory.store import ExpertReadError
 
 logger = logging.getLogger(__name__)
 
-# Returns when the expert is in its frame. Calls its argument before each chunk: what that raises
-# ends the copy.
-Copy: TypeAlias = Callable[[Load, Callable[[], None]], None]
+# What was queued on the device before it; None where nothing is queued.
+Mark: TypeAlias = Any
+# Returns when the expert is in its frame, whose last tenant may be read by what was queued before the
+# mark. Calls its argument before each chunk: what that raises ends the copy.
+Copy: TypeAlias = Callable[[Load, Mark, Callable[[], None]], None]
 # Arbitrary: how soon a cancelled copy notices, while a demand load holds it up.
 CANCEL_SECONDS = 0.01
 
@@ -27,8 +29,9 @@ class _Cancelled(Exception):
 class _Job:
     """A load, and what became of it."""
 
-    def __init__(self, load: Load):
+    def __init__(self, load: Load, mark: Mark):
         self.load = load
+        self.mark = mark
         self.is_demanded = False
         self.is_cancelled = False
         self.is_there: bool | None = None  # None: it has not ended
@@ -36,10 +39,18 @@ class _Job:
 
 class BackgroundCopier:
     """A `BackgroundLoader` over one thread. `copy` runs there; it waits for `demand` before each
-    chunk, and closes `prefetch` meanwhile."""
+    chunk, and closes `prefetch` meanwhile. `mark` is called as a load is begun, in the main thread."""
 
-    def __init__(self, copy: Copy, *, demand: LinkGate, prefetch: LinkGate):
+    def __init__(
+        self,
+        copy: Copy,
+        *,
+        demand: LinkGate,
+        prefetch: LinkGate,
+        mark: Callable[[], Mark] = lambda: None,
+    ):
         self._copy = copy
+        self._mark = mark
         self._demand = demand
         self._prefetch = prefetch
         self._changed = threading.Condition()  # over all that follows
@@ -54,8 +65,9 @@ class BackgroundCopier:
 
     def begin(self, load: Load) -> None:
         """See `BackgroundLoader`; so are the next three."""
+        job = _Job(load, self._mark())
         with self._changed:
-            self._queue.append(_Job(load))
+            self._queue.append(job)
             self._changed.notify_all()
 
     def finished(self) -> list[Arrival]:
@@ -136,7 +148,7 @@ class BackgroundCopier:
 
     def _try_copy(self, job: _Job) -> bool:
         try:
-            self._copy(job.load, lambda: self._before_chunk(job))
+            self._copy(job.load, job.mark, lambda: self._before_chunk(job))
         except _Cancelled:
             return False
         except ExpertReadError as error:

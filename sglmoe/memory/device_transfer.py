@@ -1,10 +1,10 @@
 """Moves experts' bytes from the host into frames of an arena on a CUDA device.
 
 Three streams: what computes, what a layer waits for (demand), what comes ahead of its layer (prefetch). A copy waits on the
-device for whatever may still read the frame's last tenant; what reads the newcomer waits for the copy. Experts in host
-memory, which is page-locked, are copied from there; others pass through page-locked staging blocks, each of exactly one
-expert. Packed ones are decoded on the device (`device_decode`). Nothing here waits for the whole device. Tested on streams
-that are simulated (tests/unit/memory/test_device_protocol.py); no GPU has run it.
+device for whatever had been queued when it got its frame, for that may still read the last tenant; what reads the newcomer
+waits for the copy. Experts in host memory, which is page-locked, are copied from there; others pass through page-locked
+staging blocks, each of exactly one expert. Packed ones are decoded on the device (`device_decode`). Nothing here waits for
+the whole device. Tested on streams that are simulated (tests/unit/memory/test_device_protocol.py); no GPU has run it.
 """
 
 import queue
@@ -64,9 +64,9 @@ class Lane(NamedTuple):
 class StreamCopier:
     """Copies for prefetches, one at a time, on a stream of their own. `arena` and `tier` as below.
 
-    `compute` is the stream that reads the frames; `on_stream` makes its argument the thread's current one. Two threads may
-    copy at a time: the one that prefetches, held up between two chunks, and the one that needs another expert now; for
-    each `new_into` is called once.
+    Loads are begun where the stream is current that reads the frames; `on_stream` makes its argument the current one. Two
+    threads may copy at a time: the one that prefetches, held up between two chunks, and the one that needs another expert
+    now; for each `new_into` is called once.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class StreamCopier:
         tier: HostTier,
         new_into: Callable[[], Frames] | None = None,
         stream: Stream | None = None,
-        compute: Stream | None = None,
         on_stream: OnStream = torch.cuda.stream,
+        new_event: Callable[[], Event] = torch.cuda.Event,
         lock_pages: Callable[[Bytes], None] = page_lock,
     ):
         self._store = store
@@ -87,23 +87,35 @@ class StreamCopier:
         self._blocks = torch.from_numpy(tier.blocks)
         self._block_bytes = block_bytes(store, as_stored=tier.as_stored)
         self._stream: Any = stream or torch.cuda.Stream()
-        self._compute: Any = compute or torch.cuda.current_stream()
         self._on_stream = on_stream
+        self._new_event = new_event
         frames = arena.view(-1, frame_bytes)
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()  # those not in use
         for block in page_locked(NUM_STAGING, self._block_bytes, lock_pages):
             into = new_into() if new_into is not None else PlainFrames(frames)
             self._lanes.put(Lane(torch.from_numpy(block), into))
 
-    def copy(self, load: Load, before_chunk: Callable[[], None]) -> None:
+    def mark(self) -> Event:
+        """What may read the last tenant of a frame that is given away now was queued before this.
+
+        Copies wait for no more: the next layer's experts come while what this one queues from here on runs.
+        """
+        event = self._new_event()
+        event.record()
+        return event
+
+    def copy(self, load: Load, mark: Event, before_chunk: Callable[[], None]) -> None:
         """Return when the expert is in its frame; a demand load waits for one chunk at most."""
         lane = self._lanes.get_nowait()
         try:
-            self._copy_by(lane, load, before_chunk)
+            self._copy_by(lane, load, mark, before_chunk)
         finally:
             self._lanes.put(lane)
 
-    def _copy_by(self, lane: Lane, load: Load, before_chunk: Callable[[], None]) -> None:
+    def _copy_by(
+        self, lane: Lane, load: Load, mark: Event, before_chunk: Callable[[], None]
+    ) -> None:
+        self._stream.wait_event(mark)
         block = self._tier.pin(load.layer, load.expert)
         if block is None:
             read = block_reader(self._tier, self._store)
@@ -120,8 +132,6 @@ class StreamCopier:
     def _move(
         self, load: Load, source: torch.Tensor, into: Frames, before_chunk: Callable[[], None]
     ) -> None:
-        # What was queued up to now may read the frame's last tenant; what reads this one is queued later.
-        self._stream.wait_stream(self._compute)
         target = into.place(load, self._block_bytes)
         try:
             for start in range(0, self._block_bytes, CHUNK_BYTES):

@@ -9,16 +9,16 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
-from sglmoe.config import EngineConfig, PrefetchMode
+from sglmoe.config import EngineConfig
 from sglmoe.errors import models
 from sglmoe.errors.budgets import experts_held_beside_budget
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_geometry
-from sglmoe.memory.background_copier import BackgroundCopier, Copy
+from sglmoe.memory.background_copier import BackgroundCopier, Copy, Mark
 from sglmoe.memory.device_decode import NUM_STAGED, DecodedFrames, can_decode, staged_bytes
 from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier, page_lock
 from sglmoe.memory.experts import ABSENT
@@ -259,16 +259,18 @@ def manage(
     tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts, as_stored=as_stored)
     demand = LinkGate()
     prefetch = LinkGate(above=demand)
-    load_experts, copy_in_background = expert_copiers(arena, geometry, store, tier)
+    copiers = expert_copiers(arena, geometry, store, tier)
     background = None
     if num_experts:
-        background = BackgroundCopier(copy_in_background, demand=demand, prefetch=prefetch)
+        background = BackgroundCopier(
+            copiers.ahead, demand=demand, prefetch=prefetch, mark=copiers.mark
+        )
     memory = MemoryManager(
         geometry,
         num_layers=num_layers,
         num_experts=num_experts,
         floor_frames=floor_frames,
-        load_experts=demand.guard(load_experts),
+        load_experts=demand.guard(copiers.load),
         background=background,
         policy=config.memory_policy,
         expert_ratio=config.expert_ratio,
@@ -285,10 +287,18 @@ def manage(
     return memory, tier
 
 
+class Copiers(NamedTuple):
+    """What copies experts into frames, for layers that wait and for those ahead."""
+
+    load: LoadExperts
+    ahead: Copy
+    mark: Callable[[], Mark]  # see `BackgroundCopier`
+
+
 def expert_copiers(
     arena: torch.Tensor, geometry: Geometry, store: ExpertStore, tier: HostTier
-) -> tuple[LoadExperts, Copy]:
-    """What copies experts into frames on this device, for layers that wait and for those ahead."""
+) -> Copiers:
+    """Those of this device."""
     if arena.device.type == "cpu":
         copier = HostCopier(
             arena.numpy(),
@@ -296,13 +306,15 @@ def expert_copiers(
             store=TieredStore(tier, store),
             num_threads=os.cpu_count() or 1,
         )
-        return copier.load, copier.copy_in_background
+        return Copiers(copier.load, copier.copy_in_background, lambda: None)
     frames = {"arena": arena, "frame_bytes": geometry.frame_bytes, "store": store, "tier": tier}
-    if not tier.as_stored:
-        return DeviceCopier(**frames).load, StreamCopier(**frames).copy
     rows = arena.view(-1, geometry.frame_bytes)
-    ahead = StreamCopier(**frames, new_into=lambda: DecodedFrames(rows, store, num_staged=1))
-    return DeviceCopier(**frames, into=DecodedFrames(rows, store)).load, ahead.copy
+    if not tier.as_stored:
+        demand, ahead = DeviceCopier(**frames), StreamCopier(**frames)
+    else:
+        demand = DeviceCopier(**frames, into=DecodedFrames(rows, store))
+        ahead = StreamCopier(**frames, new_into=lambda: DecodedFrames(rows, store, num_staged=1))
+    return Copiers(demand.load, ahead.copy, ahead.mark)
 
 
 def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:

@@ -341,7 +341,7 @@ def test_copiers_bring_experts_on_real_streams() -> None:
     arguments = {"frame_bytes": 3 * part_bytes, "store": store, "tier": tier}
     demand, prefetch = DeviceCopier(arena, **arguments), StreamCopier(arena, **arguments)
     for expert in range(3):  # the third comes from the store
-        prefetch.copy(Load(expert, 0, expert), lambda: None)
+        prefetch.copy(Load(expert, 0, expert), prefetch.mark(), lambda: None)
     finish = demand.load([Load(3, 0, 1), Load(4, 0, 4), Load(5, 0, 5)])
     finish()
     frames = arena.view(6, -1)  # read on the compute stream, behind the copies

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from itertools import count
 
 import pytest
 
@@ -23,9 +24,17 @@ class Bench:
         self.prefetch = LinkGate(above=self.demand)
         self.chunks: list[tuple[int, int]] = []  # frame, chunk
         self.at_chunk: Callable[[Load, int], None] = lambda load, chunk: None
-        self.copier = BackgroundCopier(self.copy, demand=self.demand, prefetch=self.prefetch)
+        self.marks = count()
+        self.copied_after: list[int] = []
+        self.copier = BackgroundCopier(
+            self.copy,
+            demand=self.demand,
+            prefetch=self.prefetch,
+            mark=lambda: next(self.marks),
+        )
 
-    def copy(self, load: Load, before_chunk: Callable[[], None]) -> None:
+    def copy(self, load: Load, mark: int, before_chunk: Callable[[], None]) -> None:
+        self.copied_after.append(mark)
         for chunk in range(2):
             self.at_chunk(load, chunk)
             before_chunk()
@@ -101,6 +110,7 @@ def test_waiting_for_one_in_the_queue_brings_it_in_before_the_others(bench: Benc
     assert there.wait(WAIT_SECONDS)
     assert bench.claim(C)
     assert bench.chunks == [(2, 0), (2, 1)]
+    assert bench.copied_after == [0, 2], "each after what was queued when it was begun"
     go_on.set()
     assert bench.eventually_finished(2) == [Arrival(A, True), Arrival(B, True)]
 

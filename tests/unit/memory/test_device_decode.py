@@ -160,7 +160,6 @@ class Device:
             "frame_bytes": FRAME_BYTES,
             "store": bench.store,
             "tier": self.tier,
-            "compute": Stream("compute", self.log),
             "on_stream": lambda stream: nullcontext(),
             "lock_pages": lambda blocks: None,
         }
@@ -169,6 +168,7 @@ class Device:
             **common,
             into=DecodedFrames(self.arena, bench.store, decode=self.decoder),
             stream=demand,
+            compute=Stream("compute", self.log),
             new_event=demand.new_event,
         )
         self.prefetcher = StreamCopier(
@@ -177,6 +177,7 @@ class Device:
                 self.arena, bench.store, num_staged=1, decode=self.decoder
             ),
             stream=Stream("prefetch", self.log),
+            new_event=demand.new_event,
         )
 
     def frame(self, number: int) -> bytes:
@@ -196,9 +197,9 @@ def test_a_layers_experts_are_decoded_at_once_wherever_they_come_from(bench: Ben
 @pytest.mark.parametrize("expert", [0, 1], ids=["from disk", "from host memory"])
 def test_a_prefetched_expert_is_decoded_before_it_is_there(bench: Bench, expert: int) -> None:
     device = Device(bench)
-    device.prefetcher.copy(Load(1, 0, expert), lambda: None)
+    device.prefetcher.copy(Load(1, 0, expert), device.prefetcher.mark(), lambda: None)
     assert device.frame(1) == bench.expert(expert)
-    assert device.log == ["prefetch waits for compute", "prefetch is done"]
+    assert device.log == ["prefetch waits for 3", "prefetch is done"]
 
 
 def test_two_prefetches_at_a_time_are_staged_apart(bench: Bench) -> None:
@@ -209,9 +210,9 @@ def test_two_prefetches_at_a_time_are_staged_apart(bench: Bench) -> None:
     def before_chunk() -> None:
         asked.append(1)
         if len(asked) == 1:
-            device.prefetcher.copy(Load(0, 0, 1), lambda: None)
+            device.prefetcher.copy(Load(0, 0, 1), device.prefetcher.mark(), lambda: None)
 
-    device.prefetcher.copy(Load(1, 0, 1), before_chunk)
+    device.prefetcher.copy(Load(1, 0, 1), device.prefetcher.mark(), before_chunk)
     assert device.frame(0) == device.frame(1) == bench.expert(1)
 
 
@@ -221,8 +222,8 @@ def test_a_prefetch_that_is_given_up_is_not_decoded_later(bench: Bench) -> None:
 
     device = Device(bench)
     with pytest.raises(InterruptedError):
-        device.prefetcher.copy(Load(2, 0, 1), leave)
-    device.prefetcher.copy(Load(1, 0, 1), lambda: None)
+        device.prefetcher.copy(Load(2, 0, 1), device.prefetcher.mark(), leave)
+    device.prefetcher.copy(Load(1, 0, 1), device.prefetcher.mark(), lambda: None)
     assert device.arena[2].eq(170).all()
     assert device.frame(1) == bench.expert(1)
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from simulated_device import Device, Event, Range, Stream, bytes_of
 from taken_turns import TakenTurns
 
+from sglmoe.config import MemoryPolicy
 from sglmoe.memory import background_copier, device_transfer, host_tier, link_gate, promoter, store
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.background_copier import BackgroundCopier
@@ -98,16 +99,18 @@ class Server:
             "frame_bytes": GEOMETRY.frame_bytes,
             "store": disk,
             "tier": self.tier,
-            "compute": device.default,
             "on_stream": device.on_stream,
+            "new_event": device.Event,
             "lock_pages": device.lock_pages,
         }
         arena = device.tensor(self.raw)
         loads = DeviceCopier(
-            arena, stream=device.Stream("demand"), new_event=device.Event, **shared
+            arena, stream=device.Stream("demand"), compute=device.default, **shared
         )
         copier = StreamCopier(arena, stream=device.Stream("prefetch"), **shared)
-        self.background = BackgroundCopier(copier.copy, demand=demand, prefetch=prefetch)
+        self.background = BackgroundCopier(
+            copier.copy, demand=demand, prefetch=prefetch, mark=copier.mark
+        )
         self.memory = MemoryManager(
             GEOMETRY,
             num_layers=NUM_LAYERS,
@@ -115,6 +118,7 @@ class Server:
             floor_frames=2,
             load_experts=demand.guard(loads.load),
             background=self.background,
+            policy=MemoryPolicy.COST_AWARE,  # streams layers, too
         )
         self.promoter = Promoter(
             self.tier,
@@ -141,6 +145,7 @@ class Server:
         snapshot, tier = self.memory.snapshot(0), self.tier.counters()
         self.seen["used"] += snapshot.prefetches_used
         self.seen["late"] += snapshot.prefetches_late
+        self.seen["streamed"] += snapshot.experts_streamed
         self.seen["wasted"] += snapshot.prefetches_wasted
         self.seen["promoted"] += tier["host_promoted"]
         self.seen["evicted from host"] += tier["host_evicted"]
@@ -254,6 +259,7 @@ def test_the_runs_meet_all_there_is_to_meet() -> None:
     assert set(seen) == {
         "used",
         "late",
+        "streamed",
         "wasted",
         "promoted",
         "evicted from host",

@@ -160,8 +160,8 @@ def prefetcher(bench: Bench, log: list[str]) -> StreamCopier:
         store=bench.store,
         tier=bench.tier,
         stream=Stream("prefetch", log),
-        compute=bench.compute,
         on_stream=lambda stream: nullcontext(),
+        new_event=bench.compute.new_event,
         lock_pages=bench.lock_pages,
     )
 
@@ -170,10 +170,14 @@ def prefetcher(bench: Bench, log: list[str]) -> StreamCopier:
 def test_a_prefetch_waits_for_what_may_read_the_frame_and_says_when_it_is_there(
     bench: Bench, expert: int
 ) -> None:
+    """And for no more: the mark is set when the load is begun, before the layer queues its products."""
     log: list[str] = []
-    prefetcher(bench, log).copy(Load(2, 0, expert), lambda: log.append("chunk"))
+    copier = prefetcher(bench, log)
+    mark = copier.mark()
+    assert bench.log == ["record 1"]
+    copier.copy(Load(2, 0, expert), mark, lambda: log.append("chunk"))
     assert bench.arena.view(3, 8)[2].tolist() == [expert] * 6 + [255] * 2
-    assert log[-3:] == ["prefetch waits for compute", "chunk", "prefetch is done"]
+    assert log == ["prefetch waits for 1", *["chunk"] * (len(log) - 2), "prefetch is done"]
     assert bench.pins() == [0] * 4
 
 
@@ -182,7 +186,8 @@ def test_a_prefetch_that_is_given_up_leaves_no_pin(bench: Bench) -> None:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        prefetcher(bench, []).copy(Load(2, 0, 1), leave)
+        copier = prefetcher(bench, [])
+        copier.copy(Load(2, 0, 1), copier.mark(), leave)
     assert bench.pins() == [0] * 4
     assert bench.arena.eq(255).all()
 
@@ -195,8 +200,8 @@ def test_two_threads_may_copy_at_a_time(bench: Bench) -> None:
     def before_chunk() -> None:
         held_up.append("")
         if len(held_up) == 3:  # read in three parts; the first of them are in staging
-            copier.copy(Load(1, 0, 5), lambda: None)
+            copier.copy(Load(1, 0, 5), copier.mark(), lambda: None)
 
-    copier.copy(Load(0, 0, 4), before_chunk)
+    copier.copy(Load(0, 0, 4), copier.mark(), before_chunk)
     frames = bench.arena.view(3, 8)[:, :6].tolist()
     assert frames[:2] == [[4] * 6, [5] * 6]

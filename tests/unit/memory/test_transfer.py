@@ -85,10 +85,10 @@ def test_a_copy_in_the_background_can_be_ended(copier: HostCopier, arena: Bytes)
         if calls == 2:
             raise InterruptedError
 
-    copier.copy_in_background(Load(1, 0, 3), lambda: None)
+    copier.copy_in_background(Load(1, 0, 3), None, lambda: None)
     assert arena.reshape(5, FRAME_BYTES)[1].tolist() == [3, 3, 13, 13, 23, 23, 23, 255]
     with pytest.raises(InterruptedError):
-        copier.copy_in_background(Load(2, 0, 3), before_chunk)
+        copier.copy_in_background(Load(2, 0, 3), None, before_chunk)
     assert arena.reshape(5, FRAME_BYTES)[2].tolist() == [3, 3, *[255] * 6]
 
 
