@@ -202,8 +202,8 @@ class MemorySnapshot(Struct, frozen=True):
     ghost_hit_tokens: int  # that would have been found cached had they not been evicted
     late_seconds: float = 0.0  # of stall_seconds, for experts that a prefetch was bringing already
     load_seconds: float = 0.0  # that loads on demand took, some of it while others computed
-    experts_streamed: int = 0  # of prefetches, those for the next layer of a pass that uses most of all
     prefetches_begun: int = 0
+    experts_streamed: int = 0  # of these, for the next layer of a pass that uses most experts
     prefetches_used: int = 0  # were resident when their layer asked
     prefetches_late: int = 0  # were on their way; these are misses
     prefetches_wasted: int = 0  # given up, or evicted before anything used them

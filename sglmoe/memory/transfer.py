@@ -68,9 +68,7 @@ class HostCopier:
         copies = [self._threads.submit(self._copy, share) for share in shares if share]
         return lambda: self._finish(copies) - started
 
-    def copy_in_background(
-        self, load: Load, _mark: None, before_chunk: Callable[[], None]
-    ) -> None:
+    def copy_in_background(self, load: Load, _mark: None, before_chunk: Callable[[], None]) -> None:
         """Return when the expert is in its frame, which nobody reads. What `before_chunk` raises ends it in the middle."""
         self._store.will_read(load.layer, load.expert)
         target = self._frames[load.frame]

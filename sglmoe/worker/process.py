@@ -105,7 +105,7 @@ def run_worker(
             model,
             lambda: new_recorder(loaded, server_args.model_path),
             loaded.memory,
-            pause=partial(pause_loads_ahead, loaded.memory, prefetching),
+            pause=prefetching.pause if prefetching is not None else lambda is_paused: None,
         )
         sender.send(ready_message(loaded, model))
         Loop(plans, sender, worker, model, recording, drawing=lambda: draw(loaded)).run()
@@ -197,15 +197,6 @@ def start_prefetching(
         embed=embedding_of(model),
     )
     return prefetching
-
-
-def pause_loads_ahead(
-    memory: MemoryManager, prefetching: Prefetching | None, is_paused: bool
-) -> None:
-    """While a trace is recorded, residents depend on routing alone, not on when a load arrives."""
-    memory.pause_streaming(is_paused)
-    if prefetching is not None:
-        prefetching.pause(is_paused)
 
 
 def new_recorder(loaded: Loaded, model_path: str) -> Recorder:

@@ -182,10 +182,10 @@ class Recording:
         *,
         pause: Callable[[bool], None],
     ):
-        """`pause` stops and restarts whatever changes memory and is not recorded."""
+        """`pause` stops and restarts whoever prefetches."""
         self._worker = worker
         self._model = model
-        self._pause = pause
+        self._pause_prefetching = pause
         self._new_recorder = new_recorder
         self._memory = memory
         self._recorder: Recorder | None = None
@@ -214,6 +214,11 @@ class Recording:
         self._recorder = self._model.recorder = self._new_recorder()
         self._worker.memory = RecordedMemory(self._memory, self._recorder)
         return True, "recording"
+
+    def _pause(self, is_paused: bool) -> None:
+        """What changes memory meanwhile and is not recorded."""
+        self._memory.pause_streaming(is_paused)
+        self._pause_prefetching(is_paused)
 
     def _stop(self) -> tuple[bool, str]:
         if self._recorder is not None:

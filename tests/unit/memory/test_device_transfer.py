@@ -185,8 +185,8 @@ def test_a_prefetch_that_is_given_up_leaves_no_pin(bench: Bench) -> None:
     def leave() -> None:
         raise InterruptedError
 
+    copier = prefetcher(bench, [])
     with pytest.raises(InterruptedError):
-        copier = prefetcher(bench, [])
         copier.copy(Load(2, 0, 1), copier.mark(), leave)
     assert bench.pins() == [0] * 4
     assert bench.arena.eq(255).all()
