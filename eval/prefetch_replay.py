@@ -103,7 +103,7 @@ class PrefetchReplay:
         """One forward pass."""
         trace, setting, prefetcher = self._trace, self._setting, self.prefetcher
         tokens = slice(*trace.step_bounds[step : step + 2].tolist())
-        self.memory.begin_step()
+        self.memory.begin_step(tokens.stop - tokens.start)
         if prefetcher is not None:
             owners = trace.owners[tokens]
             prefetcher.begin_step(

@@ -83,11 +83,11 @@ class ExpertPager:
                     yield from self._lend(came)
             self.settle()
 
-    def begin_step(self) -> None:
-        """The layers to come are those of another forward pass."""
+    def begin_step(self, num_tokens: int) -> None:
+        """See `MemoryManager.begin_step`."""
         self.settle()
         if self.streaming is not None:
-            self.streaming.begin_step()
+            self.streaming.begin_step(num_tokens)
 
     def counters(self) -> dict[str, Any]:
         """These totals, as `MemorySnapshot` calls them."""

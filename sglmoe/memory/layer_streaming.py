@@ -1,4 +1,4 @@
-"""Passes that use most experts of every layer: the next layer's come while this one computes.
+"""Passes over many tokens: the next layer's experts come while this one computes.
 
 FluxMoE (arXiv 2604.02715, section 3) materialises whole layers in a ring of two. Here the ring is the arena: a layer that
 computes is pinned, the next one's experts take frames of layers that are over, and the currency says so by itself once it
@@ -12,12 +12,14 @@ from sglmoe.memory.experts import ABSENT, ExpertIds, ExpertTable
 from sglmoe.memory.prefetch import Wanted
 from sglmoe.memory.prefetches import Prefetches
 
-# What a pass over prompts uses of a layer, or more. Below it, whole layers would bring more than one in four for nothing.
+# Passes over more tokens use most experts of every layer, and compute long enough for the link to be idle.
+BULK_TOKENS = 256
+# Below it, whole layers would bring more than one expert in four for nothing.
 LEAST_COVERAGE = 0.75
 
 
 class LayerStreaming:
-    """Watches how much of its layers a forward pass uses.
+    """Watches how much of its layers a pass over many tokens uses.
 
     While that is most of them, memory expects the layers ahead to be used as much, and what is absent of the next one is
     begun as soon as this layer's own loads are: it gives way to these, chunk by chunk.
@@ -28,12 +30,14 @@ class LayerStreaming:
         self._order = order
         self._prefetches = prefetches
         self._num_layers, self._num_experts = table.frame_table.shape
-        self._layers_seen = self._experts_used = 0  # in this forward pass
+        self._is_bulk = False  # this forward pass
+        self._layers_seen = self._experts_used = 0  # in it
         self.is_paused = False
         self.num_streamed = 0  # experts begun so, since the start
 
-    def begin_step(self) -> None:
-        """Another forward pass."""
+    def begin_step(self, num_tokens: int) -> None:
+        """Another forward pass, over so many tokens."""
+        self._is_bulk = num_tokens > BULK_TOKENS
         self._layers_seen = self._experts_used = 0
 
     def layer_begins(self, layer: int, experts: ExpertIds) -> None:
@@ -58,8 +62,8 @@ class LayerStreaming:
         self.num_streamed += self._prefetches.begin(wanted, len(first))
 
     def _coverage(self) -> float | None:
-        """The share of its layers' experts that this pass uses, if that is most of them."""
-        if self.is_paused:
+        """The share of its layers' experts that this pass uses, if it is one to stream for."""
+        if not self._is_bulk or self.is_paused:
             return None
         coverage = self._experts_used / max(1, self._layers_seen * self._num_experts)
         return coverage if coverage >= LEAST_COVERAGE else None

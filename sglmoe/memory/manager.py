@@ -293,9 +293,9 @@ class MemoryManager:
 
     # -------------------------------------------------------------------------------------- experts
 
-    def begin_step(self) -> None:
-        """The layers to come are those of another forward pass."""
-        self._pager.begin_step()
+    def begin_step(self, num_tokens: int = 1) -> None:
+        """The layers to come are those of another forward pass, over so many tokens."""
+        self._pager.begin_step(num_tokens)
         self._prefetches.begin_step()
         self._reuse.begin_step()
         self._experts.begin_step()

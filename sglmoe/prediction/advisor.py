@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglmoe.memory.experts import ABSENT
+from sglmoe.memory.layer_streaming import BULK_TOKENS
 from sglmoe.memory.prefetch import Wanted
 from sglmoe.prediction.forecast import Forecast, calibrated
 from sglmoe.prediction.horizon import Horizon, expected_loads
@@ -18,8 +19,6 @@ from sglmoe.prediction.quality import Quality, QualityCounter, at_least
 AUDITION_STEPS = 64
 # and then one of so many steps tells how good the advice is, which takes longer than to give it.
 QUALITY_STEPS = 8
-# Steps of more tokens use most experts of every layer: how often each is used tells enough of them.
-MAX_TOKENS = 256
 MIN_PROBABILITY = 0.05
 
 
@@ -131,7 +130,7 @@ class Advisor:
     ) -> None:
         """Another forward pass; so many prefetches of the one before were late, or of no use."""
         self._step, self._layer, self._times = step, -1, times
-        is_bulk = tokens.num_tokens > MAX_TOKENS
+        is_bulk = tokens.num_tokens > BULK_TOKENS  # how often each is used tells enough of it
         if self._picked is None and not is_bulk:
             self._pick_in_time()
         self._keeps_score = self._picked is None or step % QUALITY_STEPS == 0

@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from sglmoe.config import PrefetchMode
 from sglmoe.memory.experts import ABSENT
+from sglmoe.memory.layer_streaming import BULK_TOKENS
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.step_times import StepTimes
-from sglmoe.prediction.advisor import MAX_TOKENS, LinkTimes, Outlook
+from sglmoe.prediction.advisor import LinkTimes, Outlook
 from sglmoe.prediction.predictor import Embed
 from sglmoe.prediction.prefetch import loads_to_begin
 from sglmoe.prediction.trial import Trial, Verdict
@@ -93,7 +94,7 @@ class Prefetching:
         self._is_telling = self._mode is PrefetchMode.OBSERVE or not self._trial.is_resting
         if not self._is_telling:
             return
-        self._is_bulk = len(token_ids) > MAX_TOKENS
+        self._is_bulk = len(token_ids) > BULK_TOKENS
         self.look_ahead()
         numbers = np.array([self._number(rid) for rid in rids], np.int32)
         self._now = self._link_times(len(rids))

@@ -80,7 +80,7 @@ class Memory(Protocol):
 
     def release(self, rid: str, tokens: bytes, num_computed: int) -> None: ...
 
-    def begin_step(self) -> None: ...
+    def begin_step(self, num_tokens: int = 1) -> None: ...
 
     def set_prices(self, *, expert_nanoseconds: int, token_nanoseconds: int) -> None: ...
 
@@ -255,7 +255,7 @@ class Worker:
     ) -> tuple[tuple[RowResult, ...], tuple[RowFailure, ...]]:
         if not rows:
             return (), ()
-        self.memory.begin_step()
+        self.memory.begin_step(sum(row.stop - row.start for row in rows))
         try:
             outputs = self._model.forward(rows)
         except ExpertReadError as error:

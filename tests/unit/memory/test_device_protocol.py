@@ -131,7 +131,7 @@ class Server:
 
     def serve(self, num_steps: int) -> None:
         for _ in range(num_steps):
-            self.memory.begin_step()
+            self.memory.begin_step(self.random.choice([1, 1000]))
             self.attend()
             for layer in range(NUM_LAYERS):
                 try:

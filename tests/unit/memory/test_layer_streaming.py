@@ -8,6 +8,8 @@ from prefetched_memory import Memory
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.experts import Load
 
+PROMPTS = 257  # tokens
+
 
 def memory_of(num_frames: int, policy: MemoryPolicy = MemoryPolicy.COST_AWARE) -> Memory:
     return Memory(num_frames, policy, num_layers=3)
@@ -19,7 +21,7 @@ def on_their_way(memory: Memory) -> list[str]:
 
 def test_the_next_layer_comes_while_one_computes_that_uses_most_experts() -> None:
     memory = memory_of(12)
-    memory.begin_step()
+    memory.begin_step(PROMPTS)
     for wave in memory.waves(0, [0, 1, 2]):
         assert wave.tolist() == [0, 1, 2]
         assert memory.demand == ["0.0", "0.1", "0.2"], "its own loads go first"
@@ -35,29 +37,37 @@ def test_the_next_layer_comes_while_one_computes_that_uses_most_experts() -> Non
 
 def test_behind_the_last_layer_nothing_is_known() -> None:
     memory = memory_of(12)
-    memory.begin_step()
+    memory.begin_step(PROMPTS)
     memory.run(2, 0, 1, 2, 3)
     assert on_their_way(memory) == []
 
 
 def test_a_pass_that_uses_fewer_brings_nothing() -> None:
     memory = memory_of(12)
-    memory.begin_step()
+    memory.begin_step(PROMPTS)
     memory.run(0, 0, 1)
     assert on_their_way(memory) == []
     # Five of eight in the two layers so far.
     memory.run(1, 0, 1, 2)
     assert on_their_way(memory) == []
     # The next pass is another one.
-    memory.begin_step()
+    memory.begin_step(PROMPTS)
     memory.run(0, 0, 1, 2)
     assert on_their_way(memory) == ["1.3"]
+
+
+def test_a_pass_over_few_tokens_brings_nothing() -> None:
+    """Steps of large batches use most experts too, but computing leaves the link no time."""
+    memory = memory_of(12)
+    memory.begin_step(PROMPTS - 1)
+    memory.run(0, 0, 1, 2, 3)
+    assert on_their_way(memory) == []
 
 
 def test_layers_that_are_over_give_way_and_the_one_that_computes_does_not() -> None:
     """6 frames: layer 0 leaves 2 for layer 1, which then takes those that layer 0 had."""
     memory = memory_of(6)
-    memory.begin_step()
+    memory.begin_step(PROMPTS)
     memory.run(0, 0, 1, 2, 3)
     assert on_their_way(memory) == ["1.0", "1.1"]
     for _ in range(2):
@@ -72,7 +82,7 @@ def test_layers_that_are_over_give_way_and_the_one_that_computes_does_not() -> N
 def test_a_layer_that_needs_every_frame_for_itself_keeps_them() -> None:
     """3 frames for 4 experts: two waves, and a load ahead only in the second, whose frames suffice."""
     memory = memory_of(3)
-    memory.begin_step()
+    memory.begin_step(PROMPTS)
     seen = [(wave.tolist(), on_their_way(memory)) for wave in memory.waves(0, [0, 1, 2, 3])]
     assert [wave for wave, _ in seen] == [[0, 1, 2], [3]]
     assert seen[0][1] == []
@@ -98,7 +108,7 @@ def test_experts_of_layers_ahead_stay_though_they_are_seldom_used(
         memory.begin_step()
         memory.run(0, 0, 1, 2, 3)
         memory.run(2, 3 if step == 0 else 0)
-    memory.begin_step()
+    memory.begin_step(PROMPTS)
     memory.run(0, 0, 1, 2, 3)
     memory.pause_streaming(is_paused)
     waves = memory.waves(1, [0, 1, 2, 3])
@@ -109,7 +119,7 @@ def test_experts_of_layers_ahead_stay_though_they_are_seldom_used(
 @pytest.mark.parametrize("policy", [MemoryPolicy.LRU, MemoryPolicy.LFU, MemoryPolicy.STATIC])
 def test_baselines_bring_nothing_ahead(policy: MemoryPolicy) -> None:
     memory = memory_of(12, policy)
-    memory.begin_step()
+    memory.begin_step(PROMPTS)
     memory.run(0, 0, 1, 2, 3)
     assert on_their_way(memory) == []
 
@@ -117,7 +127,7 @@ def test_baselines_bring_nothing_ahead(policy: MemoryPolicy) -> None:
 def test_paused_it_begins_nothing() -> None:
     memory = memory_of(12)
     memory.pause_streaming(True)
-    memory.begin_step()
+    memory.begin_step(PROMPTS)
     memory.run(0, 0, 1, 2, 3)
     assert on_their_way(memory) == []
     memory.pause_streaming(False)
@@ -136,9 +146,9 @@ class Slow(Memory):
 
 def test_it_does_not_wait_for_the_loads_of_the_layer() -> None:
     memory = Slow(12, num_layers=3)
-    memory.begin_step()
+    memory.begin_step(PROMPTS)
     memory.run(0, 0)
-    memory.begin_step()
+    memory.begin_step(PROMPTS)
     waves = memory.waves(0, [0, 1, 2, 3])
     assert next(waves).tolist() == [0]
     assert memory.residents() == ["0.0"]

@@ -310,10 +310,10 @@ class MemoryMachine(RuleBasedStateMachine):
     def set_prices(self, expert: int, token: int) -> None:
         self.memory.set_prices(expert_nanoseconds=expert, token_nanoseconds=token)
 
-    @rule(num_steps=st.sampled_from([1, 1, 1, 100]))
-    def begin_steps(self, num_steps: int) -> None:
+    @rule(num_steps=st.sampled_from([1, 1, 1, 100]), num_tokens=st.sampled_from([1, 1000]))
+    def begin_steps(self, num_steps: int, num_tokens: int) -> None:
         for _ in range(num_steps):
-            self.memory.begin_step()
+            self.memory.begin_step(num_tokens)
 
     @precondition(lambda self: self.num_admitted % 8 == 7)  # not all the time
     @rule()

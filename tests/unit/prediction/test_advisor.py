@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from sglmoe.memory.experts import ABSENT
+from sglmoe.memory.layer_streaming import BULK_TOKENS
 from sglmoe.memory.prefetch import Wanted
-from sglmoe.prediction.advisor import AUDITION_STEPS, MAX_TOKENS, Advisor, LinkTimes
+from sglmoe.prediction.advisor import AUDITION_STEPS, Advisor, LinkTimes
 from sglmoe.prediction.predictor import LayerRouting, Predictor, Scores, StepTokens
 
 TIMES = LinkTimes(expert_seconds=0.0015, layer_seconds=0.001)  # one load a plan
@@ -153,12 +154,12 @@ def test_in_a_step_of_many_tokens_frequencies_speak() -> None:
     only = Fixed((0, 0), (1, 1))
     bench = Bench(only=only)
     for _ in range(50):
-        bench.begin(MAX_TOKENS + 1)
+        bench.begin(BULK_TOKENS + 1)
         bench.observe(0, 3)
         bench.observe(1, 3)
-    bench.begin(MAX_TOKENS + 1)
+    bench.begin(BULK_TOKENS + 1)
     assert bench.wanted() == [(0, 3)]
-    assert set(only.log) == {f"step of {MAX_TOKENS + 1}"}, "its prompt, not its routing"
+    assert set(only.log) == {f"step of {BULK_TOKENS + 1}"}, "its prompt, not its routing"
     assert bench.advisor.scores()["only"].missed == 0
     bench.begin()
     assert "step of 1" not in bench.bulk.log
@@ -167,7 +168,7 @@ def test_in_a_step_of_many_tokens_frequencies_speak() -> None:
 def test_plans_made_before_a_step_of_many_tokens_are_forgotten() -> None:
     bench = Bench(only=Fixed((0, 3), (1, 3)))
     bench.steps(50)  # the last thing said: 0.3 will be used next
-    bench.begin(MAX_TOKENS + 1)
+    bench.begin(BULK_TOKENS + 1)
     bench.observe(0, 1)
     bench.observe(1, 1)
     before = bench.advisor.scores()["only"].planned
