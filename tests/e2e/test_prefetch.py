@@ -105,7 +105,9 @@ def test_observing_moves_nothing(asked: Asked) -> None:
     attempts = run_in_fork(ask_sglmoe, asked.model_dir, asked.budget, expert_prefetch="observe")
     for ours in attempts:
         check_same(ours, asked.answers)
-    assert attempts[-1].state["memory"]["prefetches_begun"] == 0
+    # Passes over many tokens bring whole layers, for which nothing is predicted.
+    memory = attempts[-1].state["memory"]
+    assert memory["prefetches_begun"] == memory["experts_streamed"] > 0
     prefetch = attempts[-1].state["prefetch"]
     assert prefetch["mode"] == "observe"
     assert prefetch["predictor"] in prefetch["coverage"]
