@@ -220,7 +220,7 @@ class Watch:
 
 
 def processes_of(group: int) -> dict[str, tuple[float, int, int]]:
-    """Of a process group: by a number, in the order of their pids, and the kernel's name for it."""
+    """Of a process group, by role."""
     found: dict[str, tuple[float, int, int]] = {}
     for pid in sorted(psutil.pids()):
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -229,8 +229,19 @@ def processes_of(group: int) -> dict[str, tuple[float, int, int]]:
             process = psutil.Process(pid)
             own = process.memory_full_info().uss / 2**20
             figures = (round(own, 1), process.num_fds(), process.num_threads())
-            found[f"{len(found)} {process.name()}"] = figures
+            found[role_of(process.cmdline(), is_launcher=pid == group)] = figures
     return found
+
+
+def role_of(command: Sequence[str], *, is_launcher: bool) -> str:
+    """What a process of a server is there for, by its command line or title."""
+    if is_launcher:
+        return "launcher"
+    title = " ".join(command)
+    for helper in ("forkserver", "resource_tracker"):
+        if f"multiprocessing.{helper}" in title:
+            return helper
+    return title.partition("::")[2] or title
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
