@@ -8,14 +8,16 @@ is left after a few tokens, and a request that is refused. Every answer is check
 comes back again and again and is compared with its first answer. Every `--interval` seconds: memory (unique set
 size), open files and threads of each of the server's processes, frames by kind, running and waiting requests.
 
-Written: samples (`soak.json`) and a plot. Exits with 1 if a request was lost or wrong, if anything is
-left when all is quiet, or if files or memory go on growing.
+Written: what was found (`soak.json`), samples (`samples.json.xz`) and a plot. Exits with 1 if a request was lost or
+wrong, if anything is left when all is quiet, or if files or memory go on growing.
 """
 
 import argparse
 import contextlib
 import http.client
+import io
 import json
+import lzma
 import os
 import random
 import threading
@@ -312,6 +314,7 @@ def plot(samples: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from PIL import Image
 
     minutes = [its["seconds"] / 60 for its in samples]
     figure, axes = pyplot.subplots(4, 1, figsize=(8, 9), sharex=True, layout="constrained")
@@ -328,7 +331,9 @@ def plot(samples: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel(title)
         axis.legend(fontsize=7, loc="center right")
     axes[-1].set_xlabel("minutes")
-    figure.savefig(path, dpi=60)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=60)
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def main() -> None:
@@ -345,10 +350,13 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     with running(OURS, f"--model-path={options.model_path}", *options.server_flag) as server:
         found = describe_run() | soak(options, server)
-    (options.output / "soak.json").write_text(json.dumps(found) + "\n")
-    plot(found["samples"], options.output / "soak.png")
+    samples = found.pop("samples")
+    (options.output / "soak.json").write_text(json.dumps(found, indent=1) + "\n")
+    packed = lzma.compress(json.dumps(samples).encode())
+    (options.output / "samples.json.xz").write_bytes(packed)
+    plot(samples, options.output / "soak.png")
     wrong = verdicts(found)
-    print(json.dumps({k: v for k, v in found.items() if k not in ("samples", "state")}, indent=1))
+    print(json.dumps({k: v for k, v in found.items() if k != "state"}, indent=1))
     print("\n".join(wrong) or "Nothing was lost, and nothing grows.")
     raise SystemExit(1 if wrong else 0)
 

@@ -24,6 +24,10 @@ from sglang.srt.sampling.sampling_params import (
 from sglmoe.errors.requests import no_grammars
 from sglmoe.worker.request import WorkerRequest
 
+# Arbitrary: so many compiled grammars are kept for requests to come. SGLang keeps all, and a client may ask for another
+# one with each request.
+MAX_GRAMMARS = 128
+
 
 class SamplingRequest:
     """What sglang's sampling code reads of its `Req`."""
@@ -218,18 +222,10 @@ def accept_token(grammar: Any, token_id: int) -> tuple[bool, str]:
 
 
 class GrammarCompiler:
-    """Compiles grammars in sglang's thread pool, so that no step waits for one."""
+    """Compiles grammars in sglang's thread pool, so that no step waits for one. `backend` is sglang's, None where there are none."""
 
-    def __init__(self, server_args: Any, model_config: Any, tokenizer: Any):
-        self._backend = None
-        if tokenizer is not None:
-            self._backend = create_grammar_backend(
-                server_args,
-                tokenizer,
-                model_config.vocab_size,
-                model_config.hf_eos_token_id,
-                think_end_ids=model_config.think_end_ids,
-            )
+    def __init__(self, backend: Any):
+        self._backend = backend
         self._pending: dict[str, tuple[SamplingRequest, tuple[str, str], Future[Any]]] = {}
 
     @property
@@ -268,9 +264,29 @@ class GrammarCompiler:
                 value = future.result()
             except Exception as error:  # a compiler may raise anything on somebody's input
                 value = InvalidGrammarObject(f"Grammar compilation failed: {error}")
-            assert self._backend is not None
-            self._backend.set_cache(key, value.copy())
+            self._keep(key, value.copy())
             yield rid, give_grammar(request, key, value)
+
+    def _keep(self, key: tuple[str, str], grammar: Any) -> None:
+        """For whoever asks for the same; when there are too many, all others are forgotten."""
+        if len(self._backend.cache) >= MAX_GRAMMARS:
+            self._backend.reset()
+            # What wraps a backend, for reasoning, forgets its own alone.
+            getattr(self._backend, "grammar_backend", self._backend).reset()
+        self._backend.set_cache(key, grammar)
+
+
+def make_grammar_backend(server_args: Any, model_config: Any, tokenizer: Any) -> Any:
+    """SGLang's, of the kind that its flags ask for; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    return create_grammar_backend(
+        server_args,
+        tokenizer,
+        model_config.vocab_size,
+        model_config.hf_eos_token_id,
+        think_end_ids=model_config.think_end_ids,
+    )
 
 
 def give_grammar(request: SamplingRequest, key: tuple[str, str], grammar: Any) -> str:
