@@ -222,7 +222,7 @@ def accept_token(grammar: Any, token_id: int) -> tuple[bool, str]:
 
 
 class GrammarCompiler:
-    """Compiles grammars in sglang's thread pool, so that no step waits for one. `backend` is sglang's, None where there are none."""
+    """Compiles grammars in sglang's thread pool, so that no step waits for one. `backend` is sglang's, or None."""
 
     def __init__(self, backend: Any):
         self._backend = backend

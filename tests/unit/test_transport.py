@@ -106,9 +106,7 @@ def test_the_asynchronous_ends_take_no_cpu_while_nothing_comes(
 
     async def rest() -> float:
         plans: AsyncSender[ToWorker] = AsyncSender(context, plans_address(directory), bind=True)
-        peer: Receiver[ToWorker] = Receiver(
-            context, plans_address(directory), ToWorker, bind=False
-        )
+        peer: Receiver[ToWorker] = Receiver(context, plans_address(directory), ToWorker, bind=False)
         received: list[ToWorker] = []
         results: AsyncReceiver[ToWorker] = AsyncReceiver(
             context, results_address(directory), ToWorker, received.append, bind=True
