@@ -239,7 +239,7 @@ def role_of(command: Sequence[str], *, is_launcher: bool) -> str:
     """What a process of a server is there for, by its command line or title."""
     if is_launcher:
         return "launcher"
-    title = " ".join(command)
+    title = " ".join(command).strip()  # a title leaves the rest of its place empty
     for helper in ("forkserver", "resource_tracker"):
         if f"multiprocessing.{helper}" in title:
             return helper

@@ -56,7 +56,7 @@ def test_what_is_wrong_is_said(changes: dict[str, object], said: list[str]) -> N
 @pytest.mark.parametrize(
     ("command", "role"),
     [
-        (["sglmoe::worker"], "worker"),
+        (["sglmoe::worker", "", ""], "worker"),
         (["sglang::scheduler"], "scheduler"),
         (["python", "-c", "from multiprocessing.forkserver import main; main(5)"], "forkserver"),
         (["python", "-c", "from multiprocessing.resource_tracker import main"], "resource_tracker"),
