@@ -16,6 +16,8 @@ import zmq
 
 T = TypeVar("T")
 
+# Numbers: as flags of an enumeration, each `&` takes a microsecond.
+POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 # Last words must leave before the socket closes; a peer that is gone must not hold us longer than this.
 LINGER_MILLISECONDS = 2000
 
@@ -85,7 +87,7 @@ class Receiver(Generic[T]):
 
     def receive_now(self) -> T | None:
         """The next message if it is there."""
-        if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:  # dear when asked for by an exception
+        if not self._socket.get(zmq.EVENTS) & POLLIN:  # dear when asked for by an exception
             return None
         return self._decoder.decode(self._socket.recv())
 
@@ -119,7 +121,7 @@ class AsyncSender(Generic[T]):
 
     def _send_all(self) -> None:
         # The descriptor is readable until somebody has asked for the events, whatever they are.
-        while self._socket.get(zmq.EVENTS) & zmq.POLLOUT and self._waiting:
+        while self._socket.get(zmq.EVENTS) & POLLOUT and self._waiting:
             self._socket.send(self._waiting.popleft(), zmq.NOBLOCK)
 
     def close(self) -> None:
@@ -146,7 +148,7 @@ class AsyncReceiver(Generic[T]):
         self._loop.add_reader(self._socket.FD, self._receive_all)
 
     def _receive_all(self) -> None:
-        while self._socket.get(zmq.EVENTS) & zmq.POLLIN:  # see AsyncSender
+        while self._socket.get(zmq.EVENTS) & POLLIN:  # see AsyncSender
             self._on_message(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
 
     def close(self) -> None:

@@ -77,9 +77,11 @@ def is_due(request: Request, *, decode: Decode, force_interval: int) -> bool:
 
 def take_delta(request: Request) -> Delta:
     """What was not sent yet, which then counts as sent."""
-    sent, start, end = request.sent, request.sent.num_tokens, request.num_output_tokens
+    sent, output_ids = request.sent, request.output_ids
+    start = sent.num_tokens
+    end = len(output_ids) if request.finish_length is None else request.finish_length
     # Lists: of hundreds of requests that got one token each, arrays take ten times as long to pickle.
-    new_ids = request.output_ids[start:end].tolist()
+    new_ids = [output_ids[start]] if end == start + 1 else output_ids[start:end].tolist()
     decode_ids = new_ids
     if not sent.started:
         decode_ids = request.prompt_ids[-NUM_CONTEXT_TOKENS:].tolist() + new_ids

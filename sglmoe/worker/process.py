@@ -14,7 +14,6 @@ from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
-import setproctitle
 import zmq
 
 from sglmoe.config import EngineConfig, MemoryPolicy, PrefetchMode
@@ -62,7 +61,6 @@ from sglmoe.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-PROCESS_TITLE = "sglmoe::worker"
 # How long the loop sleeps at most while a grammar is being compiled.
 GRAMMAR_POLL_SECONDS = 0.005
 
@@ -71,7 +69,6 @@ def run_worker(
     server_args: Any, config: Any, gpu_id: int, nccl_port: int, socket_directory: str
 ) -> None:
     """The process's target. `config` is an `EngineConfig` whose defaults are filled in."""
-    setproctitle.setproctitle(PROCESS_TITLE)
     context: zmq.Context[Any] = zmq.Context()
     directory = Path(socket_directory)
     sender: Sender[FromWorker] = Sender(context, results_address(directory), bind=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import torch
+import xgrammar
 from sglang.srt.constrained.base_grammar_backend import InvalidGrammarObject, create_grammar_backend
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -24,9 +25,10 @@ from sglang.srt.sampling.sampling_params import (
 from sglmoe.errors.requests import no_grammars
 from sglmoe.worker.request import WorkerRequest
 
-# Arbitrary: so many compiled grammars are kept for requests to come. SGLang keeps all, and a client may ask for another
-# one with each request.
+# Arbitrary: what is kept of compiled grammars for requests to come, and of their parts. SGLang keeps all, and a client
+# may ask for another one with each request.
 MAX_GRAMMARS = 128
+GRAMMAR_CACHE_BYTES = 256 << 20
 
 
 class SamplingRequest:
@@ -271,8 +273,6 @@ class GrammarCompiler:
         """For whoever asks for the same; when there are too many, all others are forgotten."""
         if len(self._backend.cache) >= MAX_GRAMMARS:
             self._backend.reset()
-            # What wraps a backend, for reasoning, forgets its own alone.
-            getattr(self._backend, "grammar_backend", self._backend).reset()
         self._backend.set_cache(key, grammar)
 
 
@@ -280,13 +280,23 @@ def make_grammar_backend(server_args: Any, model_config: Any, tokenizer: Any) ->
     """SGLang's, of the kind that its flags ask for; None without a tokenizer."""
     if tokenizer is None:
         return None
-    return create_grammar_backend(
+    backend = create_grammar_backend(
         server_args,
         tokenizer,
         model_config.vocab_size,
         model_config.hf_eos_token_id,
         think_end_ids=model_config.think_end_ids,
     )
+    limit_compiler(getattr(backend, "grammar_backend", backend), GRAMMAR_CACHE_BYTES)
+    return backend
+
+
+def limit_compiler(backend: Any, cache_bytes: int) -> None:
+    """Bound what xgrammar keeps of all that it has compiled; its `clear_cache` leaves the rules of grammars where they are."""
+    if hasattr(backend, "grammar_compiler"):
+        backend.grammar_compiler = xgrammar.GrammarCompiler(
+            backend._tokenizer_info, cache_limit_bytes=cache_bytes
+        )
 
 
 def give_grammar(request: SamplingRequest, key: tuple[str, str], grammar: Any) -> str:
