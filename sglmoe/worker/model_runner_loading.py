@@ -61,7 +61,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
 
 def start_process(server_args: Any, gpu_id: int, *, process_name: str) -> None:
-    """What every process of sglang's does first: take a title, die with the launcher, load plugins, log as told, publish the config."""
+    """What every process of sglang's does first: title, death with the launcher, logging, plugins, the published config."""
     from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import (
         SpawnRanks,
