@@ -85,7 +85,7 @@ class WorkerClient:
         self._process = worker.process
         self._arrived: asyncio.Queue[FromWorker] = asyncio.Queue()
         self._is_connected = False  # both ways, so that the sockets' names are not needed
-        context = zmq.Context.instance()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._sender = AsyncSender[ToWorker](context, plans_address(worker.directory), bind=True)
         self._receiver = AsyncReceiver[FromWorker](
             context, results_address(worker.directory), FromWorker, self._on_message, bind=True
