@@ -25,8 +25,8 @@ from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
-from sglang.srt.managers.io_struct import async_sock_send
+from sglang.srt.managers.io_struct import sock_send
+from sglang.srt.utils.network import get_zmq_socket
 
 from eval.servers import describe_run
 from sglmoe.protocol import (
@@ -117,14 +117,13 @@ class Detokenizer:
 
     def __init__(self, address: str) -> None:
         self.num_steps = self.num_messages = 0
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PUSH)
-        self._socket.connect(address)
+        self._socket = get_zmq_socket(zmq.Context.instance(), zmq.PUSH, address, False)
 
     async def publish(self, requests: Sequence[Request]) -> None:
         due = [r for r in requests if is_due(r, decode=no_text, force_interval=50)]
         deltas = [take_delta(request) for request in due]
         message = build_batch(deltas, weight_version="default", vocab_size=1 << 30, time_stats=None)
-        await async_sock_send(self._socket, message)
+        sock_send(self._socket, message)
         self.num_messages += 1
 
     async def refuse(self, requests: Sequence[Request]) -> None:
@@ -200,7 +199,7 @@ async def until(outputs: Detokenizer, num_steps: int, serving: "asyncio.Task[Non
     while outputs.num_steps < num_steps:
         if serving.done():
             serving.result()
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.1)
 
 
 def write_profile(profile: cProfile.Profile, path: Path) -> None:

@@ -5,17 +5,19 @@
 `--clients` ask without pause, each time something else: a chat that is streamed, a long prompt that shares its
 beginning with others, a JSON schema, stop strings, log probabilities, several answers to one prompt, a stream that
 is left after a few tokens, and a request that is refused. Every answer is checked for its kind; the same greedy prompt
-comes back again and again and is compared with its first answer. Every `--interval` seconds: memory (unique set
-size), open files and threads of each of the server's processes, frames by kind, running and waiting requests.
+comes back again and again and is compared with its first answer. Every `--interval` seconds: memory, open files and
+threads of each of the server's processes, frames by kind, running and waiting requests.
 
-Written: samples (`soak.json`) and a plot. Exits with 1 if a request was lost or wrong, if anything is
-left when all is quiet, or if files or memory go on growing.
+Written: what was found (`soak.json`), samples (`samples.json.xz`) and a plot. Exits with 1 if a request was lost or
+wrong, if anything is left when all is quiet, or if files or memory go on growing.
 """
 
 import argparse
 import contextlib
 import http.client
+import io
 import json
+import lzma
 import os
 import random
 import threading
@@ -51,11 +53,19 @@ class Wrong(Exception):
     """An answer that is not what was asked for."""
 
 
-class Sample(NamedTuple):
-    """`processes`: by name, (MiB of its own, open files, threads)."""
+class Usage(NamedTuple):
+    """Of one process. What a child shares with the fork server becomes its own, a page at a time, when it is written to:
+    in `anonymous_mib` it was counted before, so that this grows by what is new alone."""
 
+    own_mib: float  # unique set size
+    files: int
+    threads: int
+    anonymous_mib: float  # resident and of no file, shared or not
+
+
+class Sample(NamedTuple):
     seconds: float
-    processes: dict[str, tuple[float, int, int]]
+    processes: dict[str, Usage]  # by role
     frames: tuple[int, int, int]  # experts, KV, free
     num_running: int
     num_queued: int
@@ -219,30 +229,50 @@ class Watch:
         return sample
 
 
-def processes_of(group: int) -> dict[str, tuple[float, int, int]]:
-    """Of a process group: by a number, in the order of their pids, and the kernel's name for it."""
-    found: dict[str, tuple[float, int, int]] = {}
+def processes_of(group: int) -> dict[str, Usage]:
+    """Of a process group, by role."""
+    found: dict[str, Usage] = {}
     for pid in sorted(psutil.pids()):
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             if os.getpgid(pid) != group:
                 continue
             process = psutil.Process(pid)
-            own = process.memory_full_info().uss / 2**20
-            figures = (round(own, 1), process.num_fds(), process.num_threads())
-            found[f"{len(found)} {process.name()}"] = figures
+            usage = Usage(
+                own_mib=round(process.memory_full_info().uss / 2**20, 1),
+                files=process.num_fds(),
+                threads=process.num_threads(),
+                anonymous_mib=round(anonymous_bytes(pid) / 2**20, 1),
+            )
+            found[role_of(process.cmdline(), is_launcher=pid == group)] = usage
     return found
 
 
-def growth(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
-    """Of each process, after the warm-up, in an hour: MiB and open files, fitted by a line."""
+def anonymous_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if "RssAnon" in line) << 10
+
+
+def role_of(command: Sequence[str], *, is_launcher: bool) -> str:
+    """What a process of a server is there for, by its command line or title."""
+    if is_launcher:
+        return "launcher"
+    title = " ".join(command).strip()  # a title leaves the rest of its place empty
+    for helper in ("forkserver", "resource_tracker"):
+        if f"multiprocessing.{helper}" in title:
+            return helper
+    return title.partition("::")[2] or title
+
+
+def growth(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    """Of each process, after the warm-up, in an hour, fitted by a line."""
     settled = samples[int(len(samples) * WARM_UP_SHARE) :]
     hours = np.array([its.seconds for its in settled]) / 3600
     names = set.intersection(*(set(its.processes) for its in settled))
     slopes = {}
     for name in sorted(names):
-        figures = np.array([its.processes[name][:2] for its in settled], float)
-        mib, files = np.polyfit(hours, figures, 1)[0]
-        slopes[name] = (round(float(mib), 1), round(float(files), 1))
+        figures = np.array([its.processes[name] for its in settled], float)
+        fitted = np.polyfit(hours, figures, 1)[0].round(1).tolist()
+        slopes[name] = dict(zip(Usage._fields, fitted, strict=True))
     return slopes
 
 
@@ -288,11 +318,11 @@ def verdicts(found: dict[str, Any]) -> list[str]:
     """What is wrong; empty if nothing is."""
     wrong = [f"{found[name]} {name}" for name in ("unanswered", "left_at_the_end") if found[name]]
     wrong += found["problems"][:20]
-    for name, (mib, files) in found["growth_per_hour"].items():
-        if mib > MAX_GROWTH_MIB_PER_HOUR:
-            wrong.append(f"{name} grows by {mib} MiB an hour")
-        if files > MAX_GROWTH_FILES_PER_HOUR:
-            wrong.append(f"{name} opens {files} files an hour more than it closes")
+    for name, grown in found["growth_per_hour"].items():
+        if grown["anonymous_mib"] > MAX_GROWTH_MIB_PER_HOUR:
+            wrong.append(f"{name} grows by {grown['anonymous_mib']} MiB an hour")
+        if grown["files"] > MAX_GROWTH_FILES_PER_HOUR:
+            wrong.append(f"{name} opens {grown['files']} files an hour more than it closes")
     return wrong
 
 
@@ -301,11 +331,12 @@ def plot(samples: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from PIL import Image
 
     minutes = [its["seconds"] / 60 for its in samples]
     figure, axes = pyplot.subplots(4, 1, figsize=(8, 9), sharex=True, layout="constrained")
     for name in samples[-1]["processes"]:
-        known = [its["processes"].get(name, (np.nan, np.nan, 0)) for its in samples]
+        known = [its["processes"].get(name, (np.nan,) * 4) for its in samples]
         axes[0].plot(minutes, [its[0] for its in known], label=name, linewidth=1)
         axes[1].plot(minutes, [its[1] for its in known], label=name, linewidth=1)
     kinds = zip(*(its["frames"] for its in samples), strict=True)
@@ -317,7 +348,9 @@ def plot(samples: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel(title)
         axis.legend(fontsize=7, loc="center right")
     axes[-1].set_xlabel("minutes")
-    figure.savefig(path, dpi=60)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=60)
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def main() -> None:
@@ -334,10 +367,13 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     with running(OURS, f"--model-path={options.model_path}", *options.server_flag) as server:
         found = describe_run() | soak(options, server)
-    (options.output / "soak.json").write_text(json.dumps(found) + "\n")
-    plot(found["samples"], options.output / "soak.png")
+    samples = found.pop("samples")
+    (options.output / "soak.json").write_text(json.dumps(found, indent=1) + "\n")
+    packed = lzma.compress(json.dumps(samples).encode())
+    (options.output / "samples.json.xz").write_bytes(packed)
+    plot(samples, options.output / "soak.png")
     wrong = verdicts(found)
-    print(json.dumps({k: v for k, v in found.items() if k not in ("samples", "state")}, indent=1))
+    print(json.dumps({k: v for k, v in found.items() if k != "state"}, indent=1))
     print("\n".join(wrong) or "Nothing was lost, and nothing grows.")
     raise SystemExit(1 if wrong else 0)
 

@@ -3,8 +3,8 @@
 Importing sglang takes 10 to 25 CPU seconds a process, and sglang spawns its children one after the launcher. Where there
 may be an accelerator we spawn as sglang does: importing it there can touch the driver, which does not survive a fork.
 
-Contract with the children: they see the environment of the process that started them, not the fork server's, and they
-die with it. Knows of sglang one name, the function that sets the start method.
+Contract with the children: they see the environment of the process that started them, not the fork server's, they can
+set their title, and they die with it. Knows of sglang one name, the function that sets the start method.
 """
 
 import importlib
@@ -17,6 +17,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
 from typing import Any, NoReturn, ParamSpec
+
+import setproctitle
 
 from sglmoe.machine import has_accelerator
 
@@ -79,6 +81,7 @@ class ChildEntry:
         return self.__dict__ | {"_environ": dict(os.environ)}
 
     def __call__(self, *args: Any, **keywords: Any) -> None:
+        setproctitle.getproctitle()  # finds the title's place, by the environment's, which is about to move
         restore_environment(self._environ)
         die_with_parent()
         reuse_fork_server()

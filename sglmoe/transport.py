@@ -4,16 +4,20 @@ The sockets are unix sockets in a directory of mode 0700 that the scheduler make
 the worker binds and its predictor connects. Nothing but the unions of `protocol` and `predictor/messages` is ever decoded.
 """
 
+import asyncio
 import tempfile
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 T = TypeVar("T")
 
+# Numbers: as flags of an enumeration, each `&` takes a microsecond.
+POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 # Last words must leave before the socket closes; a peer that is gone must not hold us longer than this.
 LINGER_MILLISECONDS = 2000
 
@@ -83,7 +87,7 @@ class Receiver(Generic[T]):
 
     def receive_now(self) -> T | None:
         """The next message if it is there."""
-        if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:  # dear when asked for by an exception
+        if not self._socket.get(zmq.EVENTS) & POLLIN:  # dear when asked for by an exception
             return None
         return self._decoder.decode(self._socket.recv())
 
@@ -100,30 +104,55 @@ class Receiver(Generic[T]):
 
 
 class AsyncSender(Generic[T]):
-    """The PUSH end, in an event loop. A connected peer that does not read makes the queue grow, not the loop stop."""
+    """The PUSH end, in an event loop. What can't leave, because nobody is connected, waits here; the loop does not."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, *, bind: bool):
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: str, *, bind: bool
+    ) -> None:
         self._socket = _open(context, zmq.PUSH, address, bind)
         self._encoder = msgspec.msgpack.Encoder()
+        self._waiting: deque[bytes] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket.FD, self._send_all)
 
-    async def send(self, message: T) -> None:
-        await self._socket.send(self._encoder.encode(message))
+    def send(self, message: T) -> None:
+        self._waiting.append(self._encoder.encode(message))
+        self._send_all()
+
+    def _send_all(self) -> None:
+        # The descriptor is readable until somebody has asked for the events, whatever they are.
+        while self._socket.get(zmq.EVENTS) & POLLOUT and self._waiting:
+            self._socket.send(self._waiting.popleft(), zmq.NOBLOCK)
 
     def close(self) -> None:
+        self._loop.remove_reader(self._socket.FD)
         self._socket.close(linger=0)
 
 
 class AsyncReceiver(Generic[T]):
-    """The PULL end, in an event loop."""
+    """The PULL end, in an event loop, which hands each message to `on_message`."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, union: object, *, bind: bool):
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        union: object,
+        on_message: Callable[[T], None],
+        *,
+        bind: bool,
+    ) -> None:
         self._socket = _open(context, zmq.PULL, address, bind)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
+        self._on_message = on_message
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket.FD, self._receive_all)
 
-    async def receive(self) -> T:
-        return self._decoder.decode(await self._socket.recv())
+    def _receive_all(self) -> None:
+        while self._socket.get(zmq.EVENTS) & POLLIN:  # see AsyncSender
+            self._on_message(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
 
     def close(self) -> None:
+        self._loop.remove_reader(self._socket.FD)
         self._socket.close(linger=0)
 
 

@@ -21,6 +21,8 @@ PRIOR_PAGES = (
 PRIOR_CHANCE = (0.05, 0.15, 0.3)  # arbitrary, by class
 # Arbitrary: what a bin has seen counts half from so many pages on, so that old habits are forgotten.
 MAX_PAGES = 4096.0
+# Arbitrary: of more steps than so many nobody waits for the oldest any longer; each takes about 200 bytes.
+MAX_STARTS = 32768
 # So often is the table of rates made anew, in up to 0.2 ms. With 64, conversations whose next turn comes
 # after 100 steps lose 5 % of what caching saves them (eval/traces/turns-4, 40 % of the frames).
 STEPS_BETWEEN_TABLES = 8
@@ -72,6 +74,8 @@ class ReuseRates:
         if started is None:
             started = self._by_start[class_][self.step] = _Idle(self.step)
             self._idle[class_][0].append(started)
+            if len(self._by_start[class_]) > MAX_STARTS:
+                self._give_up_oldest(class_)
         started.num_pages += num_pages
 
     def reuse(self, num_uses: int, since: int, num_pages: int) -> None:
@@ -100,6 +104,12 @@ class ReuseRates:
                 self._idle[class_][age + 1].append(idle)
             else:
                 del self._by_start[class_][idle.since]
+
+    def _give_up_oldest(self, class_: int) -> None:
+        age = max(age for age, queue in enumerate(self._idle[class_]) if queue)
+        oldest = self._idle[class_][age].popleft()
+        self._expose(class_, age, oldest.num_pages * (self.step - oldest.since - (1 << age) + 1))
+        del self._by_start[class_][oldest.since]
 
     def _expose(self, class_: int, age: int, page_steps: float) -> None:
         self._exposure[class_][age] += page_steps

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import setproctitle
 import zmq
 
 from sglmoe.prediction.advisor import Advisor
@@ -24,7 +25,7 @@ from sglmoe.start_up import ChildEntry
 from sglmoe.transport import Receiver, Sender
 
 PROCESS_NAME = "sglmoe-predictor"
-SHORT_NAME = "sglmoe-predict"  # the kernel keeps 15 bytes
+PROCESS_TITLE = "sglmoe::predictor"
 # Where cores are short, the forward pass has them: a prediction comes late, or a step is not told.
 NICENESS = 10
 # Arbitrary: so many events wait for the predictor before a step is not told; twice that, with what is in the sockets.
@@ -104,7 +105,7 @@ def run_predictor(
     )
     sender: Sender[Answer] = Sender(context, answers_address, bind=False, limit=MAX_WAITING)
     compute_in_one_thread()
-    Path("/proc/self/comm").write_text(SHORT_NAME)
+    setproctitle.setproctitle(PROCESS_TITLE)
     os.nice(NICENESS)
     try:
         sender.send(Ready())

@@ -60,7 +60,8 @@ class Frontend:
         self._requests = get_zmq_socket(context, zmq.PULL, ports.scheduler_input_ipc_name, False)
         self._rpc = get_zmq_socket(context, zmq.DEALER, ports.rpc_ipc_name, False)
         self._tokenizer = get_zmq_socket(context, zmq.PUSH, ports.tokenizer_ipc_name, False)
-        self._detokenizer = get_zmq_socket(context, zmq.PUSH, detokenizer, False)
+        # Connected, with no limit on what waits: sending does not wait, and there is no need for the loop to know.
+        self._detokenizer = get_zmq_socket(zmq.Context.instance(), zmq.PUSH, detokenizer, False)
         self._rules = self._text.request_rules(ready.limits)
         self._scheduler = Scheduler(
             worker=worker,
@@ -258,4 +259,4 @@ class Frontend:
         await io.async_sock_send(self._tokenizer, message)
 
     async def _to_detokenizer(self, message: Any) -> None:
-        await io.async_sock_send(self._detokenizer, message)
+        io.sock_send(self._detokenizer, message)

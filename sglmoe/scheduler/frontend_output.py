@@ -20,17 +20,18 @@ from sglmoe.scheduler.request import LogprobLists, Request
 
 # SGLang's INIT_INCREMENTAL_DETOKENIZATION_OFFSET: prompt tokens that give the detokenizer context.
 NUM_CONTEXT_TOKENS = 5
+NO_LOGPROBS = slice(0, 0)
 
 
 class Delta(msgspec.Struct, frozen=True, gc=False):
     """The part of a request that is about to be sent."""
 
     request: Request
+    num_tokens: int  # of the output that have gone with it
     output_ids: list[int]
     decode_ids: list[int]
-    first_logprob: int
-    last_logprob: int
-    with_input_logprobs: bool
+    logprobs: slice = NO_LOGPROBS  # of its output tokens
+    with_input_logprobs: bool = False
 
 
 def finish_dict(reason: FinishReason | None) -> dict[str, Any] | None:
@@ -63,7 +64,7 @@ def abort_message(request: Request) -> AbortReq:
 def is_due(request: Request, *, decode: Decode, force_interval: int) -> bool:
     """Whether a request's news should go out now."""
     sent, display = request.sent, request.display
-    if request.finished:
+    if request.finish is not None:
         return not sent.finish
     num_unsent = len(request.output_ids) - sent.num_tokens
     if not display.stream:
@@ -76,26 +77,34 @@ def is_due(request: Request, *, decode: Decode, force_interval: int) -> bool:
 
 def take_delta(request: Request) -> Delta:
     """What was not sent yet, which then counts as sent."""
-    sent, end = request.sent, request.num_output_tokens
+    sent, output_ids = request.sent, request.output_ids
+    start = sent.num_tokens
+    end = len(output_ids) if request.finish_length is None else request.finish_length
     # Lists: of hundreds of requests that got one token each, arrays take ten times as long to pickle.
-    new_ids = request.output_ids[sent.num_tokens : end].tolist()
+    new_ids = [output_ids[start]] if end == start + 1 else output_ids[start:end].tolist()
     decode_ids = new_ids
     if not sent.started:
         decode_ids = request.prompt_ids[-NUM_CONTEXT_TOKENS:].tolist() + new_ids
-    sent.started = True
-    if end > sent.num_tokens:
+        sent.started = True
+    if end > start:
         sent.num_tokens = end
-    sent.finish = request.finished
-    first_logprob, last_logprob = sent.num_logprobs, sent.num_logprobs
+    if request.finish is not None:
+        sent.finish = True
+    if request.logprobs is None:
+        return Delta(request, end, new_ids, decode_ids)
+    return Delta(request, end, new_ids, decode_ids, *_take_logprobs(request, end))
+
+
+def _take_logprobs(request: Request, end: int) -> tuple[slice, bool]:
+    """Those of output tokens that were not sent yet, and whether those of the prompt are due; they then count as sent."""
+    sent, part = request.sent, NO_LOGPROBS
     if request.output_logprobs is not None:
         # A request for no tokens samples one all the same; see _output_columns.
-        last_logprob = min(max(end, 1), len(request.output_logprobs.values))
-        sent.num_logprobs = last_logprob
-    with_input_logprobs = (
-        request.logprobs is not None and bool(request.output_ids) and not sent.input_logprobs
-    )
+        last = min(max(end, 1), len(request.output_logprobs.values))
+        part, sent.num_logprobs = slice(sent.num_logprobs, last), last
+    with_input_logprobs = bool(request.output_ids) and not sent.input_logprobs
     sent.input_logprobs |= with_input_logprobs
-    return Delta(request, new_ids, decode_ids, first_logprob, last_logprob, with_input_logprobs)
+    return part, with_input_logprobs
 
 
 def build_batch(
@@ -108,33 +117,37 @@ def build_batch(
     """One message to the detokenizer. `time_stats` makes SGLang's SchedulerReqTimeStats, None where nobody looks."""
     requests = [delta.request for delta in deltas]
     displays = [request.display for request in requests]
+    prompt_tokens = [request.num_prompt for request in requests]
+    reasons = [request.finish for request in requests]
+    ended = any(reasons)
+    more = [request for request in requests if request.asks_for_more]
     return BatchTokenIDOutput(
         rids=[request.rid for request in requests],
         http_worker_ipcs=[display.http_worker for display in displays],
-        finished_reasons=[r.finish and finish_dict(r.finish) for r in requests],
+        finished_reasons=[finish_dict(reason) for reason in reasons] if ended else reasons,
         decoded_texts=[""] * len(requests),
         decode_ids=[delta.decode_ids for delta in deltas],
-        read_offsets=[min(NUM_CONTEXT_TOKENS, len(request.prompt_ids)) for request in requests],
+        read_offsets=[n if n < NUM_CONTEXT_TOKENS else NUM_CONTEXT_TOKENS for n in prompt_tokens],
         output_ids=[delta.output_ids for delta in deltas],
         skip_special_tokens=[display.skip_special_tokens for display in displays],
         spaces_between_special_tokens=[
             display.spaces_between_special_tokens for display in displays
         ],
         no_stop_trim=[display.no_stop_trim for display in displays],
-        prompt_tokens=[len(request.prompt_ids) for request in requests],
-        reasoning_tokens=[r.reasoning.num_tokens if r.reasoning else 0 for r in requests],
-        completion_tokens=[request.num_output_tokens for request in requests],
+        prompt_tokens=prompt_tokens,
+        reasoning_tokens=_reasoning_tokens(requests) if more else [0] * len(requests),
+        completion_tokens=[delta.num_tokens for delta in deltas],
         cached_tokens=[request.num_cached for request in requests],
         cached_tokens_details=[
             {"device": request.num_cached, "host": 0} if request.num_cached else None
             for request in requests
         ],
         retraction_counts=[request.num_retractions for request in requests],
-        weight_versions=_weight_versions(requests, weight_version),
+        weight_versions=_weight_versions(requests, weight_version) if ended else None,
         dp_ranks=[None] * len(requests),
-        routed_experts=_routed_experts(requests),
+        routed_experts=_routed_experts(requests) if more else None,
         time_stats=wrap_as_pickle([time_stats(r) for r in requests]) if time_stats else None,
-        **_logprob_columns(deltas, vocab_size=vocab_size),
+        **(_logprob_columns(deltas, vocab_size=vocab_size) if more else NO_LOGPROB_COLUMNS),
         output_token_entropy_val=None,
         output_token_sampling_mask=None,
         output_hidden_states=None,
@@ -144,9 +157,11 @@ def build_batch(
     )
 
 
-def _weight_versions(requests: Sequence[Request], current: str) -> list[Any] | None:
-    if not any(request.finished for request in requests):
-        return None
+def _reasoning_tokens(requests: Sequence[Request]) -> list[int]:
+    return [request.reasoning.num_tokens if request.reasoning else 0 for request in requests]
+
+
+def _weight_versions(requests: Sequence[Request], current: str) -> list[Any]:
     return [
         compute_weight_version_spans([], current, request.num_output_tokens)
         if request.finished
@@ -176,7 +191,7 @@ def routing_tensor(request: Request) -> Any:
 
 def _logprob_columns(deltas: Sequence[Delta], *, vocab_size: int) -> dict[str, Any]:
     if not any(delta.request.logprobs for delta in deltas):
-        return dict.fromkeys(_INPUT_COLUMNS + _OUTPUT_COLUMNS)
+        return NO_LOGPROB_COLUMNS
     inputs = [_input_columns(delta, vocab_size=vocab_size) for delta in deltas]
     outputs = [_output_columns(delta) for delta in deltas]
     columns: dict[str, Any] = {
@@ -207,6 +222,7 @@ _OUTPUT_COLUMNS = (
     "output_token_ids_logprobs_val",
     "output_token_ids_logprobs_idx",
 )
+NO_LOGPROB_COLUMNS: dict[str, Any] = dict.fromkeys(_INPUT_COLUMNS + _OUTPUT_COLUMNS)
 
 
 def _input_columns(delta: Delta, *, vocab_size: int) -> tuple[Any, ...]:
@@ -227,7 +243,7 @@ def _input_columns(delta: Delta, *, vocab_size: int) -> tuple[Any, ...]:
 
 def _output_columns(delta: Delta) -> tuple[Any, ...]:
     request, lists = delta.request, delta.request.output_logprobs or LogprobLists()
-    part = slice(delta.first_logprob, delta.last_logprob)
+    part = delta.logprobs
     picked = lists.picked_values[part]
     if request.stop.max_new_tokens == 0:
         # SGLang samples nothing then, and answers for the picked ids alone (it is how it scores).

@@ -3,6 +3,7 @@
 One of the files that know SGLang. Follows `Scheduler._handle_generate_request` and `init_req_max_new_tokens`.
 """
 
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -103,7 +104,8 @@ def refused(message: Any) -> Request:
     """A request to refuse: whatever it is, it has an rid and someone who waits for it."""
     rules = StopRules(max_new_tokens=0, vocab_size=0)
     shown = Display(http_worker=message.http_worker_ipc)
-    return Request(rid=message.rid, prompt_ids=message.input_ids, stop=rules, display=shown)
+    prompt_ids = message.input_ids or array("q")  # none where embeddings came in their place
+    return Request(rid=message.rid, prompt_ids=prompt_ids, stop=rules, display=shown)
 
 
 def _check_fields(message: TokenizedGenerateReqInput) -> None:

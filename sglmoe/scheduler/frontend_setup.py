@@ -41,6 +41,8 @@ from sglmoe.scheduler.policy import Order, PolicySettings
 from sglmoe.scheduler.reasoning import ReasoningCounter
 from sglmoe.scheduler.settings import SchedulerSettings
 
+# By this, SGLang's launcher knows whom to let leave before it kills what is left.
+PROCESS_TITLE = "sglang::scheduler"
 ORDERS = ("fcfs", "lpm", "lof", "random")
 
 
@@ -50,7 +52,7 @@ def enter_process(server_args: Any, *, gpu_id: int, dp_rank: int | None) -> None
     ranks = SpawnRanks(world_rank=0, dp_rank=dp_rank, gpu_id=gpu_id)
     publish(server_args, role="scheduler", ranks=ranks)
     kill_itself_when_parent_died()
-    setproctitle.setproctitle("sglmoe::scheduler")
+    setproctitle.setproctitle(PROCESS_TITLE)
     faulthandler.enable()
     configure_logger(server_args)
     suppress_other_loggers()

@@ -21,7 +21,7 @@ from sglmoe.scheduler.policy import (
     PolicySettings,
     plan_step,
 )
-from sglmoe.scheduler.request import Request, State
+from sglmoe.scheduler.request import QUEUED, Request, State
 from sglmoe.scheduler.roster import Roster
 
 logger = logging.getLogger(__name__)
@@ -158,8 +158,11 @@ class Planner:
             running, queued = [], ()
         plan, num_held, only_prompts = plan_step(
             step_id=self._next_step_id,
-            running=[self._view(request, now) for request in running],
-            queued=[self._view(request, now) for request in queued],
+            running=[self._view(request) for request in running],
+            queued=[
+                self._view(request, request.probed_cached, waited_seconds(request, now))
+                for request in queued
+            ],
             memory=Memory(
                 available_pages=self.snapshot.available_pages,
                 page_tokens=self._page_tokens,
@@ -190,7 +193,7 @@ class Planner:
         self.snapshot = result.snapshot
         self._limited = limited(self.policy, self.snapshot)
         for request in answered.requests.values():
-            request.in_flight.pop(0)
+            del request.in_flight[0]
         self._roster.left(answered.plan.drop)
         for rid, num_tokens in result.cached_tokens.items():
             if probed := self._roster.live.get(rid):
@@ -225,9 +228,8 @@ class Planner:
         for row in plan.rows:
             request = requests[row.rid] = live[row.rid]
             request.in_flight.append(row.num_tokens)
-            if not request.timing.scheduled_at:
-                request.timing.scheduled_at = now
-            if request.state is State.QUEUED:
+            if request.state is QUEUED:
+                request.timing.scheduled_at = request.timing.scheduled_at or now
                 self._overtake(request)
                 self._roster.start(request)
         self._plans.append(InFlight(plan, requests))
@@ -277,20 +279,27 @@ class Planner:
         for senior in overtaken:
             senior.num_overtaken += 1
 
-    def _view(self, request: Request, now: float) -> Candidate:
+    def _view(
+        self, request: Request, cached_tokens: int | None = None, waited_seconds: float = 0.0
+    ) -> Candidate:
         computed, total = request.expected_progress()
         allowed = request.stop.max_new_tokens or 1  # every request samples once
         return Candidate(  # hundreds for each plan: positions cost half of what names do
             request.rid,
             total,
             computed,
-            allowed - total + len(request.prompt_ids),
+            allowed - total + request.num_prompt,
             request.num_computed,
-            request.probed_cached if request.state is State.QUEUED else None,
+            cached_tokens,
             0 if request.priority is None else self._roster.rank(request),
             request.arrival,
-            0.0 if request.output_ids else now - request.timing.queued_at,
+            waited_seconds,
         )
+
+
+def waited_seconds(request: Request, now: float) -> float:
+    """For its first token, since it came; 0 when it has that."""
+    return 0.0 if request.output_ids else now - request.timing.queued_at
 
 
 def limited(policy: PolicySettings, snapshot: MemorySnapshot) -> PolicySettings:

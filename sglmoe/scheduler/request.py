@@ -22,6 +22,10 @@ class State(Enum):
     FINISHED = "finished"
 
 
+# By these names where hundreds of rows a step ask: finding a member in its class takes 0.15 us, all else of a row 5.
+QUEUED, RUNNING = State.QUEUED, State.RUNNING
+
+
 class Display(msgspec.Struct, frozen=True):
     """How the front end shows a request's output."""
 
@@ -148,15 +152,17 @@ class Request:
     output_logprobs: LogprobLists | None = None
     timing: Timing = field(default_factory=Timing)
     sent: Sent = field(default_factory=Sent)
+    num_prompt: int = field(init=False)
     asks_for_more: bool = field(init=False)  # than tokens
 
     def __post_init__(self) -> None:
+        self.num_prompt = len(self.prompt_ids)
         extras = (self.logprobs, self.routed_experts, self.reasoning)
         self.asks_for_more = any(extra is not None for extra in extras)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+        return self.num_prompt + len(self.output_ids)
 
     @property
     def finished(self) -> bool:
@@ -176,7 +182,7 @@ class Request:
 
     def expected_progress(self) -> tuple[int, int]:
         """Tokens with KV, and all tokens, when the plans in flight have run without finding anything cached."""
-        computed, total = self.num_computed, len(self.prompt_ids) + len(self.output_ids)
+        computed, total = self.num_computed, self.num_prompt + len(self.output_ids)
         for granted in self.in_flight:
             if granted >= total - computed:
                 computed, total = total, total + 1
@@ -203,15 +209,16 @@ class Request:
         usual: this comes to the same as all that is done for any row, at half of the time.
         """
         token_id, num_computed, output_ids = row.token_id, row.num_computed, self.output_ids
+        num_outputs = len(output_ids)
         if (
             token_id is None
             or num_computed != self.num_computed + 1
-            or not output_ids
-            or self.state is not State.RUNNING
+            or not num_outputs
+            or self.state is not RUNNING
             or step_id < self.evicted_step
             or self.asks_for_more
             or row.grammar_done
-            or not self.stop.lets_go_on(token_id, len(output_ids) + 1)
+            or not self.stop.lets_go_on(token_id, num_outputs + 1)
         ):
             return False
         output_ids.append(token_id)
@@ -233,7 +240,7 @@ class Request:
         lists = self.input_logprobs
         if self.logprobs is None or lists is None:
             return False
-        return len(lists.values) >= len(self.prompt_ids) - self.logprobs.start
+        return len(lists.values) >= self.num_prompt - self.logprobs.start
 
     def take_token(
         self, row: RowResult, token_id: int, *, now: float, decode: Decode
@@ -260,7 +267,7 @@ class Request:
         if self.input_logprobs is None:
             self.input_logprobs = LogprobLists()
         lists = self.input_logprobs
-        num_wanted = len(self.prompt_ids) - self.logprobs.start
+        num_wanted = self.num_prompt - self.logprobs.start
         for token in tokens[: num_wanted - len(lists.values)]:
             if lists.values:
                 lists.append(token, self.logprobs)
@@ -281,7 +288,7 @@ class Request:
         """What a worker has to know of it: not to be asked again for what is recorded."""
         logprobs, routing = self.logprobs, self.routed_experts
         if logprobs is not None and self._has_prompt_logprobs:
-            logprobs = msgspec.structs.replace(logprobs, start=len(self.prompt_ids))
+            logprobs = msgspec.structs.replace(logprobs, start=self.num_prompt)
         return NewRequest(
             rid=self.rid,
             prompt_ids=array("i", self.prompt_ids).tobytes(),

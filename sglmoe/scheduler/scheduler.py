@@ -79,7 +79,7 @@ class Scheduler:
         self._calls = WorkerCalls(worker.send)
         self._unannounced: list[Request] = []  # the worker does not know them yet
         self._watchdog = Watchdog(settings.watchdog_seconds, clock)
-        self._changed: dict[int, Request] = {}  # by id(); to be published
+        self._changed: dict[int, Request] = {}  # by arrival; to be published
         self._refused: list[Request] = []
         self._wake = asyncio.Event()
         self._progress = asyncio.Condition()
@@ -281,27 +281,28 @@ class Scheduler:
             answered = self.planner.answer(result)
         except ValueError as error:
             raise WorkerLost(str(error)) from error
-        tallies = [
-            self._on_row(request, row, result.step_id)
-            for row in result.rows
-            if not (request := answered.requests[row.rid]).finished
-        ]
+        requests, step_id, changed = answered.requests, result.step_id, self._changed
+        tallies: list[RowTally] = []
+        for row in result.rows:
+            request = requests[row.rid]
+            if request.takes_decoded(row, step_id):
+                changed[request.arrival] = request
+                tallies.append(ONE_DECODED)
+            elif not request.finished:
+                tallies.append(self._on_row(request, row, step_id))
         for failure in result.failed:
             if failing := self.roster.live.get(failure.rid):
                 self._end(failing, aborted(failure.message, failure.status))
-        named = [answered.requests[rid] for rid in result.rejected]
+        named = [requests[rid] for rid in result.rejected]
         rejected = [request for request in named if not request.finished]
         self._outputs.step_done(summarize(result, tallies, rejected))
-        if answered.requests:
+        if requests:
             self.recovery.step_done(got_tokens=any(r.token_id is not None for r in result.rows))
-        self._on_rejected(rejected, result.step_id)
+        self._on_rejected(rejected, step_id)
         for request in self.roster.take_held_back(lambda _: True):
             self.add(request)
 
     def _on_row(self, request: Request, row: RowResult, step_id: int) -> RowTally:
-        if request.takes_decoded(row, step_id):
-            self._changed[id(request)] = request
-            return ONE_DECODED
         tally = tally_row(request, row)
         request.reached(row.num_computed)
         was_rejected = step_id >= request.evicted_step and request.state is State.QUEUED
@@ -320,7 +321,7 @@ class Scheduler:
         return tally
 
     def _on_token(self, request: Request, row: RowResult, token_id: int) -> None:
-        self._changed[id(request)] = request
+        self._changed[request.arrival] = request
         if ended := request.take_token(row, token_id, now=self._clock(), decode=self._decode):
             self._end(request, ended)
 
@@ -354,9 +355,9 @@ class Scheduler:
         else:
             self._unannounced.remove(request)
         if was_running:
-            self._changed[id(request)] = request
+            self._changed[request.arrival] = request
         else:
-            self._changed.pop(id(request), None)
+            self._changed.pop(request.arrival, None)
             self._refused.append(request)
         if not self.roster.live:
             self.planner.ratio.reset()

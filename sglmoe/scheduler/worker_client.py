@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import zmq.asyncio
+import zmq
 
 from sglmoe.errors import workers
 from sglmoe.protocol import (
@@ -83,23 +83,20 @@ class WorkerClient:
     def __init__(self, worker: WorkerProcess) -> None:
         self._worker = worker
         self._process = worker.process
-        context = zmq.asyncio.Context.instance()
+        self._arrived: asyncio.Queue[FromWorker] = asyncio.Queue()
+        self._is_connected = False  # both ways, so that the sockets' names are not needed
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._sender = AsyncSender[ToWorker](context, plans_address(worker.directory), bind=True)
         self._receiver = AsyncReceiver[FromWorker](
-            context, results_address(worker.directory), FromWorker, bind=True
+            context, results_address(worker.directory), FromWorker, self._on_message, bind=True
         )
-        self._arrived: asyncio.Queue[FromWorker] = asyncio.Queue()
-        # The socket's own send waits for ever for a peer that is gone.
-        self._outgoing: asyncio.Queue[ToWorker] = asyncio.Queue()
         self._death = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.add_reader(self._process.sentinel, self._on_death)
-        self._tasks = [
-            loop.create_task(work()) for work in (self._read, self._write, self._report_death)
-        ]
+        self._report = loop.create_task(self._report_death())
 
     def send(self, message: ToWorker) -> None:
-        self._outgoing.put_nowait(message)
+        self._sender.send(message)
 
     async def receive(self) -> FromWorker:
         return await self._arrived.get()
@@ -142,23 +139,15 @@ class WorkerClient:
 
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self._process.sentinel)
-        for task in self._tasks:
-            task.cancel()
+        self._report.cancel()
         self._sender.close()
         self._receiver.close()
 
-    async def _read(self) -> None:
-        connected = False
-        while True:
-            message = await self._receiver.receive()
-            self._arrived.put_nowait(message)
-            if isinstance(message, StepResult) and not connected:  # both ways work
-                connected = True
-                self._worker.remove_directory()
-
-    async def _write(self) -> None:
-        while True:
-            await self._sender.send(await self._outgoing.get())
+    def _on_message(self, message: FromWorker) -> None:
+        self._arrived.put_nowait(message)
+        if isinstance(message, StepResult) and not self._is_connected:
+            self._is_connected = True
+            self._worker.remove_directory()
 
     def _on_death(self) -> None:
         asyncio.get_running_loop().remove_reader(self._process.sentinel)

@@ -28,7 +28,12 @@ from sglmoe.worker.model_runner_logprobs import PromptLogprobs, output_logprobs
 from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.recorder import Recorder
 from sglmoe.worker.request import BatchRow, WorkerRequest
-from sglmoe.worker.sampling import GrammarCompiler, SamplingGroup, SamplingState
+from sglmoe.worker.sampling import (
+    GrammarCompiler,
+    SamplingGroup,
+    SamplingState,
+    make_grammar_backend,
+)
 from sglmoe.worker.worker import RowOutput
 
 
@@ -51,7 +56,7 @@ class ModelRunner:
             eos_token_ids=config.hf_eos_token_id,
             penalizes_late=not server_args.disable_overlap_schedule,
         )
-        self._grammars = GrammarCompiler(server_args, config, tokenizer)
+        self._grammars = GrammarCompiler(make_grammar_backend(server_args, config, tokenizer))
         self.recorder: Recorder | None = None  # of a routing trace, while one is recorded
         self.prefetching: Prefetching | None = None
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
+import setproctitle
 import torch
 
 from sglmoe.config import EngineConfig
@@ -60,7 +61,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
 
 def start_process(server_args: Any, gpu_id: int, *, process_name: str) -> None:
-    """What every process of sglang's does first: die with the launcher, load plugins, log as told, publish the config."""
+    """What every process of sglang's does first: title, death with the launcher, logging, plugins, the published config."""
     from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import (
         SpawnRanks,
@@ -76,6 +77,7 @@ def start_process(server_args: Any, gpu_id: int, *, process_name: str) -> None:
         suppress_other_loggers,
     )
 
+    setproctitle.setproctitle(f"sglmoe::{process_name.lower()}")
     kill_itself_when_parent_died()
     configure_logger(server_args, prefix=f" {process_name}")
     suppress_other_loggers()

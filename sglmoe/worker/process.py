@@ -47,6 +47,7 @@ from sglmoe.protocol import (
 )
 from sglmoe.transport import Receiver, Sender, plans_address, results_address
 from sglmoe.units import show_bytes
+from sglmoe.worker.heap import Heap
 from sglmoe.worker.model_runner import ModelRunner
 from sglmoe.worker.model_runner_loading import Loaded, load_model, start_process
 from sglmoe.worker.model_runner_routers import embedding_of, read_router
@@ -255,6 +256,7 @@ class Loop:
         self._worker = worker
         self._model = model
         self._profiler = Profiler()
+        self._heap = Heap()
         self._recording = recording
         self._drawing = drawing
 
@@ -273,6 +275,7 @@ class Loop:
         match message:
             case StepPlan():
                 self._sender.send(self._worker.step(message))
+                self._heap.step_done()
             case AddRequests():
                 self._add(message)
             case FlushCache():

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import torch
+import xgrammar
 from sglang.srt.constrained.base_grammar_backend import InvalidGrammarObject, create_grammar_backend
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -23,6 +24,11 @@ from sglang.srt.sampling.sampling_params import (
 
 from sglmoe.errors.requests import no_grammars
 from sglmoe.worker.request import WorkerRequest
+
+# Arbitrary: what is kept of compiled grammars for requests to come, and of their parts. SGLang keeps all, and a client
+# may ask for another one with each request.
+MAX_GRAMMARS = 128
+GRAMMAR_CACHE_BYTES = 256 << 20
 
 
 class SamplingRequest:
@@ -218,18 +224,10 @@ def accept_token(grammar: Any, token_id: int) -> tuple[bool, str]:
 
 
 class GrammarCompiler:
-    """Compiles grammars in sglang's thread pool, so that no step waits for one."""
+    """Compiles grammars in sglang's thread pool, so that no step waits for one. `backend` is sglang's, or None."""
 
-    def __init__(self, server_args: Any, model_config: Any, tokenizer: Any):
-        self._backend = None
-        if tokenizer is not None:
-            self._backend = create_grammar_backend(
-                server_args,
-                tokenizer,
-                model_config.vocab_size,
-                model_config.hf_eos_token_id,
-                think_end_ids=model_config.think_end_ids,
-            )
+    def __init__(self, backend: Any):
+        self._backend = backend
         self._pending: dict[str, tuple[SamplingRequest, tuple[str, str], Future[Any]]] = {}
 
     @property
@@ -268,9 +266,37 @@ class GrammarCompiler:
                 value = future.result()
             except Exception as error:  # a compiler may raise anything on somebody's input
                 value = InvalidGrammarObject(f"Grammar compilation failed: {error}")
-            assert self._backend is not None
-            self._backend.set_cache(key, value.copy())
+            self._keep(key, value.copy())
             yield rid, give_grammar(request, key, value)
+
+    def _keep(self, key: tuple[str, str], grammar: Any) -> None:
+        """For whoever asks for the same; when there are too many, all others are forgotten."""
+        if len(self._backend.cache) >= MAX_GRAMMARS:
+            self._backend.reset()
+        self._backend.set_cache(key, grammar)
+
+
+def make_grammar_backend(server_args: Any, model_config: Any, tokenizer: Any) -> Any:
+    """SGLang's, of the kind that its flags ask for; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    backend = create_grammar_backend(
+        server_args,
+        tokenizer,
+        model_config.vocab_size,
+        model_config.hf_eos_token_id,
+        think_end_ids=model_config.think_end_ids,
+    )
+    limit_compiler(getattr(backend, "grammar_backend", backend), GRAMMAR_CACHE_BYTES)
+    return backend
+
+
+def limit_compiler(backend: Any, cache_bytes: int) -> None:
+    """Bound what xgrammar keeps of all that it has compiled; its `clear_cache` leaves the rules of grammars where they are."""
+    if hasattr(backend, "grammar_compiler"):
+        backend.grammar_compiler = xgrammar.GrammarCompiler(
+            backend._tokenizer_info, cache_limit_bytes=cache_bytes
+        )
 
 
 def give_grammar(request: SamplingRequest, key: tuple[str, str], grammar: Any) -> str:

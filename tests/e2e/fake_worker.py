@@ -44,6 +44,7 @@ FIRST_TOKEN = 300
 KILL_TOKEN = 999  # a prompt with this one kills the worker
 DEAFEN_TOKEN = 998  # with this one, it makes its first worker close its sockets and live on
 BAD_GRAMMAR = b"(unclosed"
+LEAVES = "The fake worker leaves, as it was told to"
 NUM_LAYERS, TOP_K = 2, 3
 
 
@@ -112,6 +113,7 @@ class FakeWorker:
         while True:
             match self._plans.receive():
                 case Shutdown():
+                    print(LEAVES, flush=True)
                     return
                 case AddRequests(requests):
                     self._add(requests)

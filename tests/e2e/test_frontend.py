@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 from checkpoints import make_checkpoint
-from fake_worker import DEAFEN_TOKEN, FIRST_TOKEN, KILL_TOKEN, LIMITS
+from fake_worker import DEAFEN_TOKEN, FIRST_TOKEN, KILL_TOKEN, LEAVES, LIMITS
 from forking import run_in_fork
 
 START_SECONDS = 240
@@ -319,9 +319,11 @@ def test_a_worker_that_closes_its_sockets_is_replaced(server: Server) -> None:
     assert "made no progress for 4 s" in state["restarts"]["cause"]
 
 
-def test_sigterm_lets_requests_finish(server: Server) -> None:
+def test_sigterm_lets_requests_finish_and_processes_leave(server: Server) -> None:
     """Last, because the server does not survive it."""
     answer = start_long_answer(server)
     server.process.terminate()
     assert answer.result(timeout=20).json()["output_ids"] == tokens(600)
     assert server.process.wait(timeout=40) == 0
+    # SGLang knows its schedulers by their titles, and kills at once what has none.
+    assert LEAVES in server.log.read_text()

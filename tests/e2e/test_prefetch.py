@@ -18,7 +18,7 @@ from serving import running_server
 from sglmoe_engine import running_sglmoe, state_of
 from test_parity import NUM_TOKENS, TOGETHER, Interview, interview
 
-from sglmoe.predictor.process import SHORT_NAME
+from sglmoe.predictor.process import PROCESS_TITLE
 
 pytestmark = pytest.mark.usefixtures("preloaded")
 
@@ -140,7 +140,7 @@ def serve(model_dir: Path, budget: int, log: Path) -> Served:
         state = server_state(server.url)
         metrics = requests.get(f"{server.url}/metrics", timeout=60).text
         fork_server = psutil.Process(state["worker_pid"]).parent()
-        [predictor] = (its for its in fork_server.children() if its.name() == SHORT_NAME)
+        [predictor] = (its for its in fork_server.children() if its.name() == PROCESS_TITLE)
         predictor.kill()
         after_kill = ask(server.url)
         return Served(answers, state, metrics, after_kill, server_state(server.url))

@@ -38,6 +38,40 @@ def test_the_restored_environment_is_the_same_to_the_last_name(
     assert dict(os.environ) == wanted
 
 
+TITLED = """
+import multiprocessing, os
+from pathlib import Path
+
+import setproctitle
+
+from sglmoe.start_up import ChildEntry
+
+def show():
+    setproctitle.setproctitle("sglmoe::test")
+    print(Path("/proc/self/cmdline").read_text().rstrip(chr(0)), os.environ["SGLMOE_LATER"])
+
+if __name__ == "__main__":
+    os.environ["SGLMOE_LATER"] = "restored"
+    context = multiprocessing.get_context("forkserver")
+    child = context.Process(target=ChildEntry("titled", "show"))
+    child.start()
+    child.join()
+"""
+
+
+def test_a_child_whose_environment_was_restored_can_still_set_its_title(tmp_path: Path) -> None:
+    """By it SGLang's launcher, and people, know its processes."""
+    (tmp_path / "titled.py").write_text(TITLED)
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "titled.py")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert run.stdout == "sglmoe::test restored\n", run.stderr
+
+
 STUBBORN = """
 import multiprocessing, sys, threading, time
 from sglmoe.start_up import ChildEntry, leave_after

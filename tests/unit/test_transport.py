@@ -2,13 +2,13 @@
 
 import asyncio
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import zmq
-import zmq.asyncio
 
 from sglmoe.protocol import CallDone, FlushCache, FromWorker, Shutdown, ToWorker
 from sglmoe.transport import (
@@ -74,20 +74,16 @@ def test_the_asynchronous_ends_speak_to_the_blocking_ones(
     directory: Path, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
     async def scheduler() -> FromWorker:
-        loop_context = zmq.asyncio.Context()
-        plans: AsyncSender[ToWorker] = AsyncSender(
-            loop_context, plans_address(directory), bind=True
-        )
+        answer: asyncio.Future[FromWorker] = asyncio.get_running_loop().create_future()
+        plans: AsyncSender[ToWorker] = AsyncSender(context, plans_address(directory), bind=True)
         results: AsyncReceiver[FromWorker] = AsyncReceiver(
-            loop_context, results_address(directory), FromWorker, bind=True
+            context, results_address(directory), FromWorker, answer.set_result, bind=True
         )
-        answer = await asyncio.gather(
-            results.receive(), asyncio.to_thread(worker), plans.send(FlushCache(call_id=3))
-        )
+        plans.send(FlushCache(call_id=3))  # nobody is there yet
+        await asyncio.gather(answer, asyncio.to_thread(worker))
         plans.close()
         results.close()
-        loop_context.term()
-        return answer[0]
+        return answer.result()
 
     def worker() -> None:
         plans: Receiver[ToWorker] = Receiver(
@@ -101,3 +97,33 @@ def test_the_asynchronous_ends_speak_to_the_blocking_ones(
         results.close()
 
     assert asyncio.run(scheduler()) == CallDone(call_id=3, success=True)
+
+
+def test_the_asynchronous_ends_take_no_cpu_while_nothing_comes(
+    directory: Path, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    """A descriptor that stays readable makes the loop spin."""
+
+    async def use() -> float:
+        """CPU time of a while in which both ends are connected, and no message comes."""
+        plans: AsyncSender[ToWorker] = AsyncSender(context, plans_address(directory), bind=True)
+        peer: Receiver[ToWorker] = Receiver(context, plans_address(directory), ToWorker, bind=False)
+        received: list[ToWorker] = []
+        results: AsyncReceiver[ToWorker] = AsyncReceiver(
+            context, results_address(directory), ToWorker, received.append, bind=True
+        )
+        voice: Sender[ToWorker] = Sender(context, results_address(directory), bind=False)
+        before = time.thread_time()
+        await asyncio.sleep(0.3)
+        used = time.thread_time() - before
+        for call_id in range(3):
+            plans.send(FlushCache(call_id))
+            voice.send(FlushCache(call_id))
+            await asyncio.sleep(0.02)
+        assert received == [FlushCache(call_id) for call_id in range(3)]
+        assert [peer.receive(5) for _ in range(3)] == received
+        for end in (plans, results, peer, voice):
+            end.close()
+        return used
+
+    assert asyncio.run(use()) < 0.005  # it takes a tenth of that

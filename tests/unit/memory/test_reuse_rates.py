@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglmoe.memory import reuse_rates
 from sglmoe.memory.reuse_rates import (
     MAX_PAGES,
     NUM_AGES,
@@ -64,6 +65,32 @@ def test_a_reuse_of_what_is_too_old_to_be_kept_is_ignored() -> None:
     rates.reuse(0, since=7, num_pages=1)  # none became idle then
     rates.reuse(0, since=0, num_pages=3)
     assert sum(rates._reuses[0]) == 3
+
+
+def test_of_too_many_steps_the_oldest_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server runs for months: what it remembers of each step must have an end."""
+    monkeypatch.setattr(reuse_rates, "MAX_STARTS", 3)
+    rates = ReuseRates()
+    for _ in range(5):  # steps 0 to 4
+        rates.idle(0, 2)
+        rates.begin_step()
+    assert list(rates._by_start[0]) == [2, 3, 4]
+    assert sum(len(queue) for queue in rates._idle[0]) == 3
+    rates.reuse(0, since=1, num_pages=1)
+    assert sum(rates._reuses[0]) == 0
+    rates.reuse(0, since=2, num_pages=1)
+    assert sum(rates._reuses[0]) == 1
+
+
+def test_what_is_given_up_counts_for_as_long_as_it_was_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reuse_rates, "MAX_STARTS", 1)
+    rates = ReuseRates()
+    rates.idle(0, 4)
+    pass_steps(rates, 2)
+    rates.idle(0, 1)
+    assert rates._exposure[0][:3] == [4, 4, 0]  # one step in the first bin, one in the second
 
 
 def test_bins_forget() -> None:

@@ -192,6 +192,22 @@ def play(
     return asyncio.run(run())
 
 
+def test_what_a_probe_found_cached_is_not_planned() -> None:
+    async def scene(stage: Stage) -> None:
+        for rid, num_prompt in (("a", 8), ("b", 8), ("c", 8), ("d", 12)):
+            await stage.add(rid, num_prompt)
+        await stage.answer(0, {"a": 50}, computed={"a": 8})
+        await stage.answer(1, {"a": 51}, computed={"a": 9})
+        # b, then c take whole chunks of 8; those behind are asked for.
+        assert [plan.rows for plan in stage.plans[2:]] == [(Row("b", 8),), (Row("c", 8),)]
+        assert [plan.probe for plan in stage.plans[2:]] == [("c", "d"), ("d",)]
+        rows = (RowResult("b", num_computed=8, num_cached=0, token_id=60),)
+        await stage.hear(StepResult(2, rows, (), (), {"d": 8}, snapshot(), 0.01))
+        assert stage.plans[4].rows == (Row("d", 4),)
+
+    play(scene)
+
+
 def test_one_plan_ahead_and_never_two() -> None:
     async def scene(stage: Stage) -> None:
         await stage.add("a", 4)
