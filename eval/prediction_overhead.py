@@ -4,7 +4,7 @@
 
 A step is a made-up forward pass: each layer is a few matrix products that let go of the GIL and take
 `--layer-seconds` together; memory and prefetching are called as the model calls them, loads bring
-nothing and take no time. Routing is made up too: experts with unequal chances, and tokens that choose
+nothing and take no time. The predictor "nobody" is told all, and answers, but computes nothing: what telling costs. Routing is made up too: experts with unequal chances, and tokens that choose
 two thirds of their experts again. Steps with and without take turns, `--window` at a time, and the
 ratio is of neighbours. On one core or a busy machine the predictor's CPU time counts too: it is what a
 step is longer by where no core is left for it.
@@ -13,7 +13,6 @@ step is longer by where no core is left for it.
 import argparse
 import json
 import multiprocessing
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -22,9 +21,9 @@ from statistics import median
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
-import zmq
 from tqdm import tqdm
 
 from eval.servers import describe_run
@@ -34,11 +33,11 @@ from sglmoe.memory.experts import ABSENT, Load
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.prefetch import Arrival
 from sglmoe.memory.step_times import StepTimes
-from sglmoe.prediction.advisor import AUDITION_STEPS
-from sglmoe.prediction.predictor import ModelParts
+from sglmoe.prediction.advisor import AUDITION_STEPS, Advisor, LinkTimes, Outlook
+from sglmoe.prediction.baselines import LastStep
+from sglmoe.prediction.predictor import LayerRouting, ModelParts, StepTokens
 from sglmoe.predictor.listener import SentEmbeddings
 from sglmoe.predictor.process import PROCESS_NAME, start_predictor
-from sglmoe.transport import make_socket_directory
 from sglmoe.worker.predictors import Sources, make_advisor
 from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.request import WorkerRequest
@@ -63,6 +62,7 @@ class Figures(msgspec.Struct, frozen=True):
     ratios: list[float]
     predictor_ratio: float  # the predictor's CPU time, as a share of a step without
     main_ratio: float  # what the forward pass's thread spends in its calls
+    main_layer_seconds: float  # the same, of a layer
     skipped_steps: int
 
 
@@ -190,6 +190,28 @@ class Model:
         self.main_seconds += time.perf_counter() - started
 
 
+class Nobody(Advisor):
+    """Is told all there is, and always says the same."""
+
+    def begin_step(
+        self, step: int, tokens: StepTokens, times: LinkTimes, *, late: int, unused: int
+    ) -> None:
+        self._step = step
+
+    def observe(self, routing: LayerRouting, *, was_absent: npt.NDArray[np.bool_]) -> None:
+        self._layer = routing.layer
+
+    def outlook(self) -> Outlook:
+        return Outlook(self._step, self._layer, np.zeros(self._shape, np.float32), [])
+
+
+def make(predictor: str, sources: Sources, frame_table: npt.NDArray[np.int32]) -> Advisor:
+    if predictor == "nobody":
+        silent = LastStep(sources.parts)
+        return Nobody({predictor: silent}, silent, frame_table=frame_table)
+    return make_advisor(predictor, sources, frame_table=frame_table)
+
+
 def start_prefetching(model: Model, predictor: str, layer_seconds: float) -> Prefetching:
     """As the worker does it."""
     options = model.options
@@ -200,15 +222,11 @@ def start_prefetching(model: Model, predictor: str, layer_seconds: float) -> Pre
     parts = ModelParts(options.layers, options.experts, options.top_k)
     sources = Sources(parts, router=None, vocab_size=0, folder=Path("nowhere"))
     frame_table = np.full_like(model.memory.frame_table, ABSENT)
-    directory = make_socket_directory()
     client = start_predictor(
-        make_advisor(predictor, sources, frame_table=frame_table),
+        make(predictor, sources, frame_table),
         frame_table,
         SentEmbeddings(HIDDEN),
-        context=zmq.Context.instance(),
-        directory=directory,
     )
-    shutil.rmtree(directory)
     return Prefetching(
         model.memory,
         client,
@@ -236,6 +254,7 @@ def measure(options: argparse.Namespace, predictor: str, layer_seconds: float) -
     prefetching.close()
     step_seconds = median(without for without, _ in pairs)
     num_steps = options.rounds * options.window
+    main_seconds = model.main_seconds / (num_steps + options.rounds)
     return Figures(
         predictor=predictor,
         layer_seconds=layer_seconds,
@@ -243,7 +262,8 @@ def measure(options: argparse.Namespace, predictor: str, layer_seconds: float) -
         ratio=median(together / without for without, together in pairs),
         ratios=[round(together / without, 4) for without, together in pairs],
         predictor_ratio=predictor_seconds / num_steps / step_seconds,
-        main_ratio=model.main_seconds / (num_steps + options.rounds) / step_seconds,
+        main_ratio=main_seconds / step_seconds,
+        main_layer_seconds=main_seconds / options.layers,
         skipped_steps=prefetching.num_skipped_steps,
     )
 
@@ -257,13 +277,14 @@ def predictor_cpu_seconds() -> float:
 
 def table(found: Sequence[Figures]) -> str:
     lines = [
-        f"{'predictor':16s} layer ms  step ms  with/without (extremes)   predictor    main  skipped"
+        f"{'predictor':16s} layer ms  step ms  with/without (extremes)   predictor    main, us/layer  skipped"
     ]
     for its in found:
         extremes = f"({min(its.ratios):.3f} to {max(its.ratios):.3f})"
         lines.append(
             f"{its.predictor:16s} {1e3 * its.layer_seconds:8.1f} {1e3 * its.step_seconds:8.1f}  "
-            f"{its.ratio:.3f} {extremes:20s} {its.predictor_ratio:9.1%} {its.main_ratio:7.1%} {its.skipped_steps:6d}"
+            f"{its.ratio:.3f} {extremes:20s} {its.predictor_ratio:9.1%} {its.main_ratio:7.1%} "
+            f"{1e6 * its.main_layer_seconds:9.1f} {its.skipped_steps:8d}"
         )
     return "\n".join(lines)
 

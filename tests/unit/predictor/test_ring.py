@@ -1,0 +1,147 @@
+"""Messages through shared memory: whole, in order, or not at all; nobody waits for a slow reader."""
+
+import multiprocessing
+import os
+import random
+import zlib
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglmoe.predictor.ring import NUM_PLACES, Ring, RingReceiver, RingSender
+
+HEADER = 2  # msgpack's, of up to 255 bytes
+
+
+class Ends:
+    """Both of them, in one process: a message is some bytes."""
+
+    def __init__(self, num_bytes: int):
+        ring = Ring(num_bytes)
+        self.sender: RingSender[bytes] = RingSender(ring)
+        self.receiver: RingReceiver[bytes] = RingReceiver(ring, bytes)
+
+    def sent(self, *sizes: int) -> list[bool]:
+        """Whether messages took, that are so large in the ring; each of one letter."""
+        return [self.sender.try_send(letters(size)) for size in sizes]
+
+    def received(self) -> list[int]:
+        sizes = []
+        while (message := self.receiver.receive_now()) is not None:
+            sizes.append(len(message) + HEADER)
+        return sizes
+
+
+def letters(size: int) -> bytes:
+    return b"x" * (size - HEADER)
+
+
+def test_messages_arrive_once_and_in_order() -> None:
+    ends = Ends(100)
+    assert ends.receiver.receive_now() is None
+    assert ends.sent(30, 20, 50) == [True, True, True]
+    assert ends.received() == [30, 20, 50]
+    assert ends.received() == []
+
+
+def test_what_has_no_room_is_refused_and_the_next_one_that_has_is_not() -> None:
+    ends = Ends(100)
+    assert ends.sent(60, 50, 40) == [True, False, True]
+    assert ends.sent(10) == [False]
+    assert ends.received() == [60, 40]
+    assert ends.sent(101, 100) == [False, True]
+    assert ends.received() == [100]
+
+
+def test_a_message_lies_in_one_piece_behind_the_last_or_before_the_first() -> None:
+    ends = Ends(100)
+    ends.sent(40, 40)
+    assert ends.receiver.receive_now() == letters(40)
+    assert ends.sent(41, 30, 11, 10) == [False, True, False, True], "20 at the end, 40 at the start"
+    assert ends.received() == [40, 30, 10]
+
+
+def test_as_many_wait_as_there_are_places() -> None:
+    ends = Ends(1 << 20)
+    assert ends.sent(*[10] * NUM_PLACES) == [True] * NUM_PLACES
+    assert ends.sent(10) == [False]
+    ends.receiver.receive_now()
+    assert ends.sent(10, 10) == [True, False]
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(3, 70)), max_size=200))
+def test_whatever_is_taken_comes_out_whole(steps: list[int | None]) -> None:
+    """Sizes are sent, None receives: what waits is what was said to be taken, and nothing that fits is refused."""
+    ends, waiting = Ends(100), []
+    for number, size in enumerate(steps):
+        if size is None:
+            assert ends.receiver.receive_now() == (waiting.pop(0) if waiting else None)
+            continue
+        message = bytes([number]) * (size - HEADER)
+        if ends.sender.try_send(message):
+            waiting.append(message)
+        else:
+            assert waiting, "an empty one takes what it has bytes for"
+            assert sum(map(len, waiting)) + HEADER * len(waiting) + 2 * size > 100
+    assert [ends.receiver.receive_now() for _ in waiting] == waiting
+
+
+class Numbered(msgspec.Struct, frozen=True):
+    number: int
+    noise: bytes
+    checksum: int
+
+
+NUM_SENT = 20_000
+
+
+def send_all(ring: Ring, taken: Ring) -> None:
+    """Another process: as fast as it can, whether they take or not. Says at the end how many did."""
+    sender: RingSender[Numbered] = RingSender(ring)
+    noise = os.urandom(4096)
+    num_taken = 0
+    for number in range(NUM_SENT):
+        its = noise[number % 7 : random.randrange(8, 4096)]
+        num_taken += sender.try_send(Numbered(number, its, zlib.crc32(its)))
+    RingSender[int](taken).try_send(num_taken)
+
+
+def test_between_processes_nothing_is_torn_and_what_is_missing_was_refused() -> None:
+    ring, taken = Ring(16_000), Ring(100)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=send_all, args=(ring, taken), daemon=True
+    )
+    process.start()
+    receiver: RingReceiver[Numbered] = RingReceiver(ring, Numbered)
+    has_ended: RingReceiver[int] = RingReceiver(taken, int)
+    numbers: list[int] = []
+    num_taken: int | None = None
+    while (message := receiver.receive_now()) is not None or num_taken is None:
+        if message is None:
+            num_taken = has_ended.receive_now()
+            continue
+        assert zlib.crc32(message.noise) == message.checksum
+        numbers.append(message.number)
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == num_taken
+    assert NUM_SENT // 100 < len(numbers), "it has been read meanwhile"
+    process.join()
+
+
+def test_who_waits_is_woken() -> None:
+    ring, taken = Ring(16_000), Ring(100)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=send_all, args=(ring, taken), daemon=True
+    )
+    process.start()
+    assert RingReceiver[int](taken, int).receive() > 0
+    process.join()
+
+
+def test_the_memory_has_no_name_that_could_stay() -> None:
+    ring = Ring(100)
+    assert os.readlink(f"/proc/self/fd/{ring._file}") == "/memfd:sglmoe-ring (deleted)"
+    before = len(os.listdir("/proc/self/fd"))
+    del ring
+    assert len(os.listdir("/proc/self/fd")) == before - 2, "its file, and the mapping's"
