@@ -49,10 +49,11 @@ class RoutingOnItsWay(msgspec.Struct, frozen=True, eq=False):
     is_there: Callable[[], bool]
 
     def event(self) -> Event:
+        ids = self.ids.numpy()
         return LayerRouted(
             layer=self.layer,
-            num_tokens=len(self.ids),
-            expert_ids=array_bytes(self.ids.numpy(), np.int16),
+            num_tokens=len(ids),
+            expert_ids=array_bytes(ids, np.int16),
             logits=float_bytes(self.logits),
             gate_input=float_bytes(self.hidden),
             residents=self.residents,

@@ -3,12 +3,17 @@
 import multiprocessing
 import os
 import random
+import time
 import zlib
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglmoe.predictor import ring as ring_module
 from sglmoe.predictor.ring import NUM_PLACES, Ring, RingReceiver, RingSender
 
 HEADER = 2  # msgpack's, of up to 255 bytes
@@ -87,55 +92,73 @@ def test_whatever_is_taken_comes_out_whole(steps: list[int | None]) -> None:
     assert [ends.receiver.receive_now() for _ in waiting] == waiting
 
 
+def start(target: Callable[..., None], *rings: Ring) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=target, args=rings, daemon=True)
+    process.start()
+    return process
+
+
 class Numbered(msgspec.Struct, frozen=True):
     number: int
     noise: bytes
     checksum: int
 
 
-NUM_SENT = 20_000
+NUM_TAKEN = 5000
 
 
-def send_all(ring: Ring, taken: Ring) -> None:
-    """Another process: as fast as it can, whether they take or not. Says at the end how many did."""
+def send_some(ring: Ring, tried: Ring) -> None:
+    """Another process: as fast as it can, until so many were taken. Says how many it has tried."""
     sender: RingSender[Numbered] = RingSender(ring)
     noise = os.urandom(4096)
-    num_taken = 0
-    for number in range(NUM_SENT):
-        its = noise[number % 7 : random.randrange(8, 4096)]
-        num_taken += sender.try_send(Numbered(number, its, zlib.crc32(its)))
-    RingSender[int](taken).try_send(num_taken)
+    num_tried = num_taken = 0
+    while num_taken < NUM_TAKEN:
+        its = noise[num_tried % 7 : random.randrange(8, 4096)]
+        num_taken += sender.try_send(Numbered(num_tried, its, zlib.crc32(its)))
+        num_tried += 1
+    RingSender[int](tried).try_send(num_tried)
 
 
 def test_between_processes_nothing_is_torn_and_what_is_missing_was_refused() -> None:
-    ring, taken = Ring(16_000), Ring(100)
-    process = multiprocessing.get_context("forkserver").Process(
-        target=send_all, args=(ring, taken), daemon=True
-    )
-    process.start()
+    ring, tried = Ring(16_000), Ring(100)
+    process = start(send_some, ring, tried)
     receiver: RingReceiver[Numbered] = RingReceiver(ring, Numbered)
-    has_ended: RingReceiver[int] = RingReceiver(taken, int)
+    num_tried: RingReceiver[int] = RingReceiver(tried, int)
     numbers: list[int] = []
-    num_taken: int | None = None
-    while (message := receiver.receive_now()) is not None or num_taken is None:
-        if message is None:
-            num_taken = has_ended.receive_now()
-            continue
-        assert zlib.crc32(message.noise) == message.checksum
-        numbers.append(message.number)
+    while len(numbers) < NUM_TAKEN:
+        message = receiver.receive_now()
+        if message is not None:
+            assert zlib.crc32(message.noise) == message.checksum
+            numbers.append(message.number)
     assert numbers == sorted(set(numbers))
-    assert len(numbers) == num_taken
-    assert NUM_SENT // 100 < len(numbers), "it has been read meanwhile"
+    assert num_tried.receive() > numbers[-1]
+    assert receiver.receive_now() is None
     process.join()
 
 
+def test_who_looks_again_finds_it_without_being_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, naps = Ends(100), []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 2:
+            ends.sent(10)
+
+    monkeypatch.setattr(ring_module.time, "sleep", sleep)
+    assert ends.receiver.receive(num_looks=5, look_seconds=0.25) == letters(10)
+    assert naps == [0.25, 0.25]
+
+
+def send_late(ring: Ring) -> None:
+    time.sleep(0.1)
+    RingSender[int](ring).try_send(7)
+
+
 def test_who_waits_is_woken() -> None:
-    ring, taken = Ring(16_000), Ring(100)
-    process = multiprocessing.get_context("forkserver").Process(
-        target=send_all, args=(ring, taken), daemon=True
-    )
-    process.start()
-    assert RingReceiver[int](taken, int).receive() > 0
+    ring = Ring(100)
+    process = start(send_late, ring)
+    assert RingReceiver[int](ring, int).receive() == 7
     process.join()
 
 
