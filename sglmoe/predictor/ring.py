@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from multiprocessing import reduction
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -92,52 +92,46 @@ def _received(file: Any) -> Ring:
     return ring
 
 
-class _Run(NamedTuple):
-    """Bytes of the ring from `start` to `end`."""
-
-    start: int
-    end: int
-
-
 class RingSender(Generic[T]):
     """The end that never waits."""
 
     def __init__(self, ring: Ring):
         self._ring = ring
         self._encoder = msgspec.msgpack.Encoder()
-        self._unread: deque[_Run] = deque()  # the oldest first
+        self._unread: deque[tuple[int, int]] = deque()  # start and end, the oldest first
         self._num_sent = 0
 
     def try_send(self, message: T) -> bool:
         """False if there is no room for it."""
-        ring, data = self._ring, self._encoder.encode(message)
-        while ring.read.take_now():
-            self._unread.popleft()
-        run = self._room_for(len(data))
-        if run is None:
+        ring, unread = self._ring, self._unread
+        data = self._encoder.encode(message)
+        num_bytes = len(data)
+        while unread and ring.read.take_now():
+            unread.popleft()
+        start = self._room_for(num_bytes)
+        if start is None:
             return False
-        ring.bytes[run.start : run.end] = data
+        ring.bytes[start : start + num_bytes] = data
         place = 2 * (self._num_sent % NUM_PLACES)
-        ring.places[place], ring.places[place + 1] = run.start, len(data)
-        self._unread.append(run)
+        ring.places[place], ring.places[place + 1] = start, num_bytes
+        unread.append((start, start + num_bytes))
         self._num_sent += 1
         ring.sent.post()
         return True
 
-    def _room_for(self, num_bytes: int) -> _Run | None:
+    def _room_for(self, num_bytes: int) -> int | None:
         """Behind the latest message, or before the oldest one; at the start if there is none: that is in the cache."""
-        end = len(self._ring.bytes)
-        start = before = 0
-        if self._unread:
-            oldest, latest = self._unread[0], self._unread[-1]
-            start, before = latest.end, oldest.start
-            if latest.start < oldest.start:
-                end, before = oldest.start, 0
-        if len(self._unread) == NUM_PLACES:
+        unread, size = self._unread, len(self._ring.bytes)
+        if not unread:
+            return 0 if num_bytes <= size else None
+        if len(unread) == NUM_PLACES:
             return None
-        if num_bytes <= end - start:
-            return _Run(start, start + num_bytes)
-        return _Run(0, num_bytes) if num_bytes <= before else None
+        first, (latest, end) = unread[0][0], unread[-1]
+        if latest < first:
+            return end if num_bytes <= first - end else None
+        if num_bytes <= size - end:
+            return end
+        return 0 if num_bytes <= first else None
 
 
 class RingReceiver(Generic[T]):

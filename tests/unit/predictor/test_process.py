@@ -17,14 +17,14 @@ from sglmoe.prediction.baselines import Frequency
 from sglmoe.prediction.predictor import ModelParts, Predictor, StepTokens
 from sglmoe.predictor.client import PredictorClient, Said
 from sglmoe.predictor.listener import SentEmbeddings
-from sglmoe.predictor.messages import LayerRouted, StepBegun, array_bytes, pack_mask
+from sglmoe.predictor.messages import LayerRouted, StepBegun, array_bytes
 from sglmoe.predictor.process import ProcessLine, start_predictor
 from sglmoe.predictor.ring import NUM_PLACES
 from sglmoe.start_up import ChildEntry
 
 WAIT_SECONDS = 30
 PARTS = ModelParts(num_layers=2, num_experts=4, top_k=1)
-NOTHING_RESIDENT = pack_mask(np.zeros((2, 4), np.bool_))
+NO_FRAMES = np.full((2, 4), ABSENT, np.int32).tobytes()
 
 
 def begun(step: int) -> Said:
@@ -37,7 +37,7 @@ def begun(step: int) -> Said:
             owners=number,
             embeddings=b"",
             ended=(),
-            residents=NOTHING_RESIDENT,
+            frames=NO_FRAMES,
             times=LinkTimes(0.001, 0.001),
             late=0,
             unused=0,
@@ -50,10 +50,10 @@ def routed(layer: int) -> Said:
         LayerRouted(
             layer=layer,
             num_tokens=1,
-            expert_ids=array_bytes(np.full(1, 3), np.int16),
+            expert_ids=array_bytes(np.full(1, 3), np.int32),
             logits=b"",
             gate_input=b"",
-            residents=NOTHING_RESIDENT,
+            frames=NO_FRAMES,
         )
     )
 
