@@ -4,10 +4,12 @@
 
 A step is a made-up forward pass: each layer is a few matrix products that let go of the GIL and take
 `--layer-seconds` together; memory and prefetching are called as the model calls them, loads bring
-nothing and take no time. The predictor "nobody" is told all, and answers, but computes nothing: what telling costs. Routing is made up too: experts with unequal chances, and tokens that choose
+nothing and take no time. Routing is made up too: experts with unequal chances, and tokens that choose
 two thirds of their experts again. Steps with and without take turns, `--window` at a time, and the
 ratio is of neighbours. On one core or a busy machine the predictor's CPU time counts too: it is what a
 step is longer by where no core is left for it.
+
+"nobody" is a predictor that is told all and answers but computes nothing: what telling costs.
 """
 
 import argparse

@@ -114,9 +114,7 @@ def run_predictor(
     os._exit(0)
 
 
-def listen(
-    listener: Listener, events: RingReceiver[Event], answers: RingSender[Answer]
-) -> None:
+def listen(listener: Listener, events: RingReceiver[Event], answers: RingSender[Answer]) -> None:
     """Until the last event."""
     pace = LinkTimes(0.0, 0.0)
     event = events.receive()

@@ -64,9 +64,7 @@ class Bench:
         advisor = Advisor(
             {"frequency": predictor or Frequency(PARTS)}, Frequency(PARTS), frame_table=frame_table
         )
-        self.client: PredictorClient = start_predictor(
-            advisor, frame_table, SentEmbeddings(2)
-        )
+        self.client: PredictorClient = start_predictor(advisor, frame_table, SentEmbeddings(2))
         line = self.client._line
         assert isinstance(line, ProcessLine)
         self.line = line

@@ -214,20 +214,19 @@ def test_after_the_last_layer_the_next_step_is_begun(bench: Bench) -> None:
     assert bench.memory.snapshot(0).prefetches_used == before + 1
 
 
-def test_frames_are_told_of_the_layers_that_somebody_looks_at(bench: Bench) -> None:
+def test_frames_are_told_of_the_layers_that_somebody_looks_at() -> None:
+    bench = Bench(PrefetchMode.OBSERVE)
     bench.begin("a")
     bench.layer(0, 1, 3)
-    bench.client.wishes = Wishes(layers_ahead=0)
-    bench.begin("a")
-    told = {}
+    told = []
     for layer in (0, 1):
+        bench.client.wishes = Wishes(layers_ahead=0)
         bench.layer(layer, 0)
         event = bench.line.told[-1]
         assert isinstance(event, LayerRouted)
-        told[layer] = np.frombuffer(event.frames, np.int32).reshape(-1, 4) != ABSENT
-        bench.client.wishes = Wishes(layers_ahead=0)
-    assert told[0].tolist() == [[False, True, False, True]], "before it is loaded"
-    assert told[1].tolist() == [[True, True, False, True], [False] * 4], "all, for the next step"
+        told.append((np.frombuffer(event.frames, np.int32).reshape(-1, 4) != ABSENT).tolist())
+    assert told[0] == [[False, True, False, True]], "before its own are loaded"
+    assert told[1] == [[True, True, False, True], [False] * 4], "all, for the next step"
 
 
 def test_what_comes_late_is_begun_for_the_layers_ahead_alone(bench: Bench) -> None:
