@@ -63,7 +63,7 @@ class Figures(msgspec.Struct, frozen=True):
     ratio: float  # median over pairs of windows: with, as a share of without
     ratios: list[float]
     predictor_ratio: float  # the predictor's CPU time, as a share of a step without
-    main_ratio: float  # what the forward pass's thread spends in its calls
+    main_ratio: float  # what the forward pass's thread spends in its calls, in the median step
     main_layer_seconds: float  # the same, of a layer
     skipped_steps: int
 
@@ -145,7 +145,7 @@ class Model:
             load_experts=lambda loads: None,
             background=NoLink(),
         )
-        self.main_seconds = 0.0  # in calls of prefetching
+        self.main_seconds: list[float] = []  # of steps, in calls of prefetching
         self._number = 0
         self._rids = [str(number) for number in range(options.batch)]
         self._requests: list[WorkerRequest] = [None] * options.batch  # type: ignore[list-item]
@@ -156,6 +156,7 @@ class Model:
         number = self._number = self._number + 1
         self.memory.begin_step()
         if prefetching is not None:
+            self.main_seconds.append(0.0)
             tokens = np.arange(len(self._rids))
             self._call(
                 lambda: prefetching.begin_step(
@@ -189,7 +190,7 @@ class Model:
     def _call(self, call: Callable[[], object]) -> None:
         started = time.perf_counter()
         call()
-        self.main_seconds += time.perf_counter() - started
+        self.main_seconds[-1] += time.perf_counter() - started
 
 
 class Nobody(Advisor):
@@ -244,7 +245,7 @@ def measure(options: argparse.Namespace, predictor: str, layer_seconds: float) -
     prefetching = start_prefetching(model, predictor, layer_seconds)
     for _ in range(options.warmup):
         model.step(work, prefetching)
-    pairs, predictor_seconds, model.main_seconds = [], 0.0, 0.0
+    pairs, predictor_seconds, model.main_seconds = [], 0.0, []
     for _ in range(options.rounds):
         model.step(work, None)  # meanwhile the predictor catches up
         without = [model.step(work, None) for _ in range(options.window)]
@@ -256,7 +257,7 @@ def measure(options: argparse.Namespace, predictor: str, layer_seconds: float) -
     prefetching.close()
     step_seconds = median(without for without, _ in pairs)
     num_steps = options.rounds * options.window
-    main_seconds = model.main_seconds / (num_steps + options.rounds)
+    main_seconds = median(model.main_seconds)
     return Figures(
         predictor=predictor,
         layer_seconds=layer_seconds,
