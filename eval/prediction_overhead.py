@@ -6,8 +6,9 @@ A step is a made-up forward pass: each layer is a few matrix products that let g
 `--layer-seconds` together; memory and prefetching are called as the model calls them, loads bring
 nothing and take no time. Routing is made up too: experts with unequal chances, and tokens that choose
 two thirds of their experts again. Steps with and without take turns, `--window` at a time, and the
-ratio is of neighbours. On one core or a busy machine the predictor's CPU time counts too: it is what a
-step is longer by where no core is left for it.
+ratio is of neighbours: of seconds, and of CPU seconds of the forward pass's thread, which on a machine with
+nothing else to do are the same, and on a busy one leave out who else ran meanwhile. Where no core is left for
+the predictor, its CPU time counts too.
 
 "nobody" is a predictor that is told all and answers but computes nothing: what telling costs.
 """
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -62,10 +64,21 @@ class Figures(msgspec.Struct, frozen=True):
     step_seconds: float  # median of windows, without
     ratio: float  # median over pairs of windows: with, as a share of without
     ratios: list[float]
+    cpu_ratio: float  # the same of CPU seconds of the forward pass's thread
+    cpu_ratios: list[float]
     predictor_ratio: float  # the predictor's CPU time, as a share of a step without
-    main_ratio: float  # what the forward pass's thread spends in its calls, in the median step
+    main_ratio: (
+        float  # CPU seconds that the forward pass's thread spends in its calls, in the median step
+    )
     main_layer_seconds: float  # the same, of a layer
     skipped_steps: int
+
+
+class Times(NamedTuple):
+    """Of a step, or medians."""
+
+    seconds: float
+    cpu_seconds: float  # of the forward pass's thread
 
 
 class NoLink:
@@ -150,9 +163,8 @@ class Model:
         self._rids = [str(number) for number in range(options.batch)]
         self._requests: list[WorkerRequest] = [None] * options.batch  # type: ignore[list-item]
 
-    def step(self, work: Work, prefetching: Prefetching | None) -> float:
-        """Its seconds."""
-        started = time.perf_counter()
+    def step(self, work: Work, prefetching: Prefetching | None) -> Times:
+        started, cpu_started = time.perf_counter(), time.thread_time()
         number = self._number = self._number + 1
         self.memory.begin_step()
         if prefetching is not None:
@@ -171,7 +183,7 @@ class Model:
             kind = StepKind(self._requests, 0)
             cost = StepCost(seconds, 0.0, 0)
             self._call(lambda: prefetching.step_done(kind, self.memory.snapshot(number), cost))
-        return time.perf_counter() - started
+        return Times(time.perf_counter() - started, time.thread_time() - cpu_started)
 
     def _layer(self, layer: int, step: int, work: Work, prefetching: Prefetching | None) -> None:
         """Experts run when half of the layer has."""
@@ -188,9 +200,9 @@ class Model:
             self._call(prefetching.look_ahead)
 
     def _call(self, call: Callable[[], object]) -> None:
-        started = time.perf_counter()
+        started = time.thread_time()
         call()
-        self.main_seconds[-1] += time.perf_counter() - started
+        self.main_seconds[-1] += time.thread_time() - started
 
 
 class Nobody(Advisor):
@@ -253,22 +265,30 @@ def measure(options: argparse.Namespace, predictor: str, layer_seconds: float) -
         before = predictor_cpu_seconds()
         together = [model.step(work, prefetching) for _ in range(options.window)]
         predictor_seconds += predictor_cpu_seconds() - before
-        pairs.append((median(without), median(together)))
+        pairs.append((medians(without), medians(together)))
     prefetching.close()
-    step_seconds = median(without for without, _ in pairs)
+    step_seconds = median(without.seconds for without, _ in pairs)
+    ratios = [together.seconds / without.seconds for without, together in pairs]
+    cpu_ratios = [together.cpu_seconds / without.cpu_seconds for without, together in pairs]
     num_steps = options.rounds * options.window
     main_seconds = median(model.main_seconds)
     return Figures(
         predictor=predictor,
         layer_seconds=layer_seconds,
         step_seconds=step_seconds,
-        ratio=median(together / without for without, together in pairs),
-        ratios=[round(together / without, 4) for without, together in pairs],
+        ratio=median(ratios),
+        ratios=[round(its, 4) for its in ratios],
+        cpu_ratio=median(cpu_ratios),
+        cpu_ratios=[round(its, 4) for its in cpu_ratios],
         predictor_ratio=predictor_seconds / num_steps / step_seconds,
-        main_ratio=main_seconds / step_seconds,
+        main_ratio=main_seconds / median(without.cpu_seconds for without, _ in pairs),
         main_layer_seconds=main_seconds / options.layers,
         skipped_steps=prefetching.num_skipped_steps,
     )
+
+
+def medians(steps: Sequence[Times]) -> Times:
+    return Times(median(its.seconds for its in steps), median(its.cpu_seconds for its in steps))
 
 
 def predictor_cpu_seconds() -> float:
@@ -280,16 +300,21 @@ def predictor_cpu_seconds() -> float:
 
 def table(found: Sequence[Figures]) -> str:
     lines = [
-        f"{'predictor':16s} layer ms  step ms  with/without (extremes)   predictor    main, us/layer  skipped"
+        f"{'predictor':16s} layer ms  step ms  with/without {'':21s} CPU{'':25s}predictor   main, us/layer  skipped"
     ]
     for its in found:
-        extremes = f"({min(its.ratios):.3f} to {max(its.ratios):.3f})"
+        ratios = f"{its.ratio:.3f} {extremes(its.ratios)}"
+        cpu_ratios = f"{its.cpu_ratio:.3f} {extremes(its.cpu_ratios)}"
         lines.append(
             f"{its.predictor:16s} {1e3 * its.layer_seconds:8.1f} {1e3 * its.step_seconds:8.1f}  "
-            f"{its.ratio:.3f} {extremes:20s} {its.predictor_ratio:9.1%} {its.main_ratio:7.1%} "
+            f"{ratios:33s} {cpu_ratios:27s} {its.predictor_ratio:9.1%} {its.main_ratio:6.1%} "
             f"{1e6 * its.main_layer_seconds:9.1f} {its.skipped_steps:8d}"
         )
     return "\n".join(lines)
+
+
+def extremes(ratios: Sequence[float]) -> str:
+    return f"({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def main() -> None:
