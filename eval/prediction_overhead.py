@@ -205,9 +205,9 @@ class Model:
             self.layer_seconds.append(self.main_seconds[-1] - before)
 
     def _call(self, call: Callable[[], object]) -> None:
-        started = time.thread_time()
+        started = time.perf_counter()
         call()
-        self.main_seconds[-1] += time.thread_time() - started
+        self.main_seconds[-1] += time.perf_counter() - started
 
 
 class Nobody(Advisor):
@@ -286,7 +286,7 @@ def measure(options: argparse.Namespace, predictor: str, layer_seconds: float) -
         cpu_ratio=median(cpu_ratios),
         cpu_ratios=[round(its, 4) for its in cpu_ratios],
         predictor_ratio=predictor_seconds / num_steps / step_seconds,
-        main_ratio=median(model.main_seconds) / median(without.cpu_seconds for without, _ in pairs),
+        main_ratio=median(model.main_seconds) / step_seconds,
         main_layer_least=float(np.quantile(model.layer_seconds, 0.1)),
         main_layer_median=median(model.layer_seconds),
         skipped_steps=prefetching.num_skipped_steps,
