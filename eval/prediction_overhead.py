@@ -6,25 +6,28 @@ A step is a made-up forward pass: each layer is a few matrix products that let g
 `--layer-seconds` together; memory and prefetching are called as the model calls them, loads bring
 nothing and take no time. Routing is made up too: experts with unequal chances, and tokens that choose
 two thirds of their experts again. Steps with and without take turns, `--window` at a time, and the
-ratio is of neighbours. On one core or a busy machine the predictor's CPU time counts too: it is what a
-step is longer by where no core is left for it.
+ratio is of neighbours: of seconds, and of CPU seconds of the forward pass's thread, which on a machine with
+nothing else to do are the same, and on a busy one leave out who else ran meanwhile. Where no core is left for
+the predictor, its CPU time counts too.
+
+"nobody" is a predictor that is told all and answers but computes nothing: what telling costs.
 """
 
 import argparse
 import json
 import multiprocessing
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
-import zmq
 from tqdm import tqdm
 
 from eval.servers import describe_run
@@ -34,11 +37,11 @@ from sglmoe.memory.experts import ABSENT, Load
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.prefetch import Arrival
 from sglmoe.memory.step_times import StepTimes
-from sglmoe.prediction.advisor import AUDITION_STEPS
-from sglmoe.prediction.predictor import ModelParts
+from sglmoe.prediction.advisor import AUDITION_STEPS, Advisor, LinkTimes, Outlook
+from sglmoe.prediction.baselines import LastStep
+from sglmoe.prediction.predictor import LayerRouting, ModelParts, StepTokens
 from sglmoe.predictor.listener import SentEmbeddings
 from sglmoe.predictor.process import PROCESS_NAME, start_predictor
-from sglmoe.transport import make_socket_directory
 from sglmoe.worker.predictors import Sources, make_advisor
 from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.request import WorkerRequest
@@ -61,9 +64,23 @@ class Figures(msgspec.Struct, frozen=True):
     step_seconds: float  # median of windows, without
     ratio: float  # median over pairs of windows: with, as a share of without
     ratios: list[float]
+    cpu_ratio: float  # the same of CPU seconds of the forward pass's thread
+    cpu_ratios: list[float]
     predictor_ratio: float  # the predictor's CPU time, as a share of a step without
-    main_ratio: float  # what the forward pass's thread spends in its calls
+    main_ratio: (
+        float  # CPU seconds that the forward pass's thread spends in its calls, in the median step
+    )
+    # The same of a layer, in seconds: the tenth that was disturbed least, and the median.
+    main_layer_least: float
+    main_layer_median: float
     skipped_steps: int
+
+
+class Times(NamedTuple):
+    """Of a step, or medians."""
+
+    seconds: float
+    cpu_seconds: float  # of the forward pass's thread
 
 
 class NoLink:
@@ -143,17 +160,18 @@ class Model:
             load_experts=lambda loads: None,
             background=NoLink(),
         )
-        self.main_seconds = 0.0  # in calls of prefetching
+        self.main_seconds: list[float] = []  # of steps, in calls of prefetching
+        self.layer_seconds: list[float] = []  # the same of layers
         self._number = 0
         self._rids = [str(number) for number in range(options.batch)]
         self._requests: list[WorkerRequest] = [None] * options.batch  # type: ignore[list-item]
 
-    def step(self, work: Work, prefetching: Prefetching | None) -> float:
-        """Its seconds."""
-        started = time.perf_counter()
+    def step(self, work: Work, prefetching: Prefetching | None) -> Times:
+        started, cpu_started = time.perf_counter(), time.thread_time()
         number = self._number = self._number + 1
         self.memory.begin_step()
         if prefetching is not None:
+            self.main_seconds.append(0.0)
             tokens = np.arange(len(self._rids))
             self._call(
                 lambda: prefetching.begin_step(
@@ -168,10 +186,11 @@ class Model:
             kind = StepKind(self._requests, 0)
             cost = StepCost(seconds, 0.0, 0)
             self._call(lambda: prefetching.step_done(kind, self.memory.snapshot(number), cost))
-        return time.perf_counter() - started
+        return Times(time.perf_counter() - started, time.thread_time() - cpu_started)
 
     def _layer(self, layer: int, step: int, work: Work, prefetching: Prefetching | None) -> None:
         """Experts run when half of the layer has."""
+        before = self.main_seconds[-1] if prefetching is not None else 0.0
         work()
         if prefetching is not None:
             ids, logits = self._ids[step][layer], self._logits[step][layer]
@@ -183,11 +202,34 @@ class Model:
         work()
         if prefetching is not None:
             self._call(prefetching.look_ahead)
+            self.layer_seconds.append(self.main_seconds[-1] - before)
 
     def _call(self, call: Callable[[], object]) -> None:
         started = time.perf_counter()
         call()
-        self.main_seconds += time.perf_counter() - started
+        self.main_seconds[-1] += time.perf_counter() - started
+
+
+class Nobody(Advisor):
+    """Is told all there is, and always says the same."""
+
+    def begin_step(
+        self, step: int, tokens: StepTokens, times: LinkTimes, *, late: int, unused: int
+    ) -> None:
+        self._step = step
+
+    def observe(self, routing: LayerRouting, *, was_absent: npt.NDArray[np.bool_]) -> None:
+        self._layer = routing.layer
+
+    def outlook(self) -> Outlook:
+        return Outlook(self._step, self._layer, np.zeros(self._shape, np.float32), [])
+
+
+def make(predictor: str, sources: Sources, frame_table: npt.NDArray[np.int32]) -> Advisor:
+    if predictor == "nobody":
+        silent = LastStep(sources.parts)
+        return Nobody({predictor: silent}, silent, frame_table=frame_table)
+    return make_advisor(predictor, sources, frame_table=frame_table)
 
 
 def start_prefetching(model: Model, predictor: str, layer_seconds: float) -> Prefetching:
@@ -200,15 +242,11 @@ def start_prefetching(model: Model, predictor: str, layer_seconds: float) -> Pre
     parts = ModelParts(options.layers, options.experts, options.top_k)
     sources = Sources(parts, router=None, vocab_size=0, folder=Path("nowhere"))
     frame_table = np.full_like(model.memory.frame_table, ABSENT)
-    directory = make_socket_directory()
     client = start_predictor(
-        make_advisor(predictor, sources, frame_table=frame_table),
+        make(predictor, sources, frame_table),
         frame_table,
         SentEmbeddings(HIDDEN),
-        context=zmq.Context.instance(),
-        directory=directory,
     )
-    shutil.rmtree(directory)
     return Prefetching(
         model.memory,
         client,
@@ -224,7 +262,8 @@ def measure(options: argparse.Namespace, predictor: str, layer_seconds: float) -
     prefetching = start_prefetching(model, predictor, layer_seconds)
     for _ in range(options.warmup):
         model.step(work, prefetching)
-    pairs, predictor_seconds, model.main_seconds = [], 0.0, 0.0
+    pairs, predictor_seconds = [], 0.0
+    model.main_seconds, model.layer_seconds = [], []
     for _ in range(options.rounds):
         model.step(work, None)  # meanwhile the predictor catches up
         without = [model.step(work, None) for _ in range(options.window)]
@@ -232,20 +271,30 @@ def measure(options: argparse.Namespace, predictor: str, layer_seconds: float) -
         before = predictor_cpu_seconds()
         together = [model.step(work, prefetching) for _ in range(options.window)]
         predictor_seconds += predictor_cpu_seconds() - before
-        pairs.append((median(without), median(together)))
+        pairs.append((medians(without), medians(together)))
     prefetching.close()
-    step_seconds = median(without for without, _ in pairs)
+    step_seconds = median(without.seconds for without, _ in pairs)
+    ratios = [together.seconds / without.seconds for without, together in pairs]
+    cpu_ratios = [together.cpu_seconds / without.cpu_seconds for without, together in pairs]
     num_steps = options.rounds * options.window
     return Figures(
         predictor=predictor,
         layer_seconds=layer_seconds,
         step_seconds=step_seconds,
-        ratio=median(together / without for without, together in pairs),
-        ratios=[round(together / without, 4) for without, together in pairs],
+        ratio=median(ratios),
+        ratios=[round(its, 4) for its in ratios],
+        cpu_ratio=median(cpu_ratios),
+        cpu_ratios=[round(its, 4) for its in cpu_ratios],
         predictor_ratio=predictor_seconds / num_steps / step_seconds,
-        main_ratio=model.main_seconds / (num_steps + options.rounds) / step_seconds,
+        main_ratio=median(model.main_seconds) / step_seconds,
+        main_layer_least=float(np.quantile(model.layer_seconds, 0.1)),
+        main_layer_median=median(model.layer_seconds),
         skipped_steps=prefetching.num_skipped_steps,
     )
+
+
+def medians(steps: Sequence[Times]) -> Times:
+    return Times(median(its.seconds for its in steps), median(its.cpu_seconds for its in steps))
 
 
 def predictor_cpu_seconds() -> float:
@@ -257,15 +306,21 @@ def predictor_cpu_seconds() -> float:
 
 def table(found: Sequence[Figures]) -> str:
     lines = [
-        f"{'predictor':16s} layer ms  step ms  with/without (extremes)   predictor    main  skipped"
+        f"{'predictor':16s} layer ms  step ms  with/without {'':21s} CPU{'':25s}predictor   main, us/layer       skipped"
     ]
     for its in found:
-        extremes = f"({min(its.ratios):.3f} to {max(its.ratios):.3f})"
+        ratios = f"{its.ratio:.3f} {extremes(its.ratios)}"
+        cpu_ratios = f"{its.cpu_ratio:.3f} {extremes(its.cpu_ratios)}"
         lines.append(
             f"{its.predictor:16s} {1e3 * its.layer_seconds:8.1f} {1e3 * its.step_seconds:8.1f}  "
-            f"{its.ratio:.3f} {extremes:20s} {its.predictor_ratio:9.1%} {its.main_ratio:7.1%} {its.skipped_steps:6d}"
+            f"{ratios:33s} {cpu_ratios:27s} {its.predictor_ratio:9.1%} {its.main_ratio:6.1%} "
+            f"{1e6 * its.main_layer_least:7.1f} to {1e6 * its.main_layer_median:6.1f} {its.skipped_steps:8d}"
         )
     return "\n".join(lines)
+
+
+def extremes(ratios: Sequence[float]) -> str:
+    return f"({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Typed messages over ZeroMQ: one PUSH/PULL pair each way between two processes.
 
-The sockets are unix sockets in a directory of mode 0700 that the scheduler makes. The scheduler binds and the worker connects;
-the worker binds and its predictor connects. Nothing but the unions of `protocol` and `predictor/messages` is ever decoded.
+The sockets are unix sockets in a directory of mode 0700 that the scheduler makes. The scheduler binds and the worker connects.
+Nothing but the unions of `protocol` is ever decoded.
 """
 
 import asyncio
@@ -36,29 +36,14 @@ def results_address(directory: Path) -> str:
 
 
 class Sender(Generic[T]):
-    """The PUSH end, from a thread that may block. About `limit` messages at each end may wait to be received; 0: any number."""
+    """The PUSH end, from a thread that may block."""
 
-    def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        address: str,
-        *,
-        bind: bool,
-        limit: int = 0,
-    ):
-        self._socket = _open(context, zmq.PUSH, address, bind, limit)
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, *, bind: bool):
+        self._socket = _open(context, zmq.PUSH, address, bind)
         self._encoder = msgspec.msgpack.Encoder()
 
     def send(self, message: T) -> None:
         self._socket.send(self._encoder.encode(message))
-
-    def try_send(self, message: T) -> bool:
-        """Without waiting: False if too many wait already, or nobody is there."""
-        try:
-            self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
 
     def close(self) -> None:
         self._socket.close()
@@ -74,9 +59,8 @@ class Receiver(Generic[T]):
         union: object,
         *,
         bind: bool,
-        limit: int = 0,
     ):
-        self._socket = _open(context, zmq.PULL, address, bind, limit)
+        self._socket = _open(context, zmq.PULL, address, bind)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     def receive(self, timeout_seconds: float | None = None) -> T | None:
@@ -84,20 +68,6 @@ class Receiver(Generic[T]):
         if timeout_seconds is not None and not self._socket.poll(int(timeout_seconds * 1000)):
             return None
         return self._decoder.decode(self._socket.recv())
-
-    def receive_now(self) -> T | None:
-        """The next message if it is there."""
-        if not self._socket.get(zmq.EVENTS) & POLLIN:  # dear when asked for by an exception
-            return None
-        return self._decoder.decode(self._socket.recv())
-
-    def wait(self, timeout_seconds: float, *others: int) -> None:
-        """Until a message is there, one of these file descriptors is readable, or that time has passed."""
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        for other in others:
-            poller.register(other, zmq.POLLIN)
-        poller.poll(int(timeout_seconds * 1000))
 
     def close(self) -> None:
         self._socket.close()
@@ -156,11 +126,11 @@ class AsyncReceiver(Generic[T]):
         self._socket.close(linger=0)
 
 
-def _open(context, kind: int, address: str, bind: bool, limit: int = 0):  # type: ignore[no-untyped-def]
+def _open(context, kind: int, address: str, bind: bool):  # type: ignore[no-untyped-def]
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, LINGER_MILLISECONDS)
-    socket.setsockopt(zmq.SNDHWM, limit)
-    socket.setsockopt(zmq.RCVHWM, limit)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
     if bind:
         socket.bind(address)
     else:

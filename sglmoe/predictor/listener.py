@@ -16,7 +16,6 @@ from sglmoe.predictor.messages import (
     Wishes,
     array_bytes,
     rows,
-    unpack_mask,
 )
 
 # Arbitrary: so many steps from one report to the next.
@@ -54,7 +53,7 @@ class SentEmbeddings:
 
 
 class Listener:
-    """Owns an advisor, and the frame table that it reads: 0 for an expert in a frame, ABSENT for the others."""
+    """Owns an advisor, and the frame table that it reads, which is as it has last heard of it."""
 
     def __init__(
         self, advisor: Advisor, frame_table: npt.NDArray[np.int32], embeddings: SentEmbeddings
@@ -87,7 +86,10 @@ class Listener:
             probabilities=array_bytes(outlook.probabilities, np.float32),
             wanted=outlook.wanted,
             wishes=Wishes(
-                advisor.wants_probabilities, advisor.wants_gate_input, self._wants_embeddings
+                logits=advisor.wants_probabilities,
+                gate_input=advisor.wants_gate_input,
+                embeddings=self._wants_embeddings,
+                layers_ahead=advisor.horizon.layers,
             ),
             report=report,
         )
@@ -99,7 +101,7 @@ class Listener:
             np.frombuffer(its, np.int32) for its in (event.token_ids, event.positions, event.owners)
         )
         self._embeddings.note(token_ids, self._embeddings.unpack(event.embeddings))
-        self._note_residents(event.residents)
+        self._note_frames(event.frames, 0)
         self._advisor.begin_step(
             event.step,
             StepTokens(token_ids, positions, owners),
@@ -111,20 +113,23 @@ class Listener:
         self._is_report_due |= event.step % REPORT_STEPS == 0
 
     def _routed(self, event: LayerRouted) -> None:
-        self._note_residents(event.residents)
+        self._note_frames(event.frames, event.layer)
         was_absent = self._frame_table[event.layer] == ABSENT
         num_scored = event.num_tokens if event.logits else 0
         logits = np.frombuffer(event.logits, np.float32).reshape(num_scored, self._shape[1])
         routing = LayerRouting(
             event.layer,
-            rows(event.expert_ids, np.int16, event.num_tokens),
+            rows(event.expert_ids, np.int32, event.num_tokens),
             softmax(logits),
             rows(event.gate_input, np.float32, event.num_tokens) if event.gate_input else None,
         )
         self._advisor.observe(routing, was_absent=was_absent)
 
-    def _note_residents(self, residents: bytes) -> None:
-        self._frame_table[:] = np.where(unpack_mask(residents, self._shape), 0, ABSENT)
+    def _note_frames(self, frames: bytes, layer: int) -> None:
+        """Of all layers, or of those from this one on."""
+        table = np.frombuffer(frames, np.int32).reshape(-1, self._shape[1])
+        first = 0 if len(table) == self._shape[0] else layer
+        self._frame_table[first : first + len(table)] = table
 
     def _report(self) -> AdvisorReport:
         advisor = self._advisor

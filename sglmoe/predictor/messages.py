@@ -1,5 +1,6 @@
 """What the worker tells the predictor, and what it is told: one machine, so arrays travel as their bytes."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -9,8 +10,6 @@ import numpy.typing as npt
 
 from sglmoe.memory.prefetch import Wanted
 from sglmoe.prediction.advisor import LinkTimes
-
-Mask: TypeAlias = npt.NDArray[np.bool_]  # [num_layers, num_experts]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -26,7 +25,7 @@ class StepBegun(Message, frozen=True):
     owners: bytes
     embeddings: bytes  # float32 [T, hidden], or none
     ended: Sequence[int]  # owners that are no more; their numbers may be in `owners` again
-    residents: bytes  # `pack_mask`: experts that are in frames
+    frames: bytes  # int32 [num_layers, num_experts]: memory's frame table
     times: LinkTimes
     late: int  # prefetches of the step before that were late, and those that were of no use
     unused: int
@@ -37,10 +36,10 @@ class LayerRouted(Message, frozen=True):
 
     layer: int
     num_tokens: int
-    expert_ids: bytes  # int16 [T, top_k]
+    expert_ids: bytes  # int32 [T, top_k]
     logits: bytes  # float32 [T, num_experts], or none
     gate_input: bytes  # float32 [T, hidden], or none
-    residents: bytes
+    frames: bytes  # int32 [rows, num_experts]: of all layers, or of this one and some after it
 
 
 class Closed(Message, frozen=True):
@@ -51,11 +50,12 @@ Event: TypeAlias = StepBegun | LayerRouted | Closed
 
 
 class Wishes(msgspec.Struct, frozen=True):
-    """What the predictors that are heard make use of."""
+    """What those that are heard make use of: telling what nobody wants takes the forward pass time."""
 
     logits: bool = True
     gate_input: bool = True
     embeddings: bool = True
+    layers_ahead: int = sys.maxsize  # after a routed one: whose frames
 
 
 class AdvisorReport(msgspec.Struct, frozen=True):
@@ -102,12 +102,3 @@ def array_bytes(array: npt.NDArray[Any], dtype: npt.DTypeLike) -> bytes:
 def rows(data: bytes, dtype: npt.DTypeLike, num_rows: int) -> npt.NDArray[Any]:
     """A matrix of so many rows, read-only; one of no columns if there is nothing."""
     return np.frombuffer(data, dtype).reshape(num_rows, -1 if num_rows else 0)
-
-
-def pack_mask(mask: Mask) -> bytes:
-    return np.packbits(mask).tobytes()
-
-
-def unpack_mask(data: bytes, shape: tuple[int, int]) -> Mask:
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=shape[0] * shape[1])
-    return bits.view(np.bool_).reshape(shape)

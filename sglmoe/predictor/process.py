@@ -7,41 +7,50 @@ In a thread of the worker they cost a decode step of 48 layers x 128 experts and
 import multiprocessing
 import os
 import sys
+import time
 import traceback
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import setproctitle
-import zmq
 
-from sglmoe.prediction.advisor import Advisor
+from sglmoe.prediction.advisor import Advisor, LinkTimes
 from sglmoe.predictor.client import PredictorClient
 from sglmoe.predictor.listener import Listener, SentEmbeddings
 from sglmoe.predictor.messages import Answer, Closed, Event, Failed, LayerRouted, Ready, StepBegun
+from sglmoe.predictor.ring import Ring, RingReceiver, RingSender
 from sglmoe.start_up import ChildEntry
-from sglmoe.transport import Receiver, Sender
 
 PROCESS_NAME = "sglmoe-predictor"
 PROCESS_TITLE = "sglmoe::predictor"
 # Where cores are short, the forward pass has them: a prediction comes late, or a step is not told.
 NICENESS = 10
-# Arbitrary: so many events wait for the predictor before a step is not told; twice that, with what is in the sockets.
-MAX_WAITING = 128
+# Room for what has not been read: the gate inputs of 256 tokens for four layers of the widest models (7168 floats a
+# token), and the advice for the largest (61 layers of 384 experts) 40 times. What is never needed is never touched.
+EVENTS_BYTES = 32 << 20
+ANSWERS_BYTES = 4 << 20
 # Arbitrary: a process that is not there by then is not going to be.
 START_SECONDS = 60.0
 EXIT_SECONDS = 2.0
+# While it starts, and only then, it is asked so often whether it is there.
+POLL_SECONDS = 0.005
+# Arbitrary, these three. In the midst of a step it looks for the next event so often, and then at most so many times:
+# the time of 8 layers. Then it sleeps until it is woken, which is the sender's expense.
+LOOKS_PER_LAYER = 8
+NUM_LOOKS = 64
+LEAST_LOOK_SECONDS = 5e-5
 
 
 class ProcessLine:
-    """A predictor's process and the sockets to it: a `client.Line`."""
+    """A predictor's process and the rings to it and back: a `client.Line`."""
 
-    def __init__(self, process: BaseProcess, sender: Sender[Event], receiver: Receiver[Answer]):
+    def __init__(self, process: BaseProcess, events: Ring, answers: Ring):
         self.process = process
-        self._sender = sender
-        self._receiver = receiver
+        self._sender: RingSender[Event] = RingSender(events)
+        self._receiver: RingReceiver[Answer] = RingReceiver(answers, Answer)
 
     def send(self, event: Event) -> bool:
         return self._sender.try_send(event)
@@ -50,8 +59,11 @@ class ProcessLine:
         return self._receiver.receive_now()
 
     def wait_until_ready(self, seconds: float) -> None:
-        """Until it listens, or has ended, or so long."""
-        self._receiver.wait(seconds, self.process.sentinel)
+        """Until it has said its first word (`Ready`), has ended, or so long."""
+        deadline = time.monotonic() + seconds
+        while self.receive() is None and time.monotonic() < deadline:
+            if wait([self.process.sentinel], POLL_SECONDS):
+                return
 
     def death(self) -> str | None:
         if self.process.is_alive():
@@ -63,29 +75,20 @@ class ProcessLine:
         if self.process.is_alive():
             self.process.kill()
             self.process.join(EXIT_SECONDS)
-        self._sender.close()
-        self._receiver.close()
 
 
 def start_predictor(
-    advisor: Advisor,
-    frame_table: npt.NDArray[np.int32],
-    embeddings: SentEmbeddings,
-    *,
-    context: zmq.Context[Any],
-    directory: Path,
+    advisor: Advisor, frame_table: npt.NDArray[np.int32], embeddings: SentEmbeddings
 ) -> PredictorClient:
-    """Moves all three to a new process, which listens when this returns, or has failed. Sockets are made in `directory`."""
-    events, answers = (f"ipc://{directory}/predictor-{name}" for name in ("events", "answers"))
-    sender: Sender[Event] = Sender(context, events, bind=True, limit=MAX_WAITING)
-    receiver: Receiver[Answer] = Receiver(context, answers, Answer, bind=True, limit=MAX_WAITING)
+    """Moves all three to a new process, which listens when this returns, or has failed."""
+    events, answers = Ring(EVENTS_BYTES), Ring(ANSWERS_BYTES)
     process = multiprocessing.get_context("forkserver").Process(
         target=ChildEntry(__name__, "run_predictor"),
         args=(advisor, frame_table, embeddings, events, answers),
         name=PROCESS_NAME,
     )
     process.start()
-    line = ProcessLine(process, sender, receiver)
+    line = ProcessLine(process, events, answers)
     line.wait_until_ready(START_SECONDS)
     num_layers, num_experts = frame_table.shape
     return PredictorClient(line, num_layers=num_layers, num_experts=num_experts)
@@ -95,42 +98,46 @@ def run_predictor(
     advisor: Advisor,
     frame_table: npt.NDArray[np.int32],
     embeddings: SentEmbeddings,
-    events_address: str,
-    answers_address: str,
+    events: Ring,
+    answers: Ring,
 ) -> None:
     """The process's target. `frame_table` is the one that the advisor reads."""
-    context: zmq.Context[Any] = zmq.Context()
-    receiver: Receiver[Event] = Receiver(
-        context, events_address, Event, bind=False, limit=MAX_WAITING
-    )
-    sender: Sender[Answer] = Sender(context, answers_address, bind=False, limit=MAX_WAITING)
+    receiver: RingReceiver[Event] = RingReceiver(events, Event)
+    sender: RingSender[Answer] = RingSender(answers)
     compute_in_one_thread()
     setproctitle.setproctitle(PROCESS_TITLE)
     os.nice(NICENESS)
     try:
-        sender.send(Ready())
+        sender.try_send(Ready())
         listen(Listener(advisor, frame_table, embeddings), receiver, sender)
     except Exception:
         sender.try_send(Failed(traceback.format_exc()))
-    sender.close()
-    receiver.close()
-    context.term()
     os._exit(0)
 
 
-def listen(listener: Listener, events: Receiver[Event], answers: Sender[Answer]) -> None:
+def listen(listener: Listener, events: RingReceiver[Event], answers: RingSender[Answer]) -> None:
     """Until the last event."""
+    pace = LinkTimes(0.0, 0.0)
     event = events.receive()
     while True:
         match event:
-            case StepBegun() | LayerRouted():
+            case StepBegun(times=times):
                 listener.hear(event)
-            case Closed() | None:
+                pace = times
+            case LayerRouted():
+                listener.hear(event)
+            case Closed():
                 return
-        event = events.receive_now()
-        if event is None:  # else what it would say is out of date
+        following = events.receive_now()
+        if following is None:  # else what it would say is out of date
             answers.try_send(listener.advice())
-            event = events.receive()
+            following = events.receive(num_looks=NUM_LOOKS, look_seconds=look_seconds(pace))
+        event = following
+
+
+def look_seconds(pace: LinkTimes) -> float:
+    """How long to wait until looking again for what comes once in a layer's time."""
+    return max(LEAST_LOOK_SECONDS, pace.layer_seconds / LOOKS_PER_LAYER)
 
 
 def compute_in_one_thread() -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from sglmoe.config import PrefetchMode
-from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.layer_streaming import BULK_TOKENS
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.step_times import StepTimes
@@ -21,7 +20,7 @@ from sglmoe.prediction.predictor import Embed
 from sglmoe.prediction.prefetch import loads_to_begin
 from sglmoe.prediction.trial import Trial, Verdict
 from sglmoe.predictor.client import PredictorClient, Said
-from sglmoe.predictor.messages import StepBegun, array_bytes, pack_mask
+from sglmoe.predictor.messages import StepBegun, array_bytes
 from sglmoe.protocol import MemorySnapshot, PrefetchReport
 from sglmoe.worker.routed import Routed
 from sglmoe.worker.step_watch import StepCost, StepKind
@@ -105,7 +104,7 @@ class Prefetching:
             owners=numbers[owners].tobytes(),
             embeddings=self._embeddings(token_ids),
             ended=self._ended,
-            residents=self._residents(),
+            frames=self._memory.frame_table.tobytes(),
             times=self._now,
             late=self._late,
             unused=self._unused,
@@ -121,7 +120,7 @@ class Prefetching:
         wishes = self._predictor.wishes
         self._predictor.tell(
             routing.to_host(
-                self._residents(),
+                self._frames_from(layer, wishes.layers_ahead),
                 with_logits=not self._is_bulk and wishes.logits,
                 with_gate_input=not self._is_bulk and wishes.gate_input,
             )
@@ -185,8 +184,12 @@ class Prefetching:
     def _is_on(self) -> bool:
         return self._mode is PrefetchMode.ON and self._trial.is_on and not self._is_paused
 
-    def _residents(self) -> bytes:
-        return pack_mask(self._memory.frame_table != ABSENT)
+    def _frames_from(self, layer: int, layers_ahead: int) -> bytes:
+        """Of this layer and so many after it; the last one is before all layers of the next step."""
+        table = self._memory.frame_table
+        if layer + 1 < self._num_layers:
+            table = table[layer : layer + 1 + layers_ahead]
+        return table.tobytes()
 
     def _embeddings(self, token_ids: npt.NDArray[Any]) -> bytes:
         if self._embed is None or self._is_bulk or not self._predictor.wishes.embeddings:

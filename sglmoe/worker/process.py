@@ -8,21 +8,17 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
 import numpy as np
-import numpy.typing as npt
 import zmq
 
 from sglmoe.config import EngineConfig, MemoryPolicy, PrefetchMode
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.step_times import StepTimes
 from sglmoe.memory.use_counter import UseCounter
-from sglmoe.prediction.advisor import Advisor
 from sglmoe.prediction.predictor import ModelParts
-from sglmoe.predictor.client import PredictorClient
 from sglmoe.predictor.listener import SentEmbeddings
 from sglmoe.predictor.process import start_predictor
 from sglmoe.protocol import (
@@ -91,7 +87,6 @@ def run_worker(
             config,
             times,
             model_folder=Path(server_args.model_path),
-            start=partial(start_predictor, context=context, directory=directory),
         )
         worker = Worker(
             memory=loaded.memory,
@@ -167,7 +162,6 @@ def start_prefetching(
     times: StepTimes,
     *,
     model_folder: Path,
-    start: Callable[[Advisor, npt.NDArray[np.int32], SentEmbeddings], PredictorClient],
 ) -> Prefetching | None:
     """None where nothing is to be predicted. Raises ValueError for a predictor that does not exist or fit."""
     experts = loaded.experts
@@ -191,7 +185,7 @@ def start_prefetching(
     advisor = make_advisor(config.expert_predictor, sources, frame_table=frame_table)
     prefetching = experts.observer = Prefetching(
         loaded.memory,
-        start(advisor, frame_table, embeddings),
+        start_predictor(advisor, frame_table, embeddings),
         mode=config.expert_prefetch,
         times=times,
         first_load_seconds=loaded.memory.prices.expert_nanoseconds / 1e9,

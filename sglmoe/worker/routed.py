@@ -18,22 +18,21 @@ class Routed(msgspec.Struct, frozen=True, eq=False):
     hidden: torch.Tensor  # [T, hidden], the router's input
 
     def to_host(
-        self, residents: bytes, *, with_logits: bool, with_gate_input: bool
+        self, frames: bytes, *, with_logits: bool, with_gate_input: bool
     ) -> "RoutingOnItsWay":
-        """Begins to copy, what of it is wanted. `residents`: `pack_mask` of the experts that are in frames."""
-        wanted = [self.ids]
-        if with_logits:
-            wanted.append(self.logits)
-        if with_gate_input:
-            wanted.append(self.hidden)
-        copies, is_there = copy_to_host(wanted)
-        ids, *others = copies
+        """Begins to copy, what of it is wanted. `frames`: see `messages.LayerRouted`."""
+        logits = self.logits if with_logits else None
+        hidden = self.hidden if with_gate_input else None
+        if self.ids.is_cpu:
+            return RoutingOnItsWay(self.layer, self.ids, logits, hidden, frames, always)
+        wanted = [its for its in (self.ids, logits, hidden) if its is not None]
+        (ids, *others), is_there = copy_to_host(wanted)
         return RoutingOnItsWay(
             layer=self.layer,
             ids=ids,
             logits=others.pop(0) if with_logits else None,
             hidden=others.pop(0) if with_gate_input else None,
-            residents=residents,
+            frames=frames,
             is_there=is_there,
         )
 
@@ -45,17 +44,18 @@ class RoutingOnItsWay(msgspec.Struct, frozen=True, eq=False):
     ids: torch.Tensor
     logits: torch.Tensor | None
     hidden: torch.Tensor | None
-    residents: bytes
+    frames: bytes
     is_there: Callable[[], bool]
 
     def event(self) -> Event:
+        ids = self.ids.numpy()
         return LayerRouted(
             layer=self.layer,
-            num_tokens=len(self.ids),
-            expert_ids=array_bytes(self.ids.numpy(), np.int16),
+            num_tokens=len(ids),
+            expert_ids=array_bytes(ids, np.int32),
             logits=float_bytes(self.logits),
             gate_input=float_bytes(self.hidden),
-            residents=self.residents,
+            frames=self.frames,
         )
 
 
@@ -64,9 +64,7 @@ def float_bytes(tensor: torch.Tensor | None) -> bytes:
 
 
 def copy_to_host(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], bool]]:
-    """Copies, and what says whether they are there; no GPU has run that part."""
-    if tensors[0].device.type == "cpu":
-        return tensors, always
+    """Copies, and what says whether they are there; no GPU has run this."""
     copies = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)

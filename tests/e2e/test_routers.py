@@ -63,7 +63,7 @@ def observe(model_dir: Path, *, corrected: bool = False) -> Observed:
         experts.layer_ids,
         gate_inputs=arrays("gate_input", np.float32),
         logits=arrays("logits", np.float32),
-        chosen=arrays("expert_ids", np.int16),
+        chosen=arrays("expert_ids", np.int32),
         router=read_router(model, experts.layer_ids),
         embeddings=embedding_of(model)(np.array(PROMPT, np.int32)),
     )

@@ -30,7 +30,7 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "kernels": {"units"},
     "memory": FOUNDATION | {"kernels"},
     "prediction": FOUNDATION | {"memory"},
-    "predictor": FOUNDATION | {"transport", "memory", "prediction", "start_up"},
+    "predictor": FOUNDATION | {"memory", "prediction", "start_up"},
     "scheduler": FOUNDATION | {"transport", "live_view"},
     "worker": FOUNDATION
     | {"transport", "memory", "prediction", "predictor", "kernels", "packed_checkpoint"},
@@ -62,7 +62,7 @@ FORBIDDEN = {  # packages that a part must not see
     "kernels": {"zmq", "sglang", "asyncio"},
     "memory": {"zmq", "sglang", "asyncio"},
     "prediction": {"zmq", "sglang", "asyncio"},
-    "predictor": DEVICE | {"sglang", "pickle", "asyncio"},
+    "predictor": DEVICE | {"zmq", "sglang", "pickle", "asyncio"},
     "scheduler": DEVICE | {"sglang", "pickle"},
 }
 KNOWS_SGLANG = (  # the only files that do, as patterns

@@ -10,9 +10,9 @@ from sglmoe.memory.experts import ABSENT
 from sglmoe.prediction.advisor import Advisor, LinkTimes
 from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
 from sglmoe.predictor.client import PredictorClient, Said
-from sglmoe.predictor.messages import Event, LayerRouted, StepBegun, array_bytes, pack_mask
+from sglmoe.predictor.messages import Event, LayerRouted, StepBegun, array_bytes
 
-NOTHING_RESIDENT = pack_mask(np.zeros((2, 4), np.bool_))
+NO_FRAMES = np.full((2, 4), ABSENT, np.int32).tobytes()
 
 
 class Noting:
@@ -67,7 +67,7 @@ def begun(step: int, *ended: int) -> StepBegun:
         owners=number,
         embeddings=b"",
         ended=ended,
-        residents=NOTHING_RESIDENT,
+        frames=NO_FRAMES,
         times=LinkTimes(0.1, 0.1),
         late=0,
         unused=0,
@@ -78,10 +78,10 @@ def routed(layer: int) -> LayerRouted:
     return LayerRouted(
         layer=layer,
         num_tokens=1,
-        expert_ids=array_bytes(np.zeros(1), np.int16),
+        expert_ids=array_bytes(np.zeros(1), np.int32),
         logits=b"",
         gate_input=b"",
-        residents=NOTHING_RESIDENT,
+        frames=NO_FRAMES,
     )
 
 

@@ -4,8 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.prefetch import Wanted
@@ -17,8 +15,6 @@ from sglmoe.predictor.messages import (
     StepBegun,
     Wishes,
     array_bytes,
-    pack_mask,
-    unpack_mask,
 )
 
 EMBEDDINGS = np.array([[1, 2, 3], [4, 5, 6]], np.float32)  # of tokens 70 and 7
@@ -66,7 +62,7 @@ class Bench:
         self,
         step: int,
         *,
-        residents: tuple[tuple[int, int], ...] = (),
+        frames: tuple[tuple[int, int], ...] = (),
         embeddings: bytes = EMBEDDINGS.tobytes(),
     ) -> None:
         self.listener.hear(
@@ -77,7 +73,7 @@ class Bench:
                 owners=array_bytes(np.array([1, 2]), np.int32),
                 embeddings=embeddings,
                 ended=[2],
-                residents=mask(*residents),
+                frames=table(*frames),
                 times=LinkTimes(expert_seconds=0.001, layer_seconds=0.004),
                 late=1,
                 unused=2,
@@ -86,27 +82,28 @@ class Bench:
 
     def routed(self, layer: int, **fields: Any) -> None:
         its = {
-            "expert_ids": array_bytes(np.array([[3, 1], [0, 3]]), np.int16),
+            "expert_ids": array_bytes(np.array([[3, 1], [0, 3]]), np.int32),
             "logits": LOGITS.tobytes(),
             "gate_input": GATE_INPUT.tobytes(),
-            "residents": mask(),
+            "frames": table(),
         }
         self.listener.hear(LayerRouted(layer=layer, num_tokens=2, **its | fields))
 
     def steps(self, count: int) -> None:
         """Both tokens choose expert 3, twice."""
-        only_3 = array_bytes(np.full((2, 2), 3), np.int16)
+        only_3 = array_bytes(np.full((2, 2), 3), np.int32)
         for number in range(count):
             self.begin(number)
             self.routed(0, expert_ids=only_3)
             self.routed(1, expert_ids=only_3)
 
 
-def mask(*experts: tuple[int, int]) -> bytes:
-    its = np.zeros((2, 4), np.bool_)
-    for key in experts:
-        its[key] = True
-    return pack_mask(its)
+def table(*experts: tuple[int, int]) -> bytes:
+    """With these in frames."""
+    its = np.full((2, 4), ABSENT, np.int32)
+    for number, key in enumerate(experts):
+        its[key] = number
+    return its.tobytes()
 
 
 def test_a_predictor_is_told_what_was_sent() -> None:
@@ -152,8 +149,8 @@ def test_advice_says_what_predictors_want_from_now_on() -> None:
     asking, modest = Bench(), Bench(wants=False)
     for bench in (asking, modest):
         bench.begin(1)
-    assert asking.listener.advice().wishes == Wishes(True, True, True)
-    assert modest.listener.advice().wishes == Wishes(False, False, False)
+    assert asking.listener.advice().wishes == Wishes(True, True, True, layers_ahead=1)
+    assert modest.listener.advice().wishes == Wishes(False, False, False, layers_ahead=1)
 
 
 def test_the_advisor_hears_what_became_of_prefetches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,18 +165,29 @@ def test_the_advisor_hears_what_became_of_prefetches(monkeypatch: pytest.MonkeyP
 def test_residents_are_not_wanted_and_no_misses() -> None:
     bench = Bench()
     bench.steps(50)
-    bench.begin(50, residents=((0, 3),))
+    bench.begin(50, frames=((0, 3),))
     assert bench.listener.advice().wanted == []
     bench.begin(51)
-    bench.routed(0, residents=mask((1, 3)))
+    bench.routed(0, frames=table((1, 3)))
     assert bench.listener.advice().wanted == []
-    bench.begin(51, residents=((1, 3),))
-    bench.routed(0, residents=mask((1, 0), (1, 1)))
+    bench.begin(51, frames=((1, 3),))
+    bench.routed(0, frames=table((1, 0), (1, 1)))
     advice = bench.listener.advice()
     assert (advice.step, advice.layer) == (51, 0)
     assert advice.wanted == [Wanted(1, 3, pytest.approx(1, abs=0.1))]
     probabilities = np.frombuffer(advice.probabilities, np.float32).reshape(2, 4)
     assert probabilities[1, 3] == pytest.approx(1, abs=0.1)
+
+
+def test_of_layers_that_nothing_is_said_of_the_last_word_holds() -> None:
+    bench = Bench()
+    bench.steps(50)
+    for frames, wanted in ((((1, 3),), []), ((), [(1, 3)])):
+        bench.begin(50, frames=frames)
+        bench.routed(0, frames=array_bytes(np.array([7, ABSENT, ABSENT, ABSENT]), np.int32))
+        assert [(its.layer, its.expert) for its in bench.listener.advice().wanted] == wanted
+    assert bench.listener._frame_table.tolist() == [[7, -1, -1, -1], [-1, -1, -1, -1]]
+    assert bench.listener.advice().wishes.layers_ahead == 1
 
 
 def test_a_report_comes_now_and_then() -> None:
@@ -196,12 +204,6 @@ def test_a_report_comes_now_and_then() -> None:
     assert report is not None
     assert (report.precision, report.recall) == (0.75, 1.0), "of all four, 0, 1 and 3 were used"
     assert len(report.recall_by_layer) == 2
-
-
-@given(st.lists(st.booleans(), min_size=15, max_size=15))
-def test_masks_survive_the_way(bits: list[bool]) -> None:
-    its = np.array(bits).reshape(3, 5)
-    assert (unpack_mask(pack_mask(its), (3, 5)) == its).all()
 
 
 def test_softmax_of_large_logits_and_of_none() -> None:

@@ -1,28 +1,30 @@
 """The predictor as a process of its own: told, answering, ended, killed."""
 
+import multiprocessing
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import numpy as np
+import psutil
 import pytest
-import zmq
 
 from sglmoe.memory.experts import ABSENT
 from sglmoe.prediction.advisor import Advisor, LinkTimes, Outlook
 from sglmoe.prediction.baselines import Frequency
-from sglmoe.prediction.predictor import ModelParts
+from sglmoe.prediction.predictor import ModelParts, Predictor, StepTokens
 from sglmoe.predictor.client import PredictorClient, Said
 from sglmoe.predictor.listener import SentEmbeddings
-from sglmoe.predictor.messages import LayerRouted, StepBegun, array_bytes, pack_mask
-from sglmoe.predictor.process import MAX_WAITING, ProcessLine, start_predictor
-from sglmoe.transport import make_socket_directory
+from sglmoe.predictor.messages import LayerRouted, StepBegun, array_bytes
+from sglmoe.predictor.process import ProcessLine, start_predictor
+from sglmoe.predictor.ring import NUM_PLACES
+from sglmoe.start_up import ChildEntry
 
 WAIT_SECONDS = 30
 PARTS = ModelParts(num_layers=2, num_experts=4, top_k=1)
-NOTHING_RESIDENT = pack_mask(np.zeros((2, 4), np.bool_))
+NO_FRAMES = np.full((2, 4), ABSENT, np.int32).tobytes()
 
 
 def begun(step: int) -> Said:
@@ -35,7 +37,7 @@ def begun(step: int) -> Said:
             owners=number,
             embeddings=b"",
             ended=(),
-            residents=NOTHING_RESIDENT,
+            frames=NO_FRAMES,
             times=LinkTimes(0.001, 0.001),
             late=0,
             unused=0,
@@ -48,25 +50,21 @@ def routed(layer: int) -> Said:
         LayerRouted(
             layer=layer,
             num_tokens=1,
-            expert_ids=array_bytes(np.full(1, 3), np.int16),
+            expert_ids=array_bytes(np.full(1, 3), np.int32),
             logits=b"",
             gate_input=b"",
-            residents=NOTHING_RESIDENT,
+            frames=NO_FRAMES,
         )
     )
 
 
 class Bench:
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        directory = make_socket_directory()
+    def __init__(self, predictor: Predictor | None = None) -> None:
         frame_table = np.full((2, 4), ABSENT, np.int32)
         advisor = Advisor(
-            {"frequency": Frequency(PARTS)}, Frequency(PARTS), frame_table=frame_table
+            {"frequency": predictor or Frequency(PARTS)}, Frequency(PARTS), frame_table=frame_table
         )
-        self.client: PredictorClient = start_predictor(
-            advisor, frame_table, SentEmbeddings(2), context=context, directory=directory
-        )
-        shutil.rmtree(directory)  # as the scheduler does it: they need no names any more
+        self.client: PredictorClient = start_predictor(advisor, frame_table, SentEmbeddings(2))
         line = self.client._line
         assert isinstance(line, ProcessLine)
         self.line = line
@@ -97,13 +95,11 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    its = Bench(context)
+    its = Bench()
     yield its
     if its.line.process.is_alive():
         its.client.close()
     assert not its.line.process.is_alive()
-    context.destroy(linger=0)
 
 
 def test_it_learns_and_says_what_is_next(bench: Bench) -> None:
@@ -124,9 +120,9 @@ def test_one_that_stands_still_is_not_waited_for(bench: Bench) -> None:
     pid = bench.line.process.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    for step in range(4 * MAX_WAITING):
+    for step in range(4 * NUM_PLACES):
         bench.step(step)
-    assert bench.client.num_skipped > MAX_WAITING
+    assert bench.client.num_skipped > NUM_PLACES
     assert not bench.client.failed
     os.kill(pid, signal.SIGCONT)
 
@@ -149,3 +145,39 @@ def test_one_that_is_killed_is_given_up(bench: Bench) -> None:
     eventually(is_given_up)
     bench.step(2)
     assert bench.client.outlook() is None
+
+
+def start_and_stay(told: Connection) -> None:
+    """A worker: it has a predictor that waits, and does nothing."""
+    told.send(Bench().line.process.pid)
+    told.recv()
+
+
+def test_one_that_waits_dies_with_its_worker() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("forkserver").Process(
+        target=ChildEntry(__name__, "start_and_stay"), args=(theirs,)
+    )
+    worker.start()
+    pid = ours.recv()
+    worker.kill()
+    eventually(lambda: not psutil.pid_exists(pid))
+    worker.join()
+
+
+class Failing(Frequency):
+    def begin_step(self, tokens: StepTokens) -> None:
+        raise RuntimeError("a bug")
+
+
+def test_one_that_fails_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(Failing(PARTS))
+    bench.step(1)
+
+    def is_given_up() -> bool:
+        bench.client.outlook()
+        return bench.client.failed
+
+    eventually(is_given_up)
+    assert "a bug" in caplog.text
+    bench.client.close()

@@ -17,7 +17,7 @@ from sglmoe.prediction.advisor import Advisor
 from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
 from sglmoe.prediction.trial import Trial, Verdict
 from sglmoe.predictor.client import Said
-from sglmoe.predictor.messages import Advice, StepBegun, Wishes
+from sglmoe.predictor.messages import Advice, LayerRouted, StepBegun, Wishes
 from sglmoe.protocol import NewRequest
 from sglmoe.worker.prefetching import REPORT_STEPS, Prefetching
 from sglmoe.worker.request import WorkerRequest
@@ -212,6 +212,21 @@ def test_after_the_last_layer_the_next_step_is_begun(bench: Bench) -> None:
     bench.begin("a")
     bench.layer(0, 3)
     assert bench.memory.snapshot(0).prefetches_used == before + 1
+
+
+def test_frames_are_told_of_the_layers_that_somebody_looks_at() -> None:
+    bench = Bench(PrefetchMode.OBSERVE)
+    bench.begin("a")
+    bench.layer(0, 1, 3)
+    told = []
+    for layer in (0, 1):
+        bench.client.wishes = Wishes(layers_ahead=0)
+        bench.layer(layer, 0)
+        event = bench.line.told[-1]
+        assert isinstance(event, LayerRouted)
+        told.append((np.frombuffer(event.frames, np.int32).reshape(-1, 4) != ABSENT).tolist())
+    assert told[0] == [[False, True, False, True]], "before its own are loaded"
+    assert told[1] == [[True, True, False, True], [False] * 4], "all, for the next step"
 
 
 def test_what_comes_late_is_begun_for_the_layers_ahead_alone(bench: Bench) -> None:
