@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -19,19 +19,21 @@ from sglmoe.errors import models
 from sglmoe.errors.budgets import experts_held_beside_budget
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_geometry
 from sglmoe.memory.background_copier import BackgroundCopier, Copy
+from sglmoe.memory.decode_ratio import DecodeRatio
 from sglmoe.memory.device_decode import NUM_STAGED, DecodedFrames, can_decode, staged_bytes
 from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier, page_lock
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.host_tier import HostTier, TieredStore, make_blocks
 from sglmoe.memory.link_gate import LinkGate, LoadExperts
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.packed_order import Packing
 from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.read_rate import ReadRate
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import parse_bytes
 from sglmoe.worker.moe_layer import PagedExperts, install
-from sglmoe.worker.packed_experts import use_packed
+from sglmoe.worker.packed_experts import plan_packing, use_packed
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Loaded(msgspec.Struct, frozen=True):
     experts: PagedExperts
     memory: MemoryManager
     tier: HostTier
+    packing: Packing
     geometry: Geometry
     dense_bytes: int
     floor_frames: int
@@ -133,7 +136,7 @@ def load_model(
     arena = torch.empty(geometry.arena_bytes, dtype=torch.uint8, device=runner.device)
     # One token's experts: below that a decode step of a single request would need several waves.
     floor = runner.model_config.hf_text_config.num_experts_per_tok if experts.shape else 0
-    memory, tier = manage(arena, geometry, experts, floor_frames=floor, config=config)
+    memory, tier, packing = manage(arena, geometry, experts, floor_frames=floor, config=config)
     kv.move_to(arena, geometry.page_tokens)
     if experts.shape:
         experts.attach(arena, geometry, frame_table=memory.frame_table, waves=memory.waves)
@@ -146,6 +149,7 @@ def load_model(
         experts=experts,
         memory=memory,
         tier=tier,
+        packing=packing,
         dense_bytes=dense_bytes,
         geometry=geometry,
         floor_frames=floor,
@@ -243,7 +247,7 @@ def manage(
     *,
     floor_frames: int,
     config: EngineConfig,
-) -> tuple[MemoryManager, HostTier]:
+) -> tuple[MemoryManager, HostTier, Packing]:
     """The owner of the arena, and below it host memory, which fills in the background from now on."""
     num_layers = len(experts.layer_ids)
     num_experts = experts.shape.num_experts if experts.shape else 0
@@ -259,20 +263,24 @@ def manage(
     tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts, as_stored=as_stored)
     demand = LinkGate()
     prefetch = LinkGate(above=demand)
-    load_experts, copy_in_background = expert_copiers(arena, geometry, store, tier)
+    copiers = expert_copiers(arena, geometry, store, tier)
+    packing = plan_packing(
+        store, config.packed_share, copiers.decode_ratio, frame_bytes=geometry.frame_bytes
+    )
     background = None
     if config.expert_prefetch is PrefetchMode.ON and num_experts:
-        background = BackgroundCopier(copy_in_background, demand=demand, prefetch=prefetch)
+        background = BackgroundCopier(copiers.copy, demand=demand, prefetch=prefetch)
     memory = MemoryManager(
         geometry,
         num_layers=num_layers,
         num_experts=num_experts,
         floor_frames=floor_frames,
-        load_experts=demand.guard(load_experts),
+        load_experts=demand.guard(copiers.load),
         background=background,
         policy=config.memory_policy,
         expert_ratio=config.expert_ratio,
         host_counters=tier.counters,
+        packing=packing,
     )
     if len(blocks):
         Promoter(
@@ -282,13 +290,20 @@ def manage(
             heat=lambda: memory.expert_demand,
             residents=lambda: memory.frame_table != ABSENT,
         ).start()
-    return memory, tier
+    return memory, tier, packing
+
+
+class Copiers(NamedTuple):
+    """What copies experts into frames on this device."""
+
+    load: LoadExperts  # for layers that wait
+    copy: Copy  # for layers ahead
+    decode_ratio: DecodeRatio  # measured by the former
 
 
 def expert_copiers(
     arena: torch.Tensor, geometry: Geometry, store: ExpertStore, tier: HostTier
-) -> tuple[LoadExperts, Copy]:
-    """What copies experts into frames on this device, for layers that wait and for those ahead."""
+) -> Copiers:
     if arena.device.type == "cpu":
         copier = HostCopier(
             arena.numpy(),
@@ -296,13 +311,14 @@ def expert_copiers(
             store=TieredStore(tier, store),
             num_threads=os.cpu_count() or 1,
         )
-        return copier.load, copier.copy_in_background
+        return Copiers(copier.load, copier.copy_in_background, copier.decode_ratio)
     frames = {"arena": arena, "frame_bytes": geometry.frame_bytes, "store": store, "tier": tier}
     if not tier.as_stored:
-        return DeviceCopier(**frames).load, StreamCopier(**frames).copy
+        return Copiers(DeviceCopier(**frames).load, StreamCopier(**frames).copy, DecodeRatio())
     rows = arena.view(-1, geometry.frame_bytes)
     ahead = StreamCopier(**frames, new_into=lambda: DecodedFrames(rows, store, num_staged=1))
-    return DeviceCopier(**frames, into=DecodedFrames(rows, store)).load, ahead.copy
+    demand = DeviceCopier(**frames, into=DecodedFrames(rows, store))
+    return Copiers(demand.load, ahead.copy, DecodeRatio())
 
 
 def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:

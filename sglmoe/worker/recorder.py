@@ -180,9 +180,9 @@ class Recording:
         new_recorder: Callable[[], Recorder],
         memory: MemoryManager,
         *,
-        pause: Callable[[bool], None],
+        pause: Sequence[Callable[[bool], None]],
     ):
-        """`pause` stops and restarts whatever changes memory and is not recorded."""
+        """Each of `pause` stops and restarts something that changes memory and is not recorded."""
         self._worker = worker
         self._model = model
         self._pause = pause
@@ -209,7 +209,8 @@ class Recording:
         if not self._worker.is_idle:
             return False, str(requests.requests_running())
         self._stop()
-        self._pause(True)
+        for pause in self._pause:
+            pause(True)
         self._memory.clear()
         self._recorder = self._model.recorder = self._new_recorder()
         self._worker.memory = RecordedMemory(self._memory, self._recorder)
@@ -218,7 +219,8 @@ class Recording:
     def _stop(self) -> tuple[bool, str]:
         if self._recorder is not None:
             self._recorder.close()
-            self._pause(False)
+            for pause in self._pause:
+                pause(False)
         self._model.recorder = None
         self._worker.memory = self._memory
         return True, "stopped"

@@ -1,5 +1,6 @@
-"""Experts packed beside the checkpoint: the same answers, to the bit, with more of them in the same host memory."""
+"""Experts packed beside the checkpoint: the same answers, to the bit, with more of them in the same memory."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,14 @@ def pack(model_dir: Path) -> None:
     assert main(["--model-path", str(model_dir)]) == 0
 
 
-def serve(model_dir: Path, **options: str) -> Interview:
+def serve(model_dir: Path, *, num_frames: int = NUM_EXPERTS // 2, **options: str) -> Interview:
     """With frames for half of the experts and KV, and host memory for a quarter of the experts."""
     dense_bytes = (model_dir / "model.safetensors").stat().st_size - NUM_EXPERTS * EXPERT_BYTES
     with running_sglmoe(
         model_dir,
         dtype="bfloat16",
-        memory_budget=str(dense_bytes + NUM_EXPERTS // 2 * EXPERT_BYTES),
-        host_memory=str(NUM_BLOCKS * EXPERT_BYTES),
-        **options,
+        memory_budget=str(dense_bytes + num_frames * EXPERT_BYTES),
+        **{"host_memory": str(NUM_BLOCKS * EXPERT_BYTES)} | options,
     ) as engine:
         return Interview(*interview(engine), state=state_of(engine))
 
@@ -47,3 +47,39 @@ def test_packed_experts_change_no_bit_and_more_of_them_fit(tmp_path: Path) -> No
         assert NUM_BLOCKS / 0.72 < memory["host_blocks"] + 1 <= NUM_BLOCKS / 0.69
         assert memory["host_hits"] > 0
         assert memory["disk_reads"] > 0
+
+
+def serve_from_a_slow_disk(model_dir: Path, **options: str) -> Interview:
+    os.environ["SGLMOE_READ_RATE"] = "10MB"
+    return serve(model_dir, **options)
+
+
+def test_they_stay_packed_in_the_arena_and_change_no_bit_there(tmp_path: Path) -> None:
+    model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path)
+    plain = run_in_fork(serve, model_dir)
+    run_in_fork(pack, model_dir)
+    for num_frames, share in ((24, "50%"), (24, "20%"), (40, "60%")):
+        its = run_in_fork(serve, model_dir, num_frames=num_frames, packed_share=share)
+        check_same(its, plain)
+        memory = its.state["memory"]
+        parts = ("free_frames", "expert_frames", "packed_frames", "kv_frames")
+        assert sum(memory[part] for part in parts) == memory["num_frames"] == num_frames
+        assert memory["packed_hits"] > memory["packed_kept"] > 0
+        below = memory["host_hits"] + memory["disk_reads"]
+        assert memory["expert_misses"] == memory["packed_hits"] + below
+        assert its.state["packed"]["reason"] == f"{share} was asked for"
+
+
+def test_how_much_of_the_arena_that_is_follows_from_the_disk(tmp_path: Path) -> None:
+    model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path)
+    plain = run_in_fork(serve, model_dir)
+    run_in_fork(pack, model_dir)
+    options = {"packed_share": "auto", "host_memory": "0"}
+    slow = run_in_fork(serve_from_a_slow_disk, model_dir, **options)
+    check_same(slow, plain)
+    assert slow.state["memory"]["packed_hits"] > 0
+    assert slow.state["packed"]["decode_ratio"] < 0.2
+    quick = run_in_fork(serve, model_dir, **options)
+    check_same(quick, plain)
+    assert quick.state["memory"]["packed_kept"] == 0
+    assert quick.state["packed"]["decode_ratio"] > 0.3
