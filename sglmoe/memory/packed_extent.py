@@ -130,7 +130,7 @@ class InMemory:
 
     def take(self, num_bytes: int) -> Bytes:
         self._before_bytes(num_bytes)
-        parts = []
+        parts: list[Bytes] = []
         while self._pieces and (num_bytes or not parts):
             piece = self._pieces[0]
             parts.append(piece[:num_bytes])

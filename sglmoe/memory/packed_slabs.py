@@ -35,6 +35,7 @@ class PackedSlabs:
         self.kept = 0  # cells that were filled, likewise
         self.num_changes = 0  # of what is to be held, and of where
         self._frames = frames
+        self._num_experts = shape[1]
         self._frame_bytes, self._cell_bytes = frame_bytes, cell_bytes
         self._frame_at: list[int] = []  # place -> frame; ABSENT: a gap
         self._gaps: list[int] = []  # a heap of places
@@ -179,12 +180,12 @@ class PackedSlabs:
         return {place for cell in self._in_use.values() for place in self._places_of(cell)}
 
     def _number(self, key: tuple[int, int]) -> int:
-        return key[0] * self.is_packed.shape[1] + key[1]
+        return key[0] * self._num_experts + key[1]
 
     def _forget(self, cell: int) -> None:
         number = int(self._expert_at[cell])
         if number != ABSENT:
-            key = divmod(number, self.is_packed.shape[1])
+            key = divmod(number, self._num_experts)
             self.is_packed[key], self._cell_of[key] = False, ABSENT
             self._expert_at[cell] = ABSENT
 

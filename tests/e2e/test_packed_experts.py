@@ -22,14 +22,21 @@ def pack(model_dir: Path) -> None:
     assert main(["--model-path", str(model_dir)]) == 0
 
 
-def serve(model_dir: Path, *, num_frames: int = NUM_EXPERTS // 2, **options: str) -> Interview:
+def serve(
+    model_dir: Path,
+    *,
+    num_frames: int = NUM_EXPERTS // 2,
+    host_memory: str | None = str(NUM_BLOCKS * EXPERT_BYTES),
+    **options: str,
+) -> Interview:
     """With frames for half of the experts and KV, and host memory for a quarter of the experts."""
     dense_bytes = (model_dir / "model.safetensors").stat().st_size - NUM_EXPERTS * EXPERT_BYTES
     with running_sglmoe(
         model_dir,
         dtype="bfloat16",
         memory_budget=str(dense_bytes + num_frames * EXPERT_BYTES),
-        **{"host_memory": str(NUM_BLOCKS * EXPERT_BYTES)} | options,
+        host_memory=host_memory,
+        **options,
     ) as engine:
         return Interview(*interview(engine), state=state_of(engine))
 
@@ -49,37 +56,33 @@ def test_packed_experts_change_no_bit_and_more_of_them_fit(tmp_path: Path) -> No
         assert memory["disk_reads"] > 0
 
 
-def serve_from_a_slow_disk(model_dir: Path, **options: str) -> Interview:
+def serve_from_a_slow_disk(model_dir: Path) -> Interview:
     os.environ["SGLMOE_READ_RATE"] = "10MB"
-    return serve(model_dir, **options)
+    return serve(model_dir, num_frames=30, host_memory=None, packed_share="auto")
 
 
 def test_they_stay_packed_in_the_arena_and_change_no_bit_there(tmp_path: Path) -> None:
     model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path)
     plain = run_in_fork(serve, model_dir)
     run_in_fork(pack, model_dir)
-    for num_frames, share in ((24, "50%"), (24, "20%"), (40, "60%")):
+    for num_frames, share in ((30, "50%"), (44, "30%")):
         its = run_in_fork(serve, model_dir, num_frames=num_frames, packed_share=share)
         check_same(its, plain)
         memory = its.state["memory"]
         parts = ("free_frames", "expert_frames", "packed_frames", "kv_frames")
-        assert sum(memory[part] for part in parts) == memory["num_frames"] == num_frames
+        assert sum(memory[part] for part in parts) == memory["num_frames"]
         assert memory["packed_hits"] > memory["packed_kept"] > 0
         below = memory["host_hits"] + memory["disk_reads"]
         assert memory["expert_misses"] == memory["packed_hits"] + below
         assert its.state["packed"]["reason"] == f"{share} was asked for"
 
 
-def test_how_much_of_the_arena_that_is_follows_from_the_disk(tmp_path: Path) -> None:
+def test_where_the_disk_is_slow_they_do_so_without_being_told_how_many(tmp_path: Path) -> None:
     model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path)
     plain = run_in_fork(serve, model_dir)
     run_in_fork(pack, model_dir)
-    options = {"packed_share": "auto", "host_memory": "0"}
-    slow = run_in_fork(serve_from_a_slow_disk, model_dir, **options)
+    slow = run_in_fork(serve_from_a_slow_disk, model_dir)
     check_same(slow, plain)
     assert slow.state["memory"]["packed_hits"] > 0
-    assert slow.state["packed"]["decode_ratio"] < 0.2
-    quick = run_in_fork(serve, model_dir, **options)
-    check_same(quick, plain)
-    assert quick.state["memory"]["packed_kept"] == 0
-    assert quick.state["packed"]["decode_ratio"] > 0.3
+    assert slow.state["packed"]["decode_ratio"] < 0.2, "of what it takes to load one"
+    assert slow.state["packed"]["stall_seconds"] < slow.state["packed"]["ready_only_seconds"]
