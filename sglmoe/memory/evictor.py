@@ -97,7 +97,7 @@ class Evictor:
                 self._empty_frame(below=_value(victim))
             elif victim is not None:
                 victim.evict()
-            elif not self._drop_prefetch() and (self._goes_on(layer) or not self.evict_packed()):
+            elif not self._drop_prefetch():
                 return False
         return True
 

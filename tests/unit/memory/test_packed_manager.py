@@ -73,7 +73,7 @@ class Memory(MemoryManager):
     def kv(self, rid: str, num_frames: int) -> bool:
         """A request grows to so many frames of KV."""
         if rid not in self._requests:
-            self.admit(rid, tokens(100), "")
+            self.admit(rid, tokens(100), namespace=rid)
         fits = self.extend(rid, 8 * num_frames)
         assert self.violations() == []
         return fits
@@ -216,6 +216,30 @@ def test_a_share_gives_way_to_kv_in_step_with_the_experts_in_frames() -> None:
         snapshot = memory.snapshot(0)
         found.append((snapshot.packed_frames, snapshot.expert_frames))
     assert found == [(4, 3), (3, 3), (3, 2), (2, 2), (2, 1), (1, 1)]
+
+
+def test_a_prefix_that_is_worth_less_than_experts_goes_before_a_share_too() -> None:
+    """With 2 frames of KV, 4 packed ones are one more than half of the rest."""
+    memory = Memory(share=0.5)
+    memory.set_prices(expert_nanoseconds=10**9, token_nanoseconds=1)
+    assert memory.kv("a", 2)
+    memory.release("a", tokens(16), 16)
+    memory.pack(4, [])
+    memory.run(0, 0, 1)
+    assert memory.kv("b", 1)
+    assert (memory.packed, memory.snapshot(0).cached_pages) == (4, 2)
+
+
+def test_a_share_gives_way_to_kv_in_the_middle_of_a_wave_too() -> None:
+    """The two experts in frames are pinned, and two packed frames are their share."""
+    memory = Memory(share=0.5)
+    memory.pack(2, [(1, 0)])
+    assert memory.kv("a", 4)
+    wave = memory.waves(0, [0, 1])
+    next(wave)
+    assert memory.kv("a", 5)
+    assert memory.packed == 1
+    wave.close()
 
 
 def test_with_a_share_loads_leave_packed_experts_alone_even_if_they_save_nothing() -> None:
