@@ -13,6 +13,7 @@ from test_prefetches import Background
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import Load
+from sglmoe.memory.link_gate import Finish
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.packed_order import Packing
 from sglmoe.memory.prefetch import Wanted
@@ -28,6 +29,7 @@ class Memory(MemoryManager):
     def __init__(self, *, ratio: float = 0.1, share: float | None = None, floor_frames: int = 1):
         self.log: list[str] = []
         self.fails = False
+        self.is_slow = False
         self.ratio = ratio
         geometry = Geometry(
             num_frames=8,
@@ -49,12 +51,13 @@ class Memory(MemoryManager):
             packing=Packing(70, lambda: self.ratio, share),
         )
 
-    def _load(self, loads: Sequence[Load]) -> None:
+    def _load(self, loads: Sequence[Load]) -> Finish | None:
         if self.fails:
             raise OSError("the disk is gone")
         for load in loads:
             how = "" if load.cell is None else (" decoded" if load.cell.is_filled else " kept")
             self.log.append(f"{load.layer}.{load.expert}{how}")
+        return (lambda: 0.0) if self.is_slow else None
 
     def run(self, layer: int, *experts: int) -> list[list[int]]:
         """Compute a layer; its waves."""
@@ -204,6 +207,25 @@ def test_a_cell_that_is_read_stays_while_its_layer_looks_for_frames() -> None:
     memory.run(1, 0, 2, 3)
     assert memory.log == ["1.0 decoded", "1.2", "1.3"]
     assert memory.packed == 1
+
+
+def test_a_cell_that_is_read_is_no_room_for_kv() -> None:
+    """1.1 is pinned, 1.0 on its way out of the packed frame: beside these, and 4 of KV, one is free."""
+    memory = Memory()
+    memory.pack(1, [(1, 0)])
+    memory.run(1, 0)
+    assert memory.kv("a", 7), "1.0 is packed alone now"
+    memory.release("a", b"", 0)
+    memory.run(1, 1)
+    assert memory.kv("b", 4)
+    memory.is_slow = True
+    wave = memory.waves(1, [0, 1])
+    assert next(wave).tolist() == [1]
+    assert memory.log[-1] == "1.0 decoded"
+    assert not memory.kv("b", 6)
+    assert memory.kv("b", 5)
+    wave.close()
+    assert memory.kv("b", 7)
 
 
 def test_a_share_gives_way_to_kv_in_step_with_the_experts_in_frames() -> None:

@@ -299,6 +299,7 @@ def test_whoever_is_packed_stays_so_among_those_little_more_or_less_likely() -> 
 def test_a_fixed_share_is_in_whole_frames_and_leaves_the_floor() -> None:
     assert fix_packed_share(snapshot(), 0.5).packed_frames == 3
     assert fix_packed_share(snapshot(), 0.99).packed_frames == 5
+    assert fix_packed_share(snapshot(floor_frames=3), 0.99).packed_frames == 3
     plan = fix_packed_share(snapshot(), 0.67)
     assert (plan.packed_frames, plan.num_packed) == (4, 6)
     assert (plan.stall_seconds, plan.ready_only_seconds) == pytest.approx((0.0042, 0.006))

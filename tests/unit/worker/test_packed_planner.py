@@ -106,6 +106,11 @@ def test_where_decoding_takes_as_long_as_loading_nothing_is_packed(ratio: float)
     assert report.stall_seconds == report.ready_only_seconds > 0
 
 
+def test_a_load_takes_as_long_whatever_part_of_it_is_decoding() -> None:
+    quick, slow = Server(ratio=0.05).run(), Server(ratio=0.8).run()
+    assert quick.ready_only_seconds == pytest.approx(slow.ready_only_seconds)
+
+
 def test_a_share_is_held_whatever_it_promises() -> None:
     server = Server(share=0.75, ratio=1.0)
     report = server.run()
