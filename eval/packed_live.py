@@ -12,7 +12,7 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -121,9 +121,8 @@ class Bench:
             for _ in self._waves(layer, np.asarray(experts, np.intp)):
                 pass
         is_decoding = num_tokens <= MOST_DECODING
-        kind = StepKind(
-            [None] * num_tokens if is_decoding else [], 0 if is_decoding else num_tokens
-        )  # type: ignore[list-item]
+        decoding: Any = [None] * num_tokens if is_decoding else []
+        kind = StepKind(decoding, 0 if is_decoding else num_tokens)
         snapshot = self.memory.snapshot(0)
         self._watch.step_done(kind, snapshot, time.perf_counter() - started)
         if price := self._watch.new_price():
@@ -188,6 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
             num_frames = frames_of(frames, shape[0] * shape[1])
             bench = Bench(store, trace, num_frames, parse_packed_share(share))
             outcomes[share] = measure(bench, trace, warmup=options.warmup, num_steps=options.steps)
+            print(frames, share, outcomes[share], flush=True)
             rows.append(line(frames, share, outcomes[share], next(iter(outcomes.values()))))
     head = [
         "bytes",
