@@ -18,6 +18,7 @@ PERIOD_SECONDS = 0.5  # 2 % of two cores: see above
 COUNTERS = (
     "expert_hits",
     "expert_misses",
+    "packed_hits",
     "expert_bytes_moved",
     "stall_seconds",
     "experts_evicted",
@@ -28,7 +29,7 @@ COUNTERS = (
     "rejected_requests",
     "preempted_requests",
 )
-FRAMES = ("expert_frames", "running_kv_frames", "cached_kv_frames", "free_frames")
+FRAMES = ("expert_frames", "packed_frames", "running_kv_frames", "cached_kv_frames", "free_frames")
 
 Timeline = dict[str, list[float]]  # columns, all as long: "seconds", FRAMES and COUNTERS
 
@@ -49,6 +50,7 @@ def frames_by_kind(memory: dict[str, Any]) -> dict[str, float]:
     running = memory["kv_frames"] * running_ratio
     return {
         "expert_frames": memory["expert_frames"],
+        "packed_frames": memory["packed_frames"],
         "running_kv_frames": round(running, 2),
         "cached_kv_frames": round(memory["kv_frames"] - running, 2),
         "free_frames": memory["free_frames"],

@@ -17,8 +17,9 @@ from sglmoe.memory.arena import Frames, Geometry
 from sglmoe.memory.eviction import Clock
 from sglmoe.memory.expert_order import Candidate, ExpertOrder
 from sglmoe.memory.expert_pager import ExpertPager
-from sglmoe.memory.expert_values import NextUse, Probabilities, Values
-from sglmoe.memory.experts import ExpertIds, ExpertTable, Load
+from sglmoe.memory.expert_values import NextUse, Values
+from sglmoe.memory.experts import ExpertTable, Load
+from sglmoe.memory.packed_order import FrameValues
 from sglmoe.memory.packed_share import (
     Form,
     FormCosts,
@@ -28,40 +29,13 @@ from sglmoe.memory.packed_share import (
     plan_packed_share,
     plan_residence_forms,
 )
+from sglmoe.memory.packed_slabs import PackedSlabs
 from sglmoe.memory.prefetches import Prefetches
 from sglmoe.memory.prices import Prices
 from sglmoe.memory.residency import ExpertUses, MissCurve
 
 # Arbitrary: steps from one plan to the next. The worker's 64 are a fifth of some reference traces.
 PLAN_STEPS = 16
-
-
-class PackedValues:
-    """The cost-aware values of frames, where an expert that is packed too costs only its decoding."""
-
-    def __init__(self, values: NextUse, costs: FormCosts, is_packed: npt.NDArray[np.bool_]):
-        self._values = values
-        self._is_packed = is_packed
-        self._packed_ratio = costs.decode_seconds / costs.load_seconds
-
-    def now(self) -> Values:
-        values = self._values.now()
-        return np.where(self._is_packed, self._packed_ratio * values, values)
-
-    def begin_step(self) -> None:
-        self._values.begin_step()
-
-    def use(self, layer: int, experts: ExpertIds) -> None:
-        self._values.use(layer, experts)
-
-    def expect(self, layer: int, probabilities: Probabilities) -> None:
-        self._values.expect(layer, probabilities)
-
-    def demand(self) -> Values:
-        return self._values.demand()
-
-    def clear(self) -> None:
-        self._values.clear()
 
 
 class StepCounts(msgspec.Struct, frozen=True):
@@ -167,20 +141,23 @@ class PackedMemory:
         self._packed = PackedClass(shape)
         self._packed_frames: list[int] = []
         clock = Clock()
-        self._order = ExpertOrder(
-            self._table, PackedValues(self._uses, costs, self._packed.is_packed), clock=clock
+        values = FrameValues(
+            self._uses, self._packed.is_packed, lambda: costs.decode_seconds / costs.load_seconds
         )
+        self._order = ExpertOrder(self._table, values, clock=clock)
         self._prefetches = Prefetches(
             None,
             table=self._table,
             order=self._order,
             frames=self._frames,
             make_frame=lambda layer, value: False,
+            is_packed=self._packed.is_packed,
         )
         self._pager = ExpertPager(
             self._table,
             self._order,
             frames=self._frames,
+            slabs=PackedSlabs(self._frames, shape, frame_bytes=geometry.frame_bytes, cell_bytes=0),
             prefetches=self._prefetches,
             make_frame=self._make_frame,
             load_experts=self._load,

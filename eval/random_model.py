@@ -4,8 +4,9 @@
 
 The demo model's experts take 48 KiB: loading one costs less than calling for it. Here an expert's
 bytes are the better part of a decode step's time. It speaks the demo model's tokens, so that it can be asked in
-text, whose few frequent and many rare words route unevenly; its answers mean nothing. Float32: on
-a CPU without bfloat16 arithmetic half precision is slow to compute and quick to load.
+text, whose few frequent and many rare words route unevenly; its answers mean nothing. Float32 if not
+told otherwise: on a CPU without bfloat16 arithmetic half precision is slow to compute and quick to load;
+bfloat16 is what can be packed.
 """
 
 import argparse
@@ -68,13 +69,14 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--expert-size", type=int, default=512, help="inner size of an expert")
     parser.add_argument("--heads", type=int, default=8, help="as many for keys and values")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args()
-    random_model(options).save_pretrained(options.output)
+    dtype = getattr(torch, options.dtype)
+    random_model(options).to(dtype).save_pretrained(options.output)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (options.output / name).write_bytes((DEMO_MODEL / name).read_bytes())
-    print(
-        f"{options.output}: an expert takes {12 * options.hidden_size * options.expert_size:,} bytes"
-    )
+    expert_bytes = 3 * dtype.itemsize * options.hidden_size * options.expert_size
+    print(f"{options.output}: an expert takes {expert_bytes:,} bytes")
 
 
 if __name__ == "__main__":

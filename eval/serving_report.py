@@ -6,9 +6,10 @@ Runs of several phases get the report of `eval.shifting_report` instead: ratios 
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from eval.serving_runs import Groups, markdown_table, median, percent, ratio, read_runs
+from eval.serving_runs import Groups, Row, markdown_table, median, percent, ratio, read_runs
 from eval.shifting_report import shifting_sections
 
 PLOTS = {  # figure: (title, unit)
@@ -38,11 +39,18 @@ def table(groups: Groups) -> str:
                 f"{median(rows, 'median_ttft_ms'):.1f}",
                 ratio(rows, baseline, "median_ttft_ms"),
                 f"{median(rows, 'p99_itl_ms'):.1f}",
-                percent(median(rows, "hit_ratio")),
+                hits(rows),
                 percent(median(rows, "stall_share")),
             ]
         )
     return markdown_table(head.split(","), lines)
+
+
+def hits(rows: Sequence[Row]) -> str:
+    """Experts needed that were in a frame, and those that were decoded from the arena."""
+    packed = median(rows, "packed_ratio")
+    decoded = f" + {percent(packed)} packed" if packed else ""
+    return percent(median(rows, "hit_ratio")) + decoded
 
 
 def plot(groups: Groups, figure: str, path: Path) -> bool:

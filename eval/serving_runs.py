@@ -32,6 +32,9 @@ def shares(row: Row) -> dict[str, float]:
     found: dict[str, float] = {}
     if "expert_hits" in row:
         found["hit_ratio"] = percentage(row["expert_hits"], row["expert_misses"])
+        # Misses all the same, but decoded from the arena; runs of before that was built have none.
+        needed = row["expert_hits"] + row["expert_misses"]
+        found["packed_ratio"] = 100 * row.get("packed_hits", 0) / max(1, needed)
         found["stall_share"] = 100 * row["stall_seconds"] / row["duration"]
     if "cache_hit_tokens" in row:
         found["prefix_hit_ratio"] = percentage(row["cache_hit_tokens"], row["prefill_tokens"])

@@ -15,9 +15,12 @@ from sglmoe.errors.options import (
     not_a_size,
     not_seconds,
     not_seconds_above_0,
+    packed_share_on_a_gpu,
+    packed_share_without_values,
     together_more_than_there_is,
     ttft_target_without_filling,
     unknown_packed_experts,
+    unknown_packed_share,
     unknown_predictor,
 )
 from sglmoe.units import parse_bytes
@@ -83,6 +86,7 @@ class Options(msgspec.Struct, frozen=True):
     itl_target: str | None = None
     shutdown_timeout: str | None = None  # the server's; an engine has none
     packed_experts: str | None = None
+    packed_share: str | None = None
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -101,6 +105,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     ttft_target_seconds: float | None = None  # to the first token; bounds the collecting
     itl_target_seconds: float | None = None  # between tokens; bounds what runs together
     packed_experts: str = AUTO  # OFF, ON, AUTO, or the folder they are in
+    packed_share: float | None = (
+        0.0  # of the frames that KV leaves, for packed experts; None: planned
+    )
 
 
 def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) -> EngineConfig:
@@ -132,6 +139,7 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
         ttft_target_seconds=parse_ttft_target(options.ttft_target, options.fill_passes),
         itl_target_seconds=parse_target("--itl-target", options.itl_target),
         packed_experts=parse_packed_experts(options.packed_experts),
+        packed_share=_packed_share(options, machine, memory_policy),
     )
 
 
@@ -231,6 +239,30 @@ def parse_packed_experts(text: str | None) -> str:
     if text not in (OFF, ON, AUTO) and "/" not in text:
         raise unknown_packed_experts(given=text)
     return text
+
+
+def parse_packed_share(text: str | None) -> float | None:
+    """Read ``"off"``, the default: 0; ``"30%"``; or ``"auto"``: None. Raises ValueError."""
+    if text in (None, OFF):
+        return 0.0
+    if text == AUTO:
+        return None
+    match = _SHARE.fullmatch(text)
+    if not match or not 0 < float(match[1]) < 100:
+        raise unknown_packed_share(given=text)
+    return float(match[1]) / 100
+
+
+def _packed_share(options: Options, machine: Machine, policy: MemoryPolicy) -> float | None:
+    share = parse_packed_share(options.packed_share)
+    if share == 0.0:
+        return share
+    given = str(options.packed_share)
+    if machine.has_gpu:
+        raise packed_share_on_a_gpu(given=given)
+    if policy is not MemoryPolicy.COST_AWARE:
+        raise packed_share_without_values(given=given, policy=policy.value)
+    return share
 
 
 def _budget_bytes(text: str | None, machine: Machine) -> int:

@@ -21,8 +21,9 @@ class Engine(SglangEngine):
     """As `sglang.Engine`, which documents the methods, under one memory budget.
 
     `memory_budget`, `host_memory`, `memory_policy`, `memory_planner`, `expert_prefetch`, `expert_predictor`, `fill_passes`,
-    `expert_affinity`, `ttft_target`, `itl_target` and `packed_experts` are what the server's flags take, such as ``"2GiB"``.
-    All else is sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for what can't be served.
+    `expert_affinity`, `ttft_target`, `itl_target`, `packed_experts` and `packed_share` are what the server's flags take,
+    such as ``"2GiB"``. All else is sglang's ServerArgs; without `model_path` the demo model is loaded. Raises ValueError for
+    what can't be served.
     """
 
     run_detokenizer_process_func = detokenizer_entry()
@@ -41,6 +42,7 @@ class Engine(SglangEngine):
         ttft_target: str | None = None,
         itl_target: str | None = None,
         packed_experts: str | None = None,
+        packed_share: str | None = None,
         **flags: Any,
     ):
         load_plugins()
@@ -57,6 +59,7 @@ class Engine(SglangEngine):
             ttft_target=ttft_target,
             itl_target=itl_target,
             packed_experts=packed_experts,
+            packed_share=packed_share,
         )
         config = prepare(server_args, options)
         self.run_scheduler_process_func = scheduler_entry(config)

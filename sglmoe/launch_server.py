@@ -21,6 +21,7 @@ from sglmoe.config import (
     parse_memory_planner,
     parse_memory_policy,
     parse_packed_experts,
+    parse_packed_share,
     parse_shutdown_timeout,
     parse_target,
     parse_ttft_target,
@@ -171,12 +172,7 @@ def our_parser() -> Parser:
         help="How long requests may go on after SIGTERM; those that have not finished by then are answered with what they "
         "have, as aborted. Default: 60.",
     )
-    group.add_argument(
-        "--packed-experts",
-        metavar="off|on|auto|FOLDER",
-        help="Whether experts are read in the smaller form that python -m sglmoe.pack wrote beside the checkpoint, or into "
-        "FOLDER: auto (default) where there are any that match, on refuses to start without. The same bits either way.",
-    )
+    add_packed_flags(group)
     return parser
 
 
@@ -209,6 +205,22 @@ def add_pass_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_packed_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--packed-experts",
+        metavar="off|on|auto|FOLDER",
+        help="Whether experts are read in the smaller form that python -m sglmoe.pack wrote beside the checkpoint, or into "
+        "FOLDER: auto (default) where there are any that match, on refuses to start without. The same bits either way.",
+    )
+    group.add_argument(
+        "--packed-share",
+        metavar="off|auto|SHARE",
+        help="How much of the memory that KV cache leaves should hold packed experts, 1.4 times as many as it would "
+        "ready ones, each to be decoded when it is used: auto plans that by what loads and decoding take, here and now, which "
+        "may be nothing; 30%% holds so much in any case. Needs packed experts; on a CPU only so far. Default: off.",
+    )
+
+
 def read_options(argv: list[str]) -> Options:
     """Our own flags. Raises ValueError for what no machine could mean."""
     given, _ = our_parser().parse_known_args(argv)
@@ -230,6 +242,7 @@ def read_options(argv: list[str]) -> Options:
     parse_target("--itl-target", given.itl_target)
     parse_shutdown_timeout(given.shutdown_timeout)
     parse_packed_experts(given.packed_experts)
+    parse_packed_share(given.packed_share)
     return Options(
         memory_budget=given.memory_budget,
         host_memory=given.host_memory,
@@ -243,6 +256,7 @@ def read_options(argv: list[str]) -> Options:
         itl_target=given.itl_target,
         shutdown_timeout=given.shutdown_timeout,
         packed_experts=given.packed_experts,
+        packed_share=given.packed_share,
     )
 
 

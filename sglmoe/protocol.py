@@ -175,6 +175,16 @@ class StepCosts(Struct, frozen=True):
     loads_overlap: bool = False  # with computing
 
 
+class PackedReport(Struct, frozen=True):
+    """What the last plan for packed experts in the arena says, and what it was made from."""
+
+    target_frames: int = 0  # that are to hold them
+    decode_ratio: float = 1.0  # what decoding one takes, as a share of what loading one takes
+    stall_seconds: float = 0.0  # of a decode step, as predicted
+    ready_only_seconds: float = 0.0  # likewise, with nothing packed
+    reason: str = ""
+
+
 class MemorySnapshot(Struct, frozen=True):
     """The state of the worker's memory after a step; stale on arrival. Counters run from the start of the worker."""
 
@@ -215,6 +225,11 @@ class MemorySnapshot(Struct, frozen=True):
     host_promoted: int = 0  # experts read into host memory in the background
     host_promoted_bytes: int = 0
     host_evicted: int = 0
+    packed_frames: int = 0  # that packed experts are in
+    packed_experts: int = 0
+    packed_hits: int = 0  # missed experts that were packed in the arena, and decoded from there
+    packed_kept: int = 0  # missed experts that were kept there as they came
+    packed: PackedReport = PackedReport()
     plan: ResidencyPlan = ResidencyPlan()
     costs: StepCosts = StepCosts()
     prefetch: PrefetchReport = PrefetchReport()
@@ -313,8 +328,11 @@ class MemoryMap(Struct, frozen=True):
 
 
 # Letters of a `MemoryMap`.
-FRAME_KINDS = {"free": ".", "expert": "e", "loading": "l", "kv": "k", "cached": "c"}
-RESIDENCY = {"stored": ".", "host": "h", "loading": "l", "ahead": "a", "resident": "r"}
+FRAME_KINDS = {"free": ".", "expert": "e", "loading": "l", "packed": "p", "kv": "k", "cached": "c"}
+RESIDENCY = {
+    **{"stored": ".", "host": "h", "packed": "p", "loading": "l"},
+    **{"ahead": "a", "resident": "r"},
+}
 HEAT_LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 

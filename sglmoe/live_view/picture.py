@@ -19,6 +19,7 @@ NOTHING = "-"
 FRAMES: Kinds = {  # letter -> what it says, colour
     "e": ("experts", "cyan"),
     "l": ("on their way", "magenta"),
+    "p": ("packed experts", "blue"),
     "k": ("KV of running requests", "yellow"),
     "c": ("cached KV", "green"),
     ".": ("free", "bright_black"),
@@ -27,6 +28,7 @@ EXPERTS: Kinds = {
     "r": ("in a frame", "cyan"),
     "a": ("there ahead of use", "green"),
     "l": ("on its way", "magenta"),
+    "p": ("packed in a frame", "blue"),
     "h": ("in host memory", "yellow"),
     ".": ("in the checkpoint", "bright_black"),
 }
@@ -100,7 +102,10 @@ def pairs_of(state: LiveState) -> list[tuple[str, str]]:
 
 def split(memory: Memory, *, width: int, kv_shares: Sequence[float]) -> Text:
     """The arena's frames as one bar, and how much of it was KV until now."""
-    counts = {"e": memory.expert_frames, "k": memory.kv_frames, ".": memory.free_frames}
+    counts = {
+        **{"e": memory.expert_frames, "p": memory.packed_frames},
+        **{"k": memory.kv_frames, ".": memory.free_frames},
+    }
     arena = show_bytes(memory.num_frames * memory.frame_bytes)
     text = Text(f"\nArena {arena}: {memory.num_frames} frames of {show_bytes(memory.frame_bytes)}")
     used = memory.locked_pages * memory.page_tokens

@@ -42,6 +42,7 @@ class Memory(Struct, frozen=True):
     frame_bytes: int  # of one expert, or of whole KV pages
     free_frames: int
     expert_frames: int
+    packed_frames: int  # that packed experts are in
     kv_frames: int
     page_tokens: int
     locked_pages: int  # KV of running requests
@@ -94,11 +95,12 @@ class Map(Struct, frozen=True):
     """Who is in which frame, a letter each."""
 
     age_seconds: float  # since the worker drew it; it does so between two steps
-    frames: str  # [num_frames]: . free, e expert, l expert on its way, k KV of running requests, c cached KV alone
+    # [num_frames]: . free, e expert, l expert on its way, p packed experts, k KV of running requests, c cached KV alone
+    frames: str
     residency: tuple[
         str, ...
     ]  # by layer with experts, [num_experts]: r in a frame, a there ahead of its first use,
-    # l on its way, h in host memory alone, . in the checkpoint alone
+    # l on its way, p packed in a frame, h in host memory alone, . in the checkpoint alone
     heat: tuple[str, ...]  # likewise: digits of base 36; n stands for a share of (n / 35) squared
     heat_is: Literal[
         "share", "rank"

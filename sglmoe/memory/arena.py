@@ -148,6 +148,7 @@ class FrameKind(Enum):
     FREE = "free"
     EXPERT = "expert"
     KV = "kv"
+    PACKED = "packed"  # parts of packed experts: see `packed_slabs`
 
 
 class Frames:
@@ -158,6 +159,7 @@ class Frames:
         self._kinds = [FrameKind.FREE] * num_frames
         self._experts: dict[int, tuple[int, int]] = {}
         self._free = list(range(num_frames - 1, -1, -1))
+        self.num_packed = 0
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -172,7 +174,7 @@ class Frames:
 
     @property
     def num_kv(self) -> int:
-        return len(self._kinds) - len(self._free) - len(self._experts)
+        return len(self._kinds) - len(self._free) - len(self._experts) - self.num_packed
 
     def kind(self, frame: int) -> FrameKind:
         return self._kinds[frame]
@@ -200,15 +202,23 @@ class Frames:
         self._kinds[frame] = FrameKind.KV
         return frame
 
+    def take_for_packed(self) -> int:
+        """Turn a free frame, of which there must be one, into PACKED."""
+        frame = self._free.pop()
+        self._kinds[frame] = FrameKind.PACKED
+        self.num_packed += 1
+        return frame
+
     def give(self, frame: int) -> None:
         """Make a frame FREE, whatever it held."""
         assert self._kinds[frame] is not FrameKind.FREE, f"frame {frame} is given back twice"
         self._experts.pop(frame, None)
+        self.num_packed -= self._kinds[frame] is FrameKind.PACKED
         self._kinds[frame] = FrameKind.FREE
         self._free.append(frame)
 
     def violations(self) -> list[str]:
-        """Frames free + expert + KV = all."""
+        """Frames free + expert + KV + packed = all."""
         by_kind = {
             kind: {frame for frame, its in enumerate(self._kinds) if its is kind}
             for kind in FrameKind
@@ -220,4 +230,6 @@ class Frames:
             found.append("the experts' frames differ from the frames marked expert")
         if len(by_kind[FrameKind.KV]) != self.num_kv:
             found.append(f"{len(by_kind[FrameKind.KV])} KV frames are counted as {self.num_kv}")
+        if len(by_kind[FrameKind.PACKED]) != self.num_packed:
+            found.append(f"packed frames are counted wrong: {self.num_packed}")
         return found

@@ -5,6 +5,7 @@ Running requests' KV and pinned experts never do.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Frames
@@ -13,11 +14,20 @@ from sglmoe.memory.expert_order import Candidate, ExpertOrder
 from sglmoe.memory.experts import ExpertTable
 from sglmoe.memory.frame_reclaim import LEAVES_AHEAD, Tail, plan_emptying, plan_near
 from sglmoe.memory.kv_pages import PagePool
+from sglmoe.memory.packed_order import PackedOrder
+from sglmoe.memory.packed_slabs import PackedSlabs
 from sglmoe.memory.radix_cache import RadixCache, RadixNode
 
 
+class Victim(NamedTuple):
+    """The least valuable frame of experts, ready or packed, and how it becomes free."""
+
+    value: float
+    evict: Callable[[], object]
+
+
 class Evictor:
-    """Compares the least valuable expert with the least valuable prefix, and evicts.
+    """Compares the least valuable experts, ready and packed, with the least valuable prefix, and evicts.
 
     With MemoryPolicy.STATIC every layer has `layer_frames` frames for its experts, and KV the rest.
     """
@@ -32,6 +42,8 @@ class Evictor:
         leaves: LeafOrder[RadixNode],
         table: ExpertTable,
         experts: ExpertOrder,
+        slabs: PackedSlabs,
+        packed: PackedOrder,
         layer_frames: int,
         pages_per_frame: int,
         drop_prefetch: Callable[[], bool],
@@ -43,6 +55,8 @@ class Evictor:
         self._leaves = leaves
         self._table = table
         self._experts = experts
+        self._slabs = slabs
+        self._packed = packed
         self._layer_frames = layer_frames
         self._pages_per_frame = pages_per_frame
         self._drop_prefetch = drop_prefetch
@@ -52,48 +66,49 @@ class Evictor:
     def make_pages(self, num_pages: int, *, after: int | None) -> bool:
         """Evict until the pool has `num_pages` to hand out, near page `after` if it can choose; False,
         and nothing evicted, if it never can."""
-        num_unpinned = len(self._frames) - len(self._table.pinned) - self._table.num_awaited
-        if num_pages > self._pool.most_pages(num_unpinned):
+        num_pinned = len(self._table.pinned) + self._table.num_awaited + self._slabs.num_used_frames
+        if num_pages > self._pool.most_pages(len(self._frames) - num_pinned):
             return False
         while (num_missing := num_pages - self._pool.available_pages) > 0:
-            expert = self._next_expert() if self._pool.may_grow else None
+            victim = self._next_victim() if self._pool.may_grow else None
             leaf = self._leaves.first()
-            if leaf is not None and self._goes_before(leaf, expert):
-                self._evict_near(leaf, num_missing, after, below=_value(expert))
-            elif expert is not None:
-                self._evict_expert(expert)
+            if leaf is not None and self._goes_before(leaf, victim):
+                self._evict_near(leaf, num_missing, after, below=_value(victim))
+            elif victim is not None:
+                victim.evict()
             else:
-                dropped = self._drop_prefetch()
-                assert dropped, f"{num_missing} pages are neither free nor evictable"
+                found = self._drop_prefetch() or self.evict_packed()
+                assert found, f"{num_missing} pages are neither free nor evictable"
         return True
 
     def make_frame(self, layer: int) -> bool:
         """Evict until a frame is free for an expert of this layer; False if only pinned experts and
-        pages of running requests are left."""
+        pages of running requests are left, or but for these packed experts alone, and the layer has
+        something to go on with."""
         if self._is_static:
             return self._make_frame_within(layer) or (
                 self._drop_prefetch() and self.make_frame(layer)
             )
         while not self._frames.num_free:
-            expert = self._next_expert()
+            victim = self._next_victim(layer)
             # With a running request in every KV frame, evicting prefixes would free none.
             leaf = self._leaves.first() if self._pool.idle_frames else None
-            if leaf is not None and self._goes_before(leaf, expert):
-                self._empty_frame(below=_value(expert))
-            elif expert is not None:
-                self._evict_expert(expert)
+            if leaf is not None and self._goes_before(leaf, victim):
+                self._empty_frame(below=_value(victim))
+            elif victim is not None:
+                victim.evict()
             elif not self._drop_prefetch():
                 return False
         return True
 
     def make_spare_frame(self, layer: int, value: float) -> bool:
         """The same for an expert of that value which is only likely to be used: False unless a frame
-        is free or an expert is worth less. A guess costs nobody a prefix."""
+        is free or an expert in one is worth less. A guess costs nobody a prefix, or a packed expert."""
         if self._is_static:
             return self._make_frame_within(layer, value)
         if self._frames.num_free:
             return True
-        expert = self._next_expert()
+        expert = self._experts.first()
         if expert is None or expert.value >= value:
             return False
         self._evict_expert(expert)
@@ -104,6 +119,14 @@ class Evictor:
         pages = self._cache.evict(leaf, num_pages)
         self._pool.free(pages)
         self.pages_evicted += len(pages)
+
+    def evict_packed(self) -> bool:
+        """Give the next frame of packed experts back; False if there is none."""
+        packed = self._packed.first()
+        if packed is None:
+            return False
+        self._slabs.give_back(packed.place)
+        return True
 
     def _make_frame_within(self, layer: int, value: float = math.inf) -> bool:
         """Keep the layer within its share."""
@@ -116,12 +139,26 @@ class Evictor:
         self._evict_expert(expert)
         return True
 
-    def _next_expert(self) -> Candidate | None:
-        """Those that have a share never give way to KV."""
-        return None if self._is_static else self._experts.first()
+    def _next_victim(self, layer: int | None = None) -> Victim | None:
+        """Of all but those that have a share of their own: they never give way to KV. For a layer that can go on, no
+        packed one where no expert could go instead."""
+        if self._is_static:
+            return None
+        expert, packed = self._experts.first(), self._packed.first()
+        bound = math.inf if expert is None else expert.value
+        if packed is not None and packed.value < bound:
+            if expert is None and layer is not None and self._goes_on(layer):
+                return None
+            value = packed.value if packed.value > -math.inf else bound  # in the expert's stead
+            return Victim(value, self.evict_packed)
+        return expert and Victim(expert.value, lambda: self._evict_expert(expert))
 
-    def _goes_before(self, leaf: RadixNode, expert: Candidate | None) -> bool:
-        return self._leaves.value(leaf) < _value(expert)
+    def _goes_on(self, layer: int) -> bool:
+        """Whether the layer has experts for a wave already; the others can take another one."""
+        return bool(self._table.num_loading[layer] or len(self._table.pinned))
+
+    def _goes_before(self, leaf: RadixNode, victim: Victim | None) -> bool:
+        return self._leaves.value(leaf) < _value(victim)
 
     def _evict_expert(self, expert: Candidate) -> None:
         self._table.evict(expert.layer, expert.expert)
@@ -161,6 +198,6 @@ class Evictor:
             self.evict_leaf(leaves[tail.leaf], tail.num_pages)
 
 
-def _value(expert: Candidate | None) -> float:
+def _value(victim: Victim | None) -> float:
     """What a leaf must be worth less than, to go first."""
-    return math.inf if expert is None else expert.value
+    return math.inf if victim is None else victim.value

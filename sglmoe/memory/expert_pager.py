@@ -12,6 +12,7 @@ from sglmoe.memory.expert_order import ExpertOrder
 from sglmoe.memory.experts import ABSENT, NO_EXPERTS, ExpertIds, ExpertTable, Load
 from sglmoe.memory.layer_streaming import LayerStreaming
 from sglmoe.memory.link_gate import Finish, LoadExperts
+from sglmoe.memory.packed_slabs import PackedSlabs
 from sglmoe.memory.prefetches import Prefetches
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class ExpertPager:
         order: ExpertOrder,
         *,
         frames: Frames,
+        slabs: PackedSlabs,
         prefetches: Prefetches,
         make_frame: Callable[[int], bool],
         load_experts: LoadExperts,
@@ -38,6 +40,7 @@ class ExpertPager:
         self._table = table
         self._order = order
         self._frames = frames
+        self._slabs = slabs
         self._prefetches = prefetches
         self._make_frame = make_frame
         self._load_experts = load_experts
@@ -110,6 +113,18 @@ class ExpertPager:
         self._table.unpin()
         self._order.layer_done()
 
+    def counters(self) -> dict[str, Any]:
+        """Those fields of `MemorySnapshot` that are its own."""
+        return {
+            "expert_hits": self.hits,
+            "expert_misses": self.misses,
+            "stall_seconds": self.stall_seconds,
+            "late_seconds": self.late_seconds,
+            "load_seconds": self.load_seconds,
+            "num_waves": self.num_waves,
+            "num_split_layers": self.num_split_layers,
+        }
+
     def _lend(self, wave: ExpertIds) -> Generator[ExpertIds, None, None]:
         """Yield a pinned wave. If the caller leaves here, settle, unless another layer has begun."""
         pinned = self._table.pinned
@@ -166,7 +181,8 @@ class ExpertPager:
         for expert in missing.tolist():
             if not self._make_frame(layer):
                 break
-            load = Load(self._frames.take_for_expert(layer, expert), layer, expert)
+            frame = self._frames.take_for_expert(layer, expert)
+            load = Load(frame, layer, expert, self._slabs.begin(layer, expert))
             self._table.begin(load)
             self._loads.append(load)
         num_begun = len(self._loads)
@@ -202,9 +218,7 @@ class ExpertPager:
         try:
             result = work()
         except BaseException:
-            for load in self._loads:
-                self._table.end(load, is_there=False)
-            self._forget_loads()
+            self._forget_loads(is_there=False)
             self._end_late()
             self._table.unpin()
             raise
@@ -212,12 +226,13 @@ class ExpertPager:
         return result
 
     def _place(self, seconds: float) -> None:
-        for load in self._loads:
-            self._table.end(load, is_there=True, is_used=True)
         self.misses += len(self._loads)
         self.load_seconds += seconds
-        self._forget_loads()
+        self._forget_loads(is_there=True)
 
-    def _forget_loads(self) -> None:
+    def _forget_loads(self, *, is_there: bool) -> None:
+        for load in self._loads:
+            self._slabs.end(load.layer, load.expert, is_there=is_there)
+            self._table.end(load, is_there=is_there, is_used=is_there)
         self._table.num_awaited -= len(self._loads)
         self._loads = []

@@ -18,12 +18,20 @@ ExpertIds: TypeAlias = npt.NDArray[np.intp]  # distinct experts of one layer: [n
 NO_EXPERTS: ExpertIds = np.empty(0, np.intp)
 
 
+class PackedCell(msgspec.Struct, frozen=True, gc=False):
+    """Where in the arena an expert lies packed, or is to be kept so."""
+
+    runs: tuple[tuple[int, int], ...]  # of bytes, (start, stop), one after the other
+    is_filled: bool
+
+
 class Load(msgspec.Struct, frozen=True, gc=False):
-    """Bring an expert's bytes into a frame."""
+    """Bring an expert's bytes into a frame: from the cell, if it is filled; if not, fill that too."""
 
     frame: int
     layer: int
     expert: int
+    cell: PackedCell | None = None
 
 
 class ExpertTable:

@@ -7,7 +7,7 @@ look for experts at a time, one at a time brings them in.
 
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -227,7 +227,9 @@ class TieredStore:
         step = source.nbytes if before_chunk is None else CHUNK_BYTES
         try:
             if self._tier.as_stored:
-                return self._store.unpack(layer, expert, source, target, before_chunk=before_chunk)
+                return self._store.unpack(
+                    layer, expert, [source], target, before_chunk=before_chunk
+                )
             for start in range(0, source.nbytes, step):
                 if before_chunk is not None:
                     before_chunk()
@@ -236,6 +238,23 @@ class TieredStore:
         finally:
             self._tier.unpin(block)
         return int(source.nbytes)
+
+    def read_and_keep(self, layer: int, expert: int, target: Bytes, kept: Sequence[Bytes]) -> int:
+        """As `read`, and keep the expert as it is stored: see `ExpertStore.read_and_keep`."""
+        block = self._tier.pin(layer, expert)
+        if block is None:
+            num_bytes = self._store.read_and_keep(layer, expert, target, kept)
+            self._tier.count_disk_read(layer, expert, num_bytes)
+            return num_bytes
+        try:
+            stored = self._tier.blocks[block]
+            return self._store.unpack_and_keep(layer, expert, stored, target, kept)
+        finally:
+            self._tier.unpin(block)
+
+    def unpack(self, layer: int, expert: int, stored: Sequence[Bytes], target: Bytes) -> int:
+        """See `ExpertStore.unpack`."""
+        return self._store.unpack(layer, expert, stored, target)
 
 
 def block_bytes(store: ExpertStore, *, as_stored: bool) -> int:

@@ -5,16 +5,17 @@ experts arrive through the callable it is given. Only the worker's main thread m
 
 Why nothing here can deadlock, or wait for something that does not come:
 
-* At least `floor_frames` frames are always free or hold an expert: KV never takes more than the
-  rest. Pins belong to the wave that runs, and there is one at most, so when a wave begins there is
-  a frame to be had for at least one expert, even if a page of a running request sits in every other
-  frame. The layer goes on with what fits and takes more waves.
+* At least `floor_frames` frames are always free or hold experts, one or packed ones: KV never takes
+  more than the rest. Pins belong to the wave that runs, and there is one at most, so when a wave
+  begins there is a frame to be had for at least one expert, even if a page of a running request sits
+  in every other frame. The layer goes on with what fits and takes more waves.
 * `extend` never waits. All pages that no running request holds can be evicted, one by one, wherever
   they lie, and a page of any KV frame is as good as any other; so it is known beforehand, from
   counts alone, whether enough pages can be freed. If not, it changes nothing and returns False; the
   caller then gives up another request or this one.
 """
 
+import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,21 +25,16 @@ import numpy as np
 import numpy.typing as npt
 
 from sglmoe.config import MemoryPolicy
-from sglmoe.memory.arena import Frames, Geometry, check_floor
-from sglmoe.memory.eviction import Clock, LeafOrder
-from sglmoe.memory.evictor import Evictor
-from sglmoe.memory.expert_order import ExpertOrder
-from sglmoe.memory.expert_pager import ExpertPager
-from sglmoe.memory.expert_values import Probabilities, values_for
-from sglmoe.memory.experts import ExpertIds, ExpertTable
-from sglmoe.memory.kv_pages import PagePool, Pages, no_pages
+from sglmoe.memory.arena import Geometry, check_floor
+from sglmoe.memory.expert_values import Probabilities
+from sglmoe.memory.experts import ExpertIds
+from sglmoe.memory.kv_pages import Pages, no_pages
 from sglmoe.memory.link_gate import LoadExperts
 from sglmoe.memory.memory_map import draw_memory
+from sglmoe.memory.packed_order import NO_PACKING, Packing
 from sglmoe.memory.prefetch import BackgroundLoader, Wanted
-from sglmoe.memory.prefetches import Prefetches
-from sglmoe.memory.prices import Prices
-from sglmoe.memory.radix_cache import TOKEN_BYTES, RadixCache, RadixNode, path_pages
-from sglmoe.memory.reuse_rates import ReuseRates
+from sglmoe.memory.radix_cache import TOKEN_BYTES, RadixNode, path_pages
+from sglmoe.memory.tenants import Tenants
 from sglmoe.protocol import MemoryMap, MemorySnapshot
 from sglmoe.units import ceil_div
 
@@ -72,7 +68,8 @@ class MemoryManager:
     `background` what is prefetched; without it nothing is. `host_counters` gives the fields of
     `MemorySnapshot` on the tiers they come from.
     Tokens are passed as little-endian int32 bytes. With MemoryPolicy.STATIC experts have
-    `expert_ratio` of the frames, each layer as many, and KV the rest.
+    `expert_ratio` of the frames, each layer as many, and KV the rest. `packing` lets frames hold
+    packed experts, with MemoryPolicy.COST_AWARE alone.
     """
 
     def __init__(
@@ -87,31 +84,31 @@ class MemoryManager:
         expert_ratio: float = 0.0,
         host_counters: Callable[[], Mapping[str, Any]] = dict,
         background: BackgroundLoader | None = None,
+        packing: Packing = NO_PACKING,
     ):
         assert floor_frames >= (1 if num_experts else 0)
+        assert not packing.expert_bytes or policy is MemoryPolicy.COST_AWARE
         layer_frames = 0
         if policy is MemoryPolicy.STATIC and num_experts:
             share = int(geometry.num_frames * expert_ratio) // num_layers
             layer_frames = min(max(share, floor_frames), num_experts)
             floor_frames = num_layers * layer_frames
         check_floor(geometry, floor_frames)
-        self._build(geometry, policy, (num_layers, num_experts), floor_frames, layer_frames)
-        self._prefetches = Prefetches(
-            background,
-            table=self._table,
-            order=self._experts,
-            frames=self._frames,
-            make_frame=self._evictor.make_spare_frame,
+        tenants = Tenants(
+            geometry,
+            policy,
+            (num_layers, num_experts),
+            floor_frames=floor_frames,
+            layer_frames=layer_frames,
+            packing=packing,
         )
-        self._pager = ExpertPager(
-            self._table,
-            self._experts,
-            frames=self._frames,
-            prefetches=self._prefetches,
-            make_frame=self._evictor.make_frame,
-            load_experts=load_experts,
-            streams_layers=policy is MemoryPolicy.COST_AWARE and num_experts > 0,
-        )
+        tenants.load_with(load_experts, background)
+        self.prices = tenants.prices
+        self._clock, self._frames, self._reuse = tenants.clock, tenants.frames, tenants.reuse
+        self._pool, self._leaves, self._cache = tenants.pool, tenants.leaves, tenants.cache
+        self._table, self._experts, self._slabs = tenants.table, tenants.experts, tenants.slabs
+        self._evictor, self._prefetches = tenants.evictor, tenants.prefetches
+        self._pager = tenants.pager
         self.policy = policy
         self.expert_ratio = expert_ratio
         self._geometry = geometry
@@ -120,46 +117,6 @@ class MemoryManager:
         self._requests: dict[str, _Request] = {}
         self._counters = _Counters()
         self._page_offsets = np.arange(geometry.page_tokens, dtype=np.int32)
-
-    def _build(
-        self,
-        geometry: Geometry,
-        policy: MemoryPolicy,
-        shape: tuple[int, int],
-        floor_frames: int,
-        layer_frames: int,
-    ) -> None:
-        """Make both tenants and what compares them."""
-        clock = self._clock = Clock()
-        self.prices = Prices(geometry)
-        self._frames = Frames(geometry.num_frames)
-        self._pool = PagePool(
-            self._frames,
-            pages_per_frame=geometry.pages_per_frame,
-            max_frames=geometry.num_frames - floor_frames,
-        )
-        self._reuse = ReuseRates()
-        self._leaves: LeafOrder[RadixNode] = LeafOrder(
-            policy, reuse=self._reuse, prices=self.prices
-        )
-        self._cache = RadixCache(
-            page_tokens=geometry.page_tokens, order=self._leaves, clock=clock, reuse=self._reuse
-        )
-        self._table = ExpertTable(*shape, frames=self._frames)
-        values = values_for(policy, shape, clock=clock, prices=self.prices)
-        self._experts = ExpertOrder(self._table, values, clock=clock)
-        self._evictor = Evictor(
-            policy,
-            frames=self._frames,
-            pool=self._pool,
-            cache=self._cache,
-            leaves=self._leaves,
-            table=self._table,
-            experts=self._experts,
-            layer_frames=layer_frames,
-            pages_per_frame=geometry.pages_per_frame,
-            drop_prefetch=lambda: self._prefetches.drop_last(),
-        )
 
     @property
     def frame_table(self) -> npt.NDArray[np.int32]:
@@ -170,6 +127,11 @@ class MemoryManager:
     def expert_demand(self) -> npt.NDArray[np.float64]:
         """How much each expert is wanted in a frame; see `ExpertValues.demand`. For any thread."""
         return self._experts.values.demand()
+
+    @property
+    def is_packed(self) -> npt.NDArray[np.bool_]:
+        """Which experts are packed in frames, `[num_layers, num_experts]`; not to be changed."""
+        return self._slabs.is_packed
 
     # ------------------------------------------------------------------------------------------- KV
 
@@ -289,6 +251,7 @@ class MemoryManager:
         self._prefetches.drop_all()
         for layer, expert in np.argwhere(self._table.evictable()).tolist():
             self._table.evict(layer, expert)
+        self._slabs.give_all_back()
         self._experts.clear()
 
     # -------------------------------------------------------------------------------------- experts
@@ -327,6 +290,22 @@ class MemoryManager:
         if self._pager.streaming is not None:
             self._pager.streaming.is_paused = is_paused
 
+    def pack(self, num_frames: int, experts: Sequence[tuple[int, int]]) -> None:
+        """From now on have these experts packed, the most wanted first, as far as `num_frames` frames hold
+        them: between two steps. Each is kept when a load brings its packed bytes.
+
+        Experts in frames give theirs up for that, prefixes never do; whoever is worth more takes them back.
+        """
+        self._pager.settle()
+        most = self._max_kv_frames - self._frames.num_kv
+        while self._slabs.num_frames > min(num_frames, most) and self._evictor.evict_packed():
+            pass
+        while self._slabs.num_frames < min(num_frames, most):
+            if not self._evictor.make_spare_frame(0, math.inf):
+                break
+            self._slabs.grow()
+        self._slabs.hold(experts)
+
     @property
     def num_on_their_way(self) -> int:
         """Prefetches that were begun and have not ended."""
@@ -350,8 +329,13 @@ class MemoryManager:
             cached_pages=self._pool.idle_pages,
             free_pages=self._pool.free_pages,
             page_tokens=geometry.page_tokens,
+            packed_frames=self._frames.num_packed,
+            packed_experts=int(np.count_nonzero(self._slabs.is_packed)),
+            packed_hits=self._slabs.hits,
+            packed_kept=self._slabs.kept,
             expert_bytes_moved=(pager.misses - prefetches.late + prefetches.landed)
             * geometry.expert_bytes,
+            **pager.counters(),
             experts_evicted=evictor.experts_evicted,
             pages_evicted=evictor.pages_evicted,
             cache_hit_tokens=counters.cache_hit_tokens,
@@ -367,7 +351,7 @@ class MemoryManager:
 
     def draw(self, is_in_host: npt.NDArray[np.bool_]) -> MemoryMap:
         """Who is where, for people to look at; `is_in_host` as of `HostTier.held`."""
-        parts = self._frames, self._pool, self._table, self.expert_demand
+        parts = self._frames, self._pool, self._table, self._slabs, self.expert_demand
         return draw_memory(*parts, policy=self.policy, is_in_host=is_in_host)
 
     def violations(self) -> list[str]:
@@ -386,6 +370,7 @@ class MemoryManager:
             *self._pool.violations(held=held, idle=idle),
             *self._cache.violations(request.node for request in self._requests.values()),
             *self._table.violations(),
+            *self._slabs.violations(),
         ]
 
     def _free_private(self, pages: Pages) -> None:

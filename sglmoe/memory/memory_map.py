@@ -8,11 +8,12 @@ from sglmoe.memory.arena import Frames
 from sglmoe.memory.expert_values import Values
 from sglmoe.memory.experts import ABSENT, ExpertTable
 from sglmoe.memory.kv_pages import PagePool
+from sglmoe.memory.packed_slabs import PackedSlabs
 from sglmoe.protocol import FRAME_KINDS, HEAT_LEVELS, RESIDENCY, MemoryMap
 
 FRAME = {kind: ord(letter) for kind, letter in FRAME_KINDS.items()}
 LETTERS = np.frombuffer("".join(RESIDENCY.values()).encode(), np.uint8)
-STORED, HOST, LOADING, AHEAD, RESIDENT = range(len(RESIDENCY))
+STORED, HOST, PACKED, LOADING, AHEAD, RESIDENT = range(len(RESIDENCY))
 LEVELS = np.frombuffer(HEAT_LEVELS.encode(), np.uint8)
 
 
@@ -20,6 +21,7 @@ def draw_memory(
     frames: Frames,
     pool: PagePool,
     table: ExpertTable,
+    slabs: PackedSlabs,
     demand: Values,
     *,
     policy: MemoryPolicy,
@@ -29,14 +31,14 @@ def draw_memory(
     is_share = policy is MemoryPolicy.COST_AWARE
     shares = demand if is_share else ranks(demand)
     return MemoryMap(
-        frames=draw_frames(frames, pool, table),
-        residency=draw_residency(table, is_in_host),
+        frames=draw_frames(frames, pool, table, slabs),
+        residency=draw_residency(table, slabs, is_in_host),
         heat=rows_of(LEVELS[heat_levels(shares)]),
         heat_is="share" if is_share else "rank",
     )
 
 
-def draw_frames(frames: Frames, pool: PagePool, table: ExpertTable) -> str:
+def draw_frames(frames: Frames, pool: PagePool, table: ExpertTable, slabs: PackedSlabs) -> str:
     """A letter of `FRAME_KINDS` for each frame."""
     drawn = bytearray(FRAME_KINDS["cached"].encode() * len(frames))
     for frame in pool.held_frames():
@@ -45,14 +47,19 @@ def draw_frames(frames: Frames, pool: PagePool, table: ExpertTable) -> str:
         drawn[frame] = FRAME["free"]
     for frame in frames.expert_frames():
         drawn[frame] = FRAME["expert"]
+    for frame in slabs.held_frames():
+        drawn[frame] = FRAME["packed"]
     for load in table.loading.values():
         drawn[load.frame] = FRAME["loading"]
     return drawn.decode()
 
 
-def draw_residency(table: ExpertTable, is_in_host: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+def draw_residency(
+    table: ExpertTable, slabs: PackedSlabs, is_in_host: npt.NDArray[np.bool_]
+) -> tuple[str, ...]:
     """A letter of `RESIDENCY` for each expert, by layer."""
     states = np.where(is_in_host, HOST, STORED)
+    states[slabs.is_packed] = PACKED
     states[table.frame_table != ABSENT] = RESIDENT
     states[table.is_unused] = AHEAD
     for load in table.loading.values():

@@ -1,6 +1,6 @@
 """A tensor whose bytes are packed in a file: read piece by piece, checked, and decoded on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Arbitrary: a piece, and what it decodes to, stay in a core's second-level cache.
 PIECE_TILES = 128
 PIECE_BYTES = PIECE_TILES * TILE_BYTES
+
+EMPTY: Bytes = np.empty(0, np.uint8)
 
 BeforeBytes = Callable[[int], None]  # called with the bytes of each piece before it is taken
 
@@ -120,16 +122,23 @@ def load_decoder() -> "type[TileDecoder]":
 
 
 class InMemory:
-    """A packed tensor in memory, as `Packed`."""
+    """Packed tensors in memory, as `Packed`: in one piece, or in several that follow each other."""
 
-    def __init__(self, packed: Bytes, before_bytes: BeforeBytes):
-        self._rest = packed
+    def __init__(self, pieces: Sequence[Bytes], before_bytes: BeforeBytes):
+        self._pieces = [*pieces]
         self._before_bytes = before_bytes
 
     def take(self, num_bytes: int) -> Bytes:
         self._before_bytes(num_bytes)
-        taken, self._rest = self._rest[:num_bytes], self._rest[num_bytes:]
-        return taken
+        parts: list[Bytes] = []
+        while self._pieces and (num_bytes or not parts):
+            piece = self._pieces[0]
+            parts.append(piece[:num_bytes])
+            num_bytes -= parts[-1].nbytes
+            self._pieces[0] = piece[parts[-1].nbytes :]
+            if not self._pieces[0].nbytes:
+                del self._pieces[0]
+        return parts[0] if len(parts) == 1 else np.concatenate([EMPTY, *parts])
 
 
 class _Reader:

@@ -24,6 +24,8 @@ MIN_GAIN_RATIO = 0.05
 # ... by so much of all frames at a time. A stall that is no longer by that is as good as the shortest.
 MAX_CHANGE_RATIO = 0.25
 NEAR_RATIO = 0.02
+# Arbitrary. Whoever is packed stays so until another expert, or a frame for it, is worth so many times as much.
+KEEP_MARGIN = 1.25
 # Arbitrary. Longer runs are harder to find; 5 frames hold 7 experts at the codec's 0.706, which wastes one in a hundred.
 MAX_RUN_FRAMES = 8
 
@@ -148,6 +150,14 @@ def plan_packed_share(now: PackedSnapshot) -> PackedPlan:
     return _describe(now, runs, reason)
 
 
+def fix_packed_share(now: PackedSnapshot, share: float) -> PackedPlan:
+    """That share of the frames, whatever it promises; in whole frames, and all but the floor at most."""
+    frames = min(int(share * now.num_frames), max(0, now.num_frames - now.floor_frames))
+    slab = now.slab or SlabClass(1, 1)
+    plan = _describe(now, frames // slab.frames, f"{share:.0%} was asked for")
+    return msgspec.structs.replace(plan, packed_frames=frames)
+
+
 def predict_stalls(now: PackedSnapshot) -> npt.NDArray[np.float64]:
     """Seconds that a step waits for experts, by number of runs: `[num_runs + 1]`."""
     shares = _shares(now)
@@ -167,6 +177,25 @@ def plan_residence_forms(
     forms[order[:num_ready]] = Form.READY
     forms[order[num_ready : num_ready + num_packed]] = Form.PACKED
     return forms.reshape(num_experts, num_layers).T
+
+
+def plan_packed_experts(
+    probability: npt.NDArray[np.floating[Any]],
+    is_packed: npt.NDArray[np.bool_],
+    *,
+    num_ready: int,
+    limit: int,
+) -> list[tuple[int, int]]:
+    """At most so many experts that should be packed, the most used first: those that come after the `num_ready` most used.
+
+    As `plan_residence_forms`, but for KEEP_MARGIN. `probability` and `is_packed`: `[num_layers, num_experts]`.
+    """
+    num_layers = len(probability)
+    used, packed = probability.T.ravel(), is_packed.T.ravel()
+    order = np.argsort(-np.where(packed, used / KEEP_MARGIN, used), kind="stable")[num_ready:]
+    kept = np.where(packed, used * KEEP_MARGIN, used)[order]
+    chosen = order[np.argsort(-kept, kind="stable")][:limit].tolist()
+    return [(number % num_layers, number // num_layers) for number in chosen]
 
 
 def expected_residents(now: PackedSnapshot, packed_frames: int) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from sglmoe.memory.arena import Frames
 from sglmoe.memory.expert_order import ExpertOrder
@@ -24,7 +26,8 @@ class Prefetches:
     """Begins them where they are worth it, and ends each: landed, waited for by its layer, or dropped.
 
     `make_frame(layer, value)` frees a frame for an expert of that layer and value, or says that
-    nothing there is worth less. Without `background` nothing is ever begun.
+    nothing there is worth less. `is_packed`, `[num_layers, num_experts]`: these are decoded when they are
+    needed, from the arena, which is not worth doing on a guess. Without `background` nothing is ever begun.
     """
 
     def __init__(
@@ -35,12 +38,14 @@ class Prefetches:
         order: ExpertOrder,
         frames: Frames,
         make_frame: Callable[[int, float], bool],
+        is_packed: npt.NDArray[np.bool_],
     ):
         self._background = background
         self._table = table
         self._order = order
         self._frames = frames
         self._make_frame = make_frame
+        self._is_packed = is_packed
         self._num_layers = len(table.num_resident)
         self._step = 0
         self._position = -1  # layers that have begun since the start, of all steps
@@ -76,6 +81,8 @@ class Prefetches:
             if num_begun == limit:
                 break
             if table.frame_table[layer, expert] != ABSENT or (layer, expert) in table.loading:
+                continue
+            if self._is_packed[layer, expert]:
                 continue
             if not self._make_frame(layer, float(values[layer, expert])):
                 continue

@@ -68,7 +68,7 @@ class DecodeFit:
     def note(
         self,
         num_rows: int,
-        num_loads: int,
+        num_loads: float,
         seconds: float,
         *,
         most_load_seconds: float = math.inf,
@@ -124,21 +124,21 @@ class StepTimes:
         self._pass_loads = DecayedRatio(STREAM_HALF_LIFE)
         self._decode_loads = DecayedRatio(DECODE_HALF_LIFE)
 
-    def note_decode(self, num_rows: int, compute_seconds: float, num_loads: int = 0) -> None:
+    def note_decode(self, num_rows: int, compute_seconds: float, num_loads: float = 0) -> None:
         """A step that decoded `num_rows` requests and did nothing else."""
         self._decode_loads.note(num_loads, 1)
         self._decode.note(
             num_rows, num_loads, compute_seconds, most_load_seconds=self._most_slowdown
         )
 
-    def note_prefill(self, num_tokens: int, compute_seconds: float, num_loads: int = 0) -> None:
+    def note_prefill(self, num_tokens: int, compute_seconds: float, num_loads: float = 0) -> None:
         """A pass over prompts, of so many tokens with the rows that decoded in it; short ones are ignored."""
         if num_tokens >= MIN_PREFILL_TOKENS:
             self._pass_loads.note(num_loads, 1)
             slowed = min(self._slowdown * num_loads, compute_seconds * MOST_SLOWED)
             self._prefill.note(compute_seconds - slowed, num_tokens)
 
-    def note_loads(self, num_experts: int, *, waited_seconds: float, link_seconds: float) -> None:
+    def note_loads(self, num_experts: float, *, waited_seconds: float, link_seconds: float) -> None:
         """A step that loaded experts on demand: how long it waited for them, and how long they took."""
         if num_experts:
             self._waits.note(waited_seconds, num_experts)

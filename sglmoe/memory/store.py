@@ -7,7 +7,7 @@ Knows names and sizes. Keeps no copy: what `put` is given must stay alive and un
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -144,27 +144,46 @@ class ExpertStore:
         self,
         layer: int,
         expert: int,
-        stored: Bytes,
+        stored: Sequence[Bytes],
         target: Bytes,
         *,
         before_chunk: Callable[[], None] | None = None,
     ) -> int:
-        """Copy what `read_stored` gave to the start of `target` as `read` would; its bytes."""
+        """Copy what `read_stored` gave, in pieces that follow each other, to the start of `target` as `read` would; its
+        bytes."""
         step = sys.maxsize if before_chunk is None else CHUNK_BYTES
 
         def before_bytes(num_bytes: int) -> None:
             if before_chunk is not None:
                 before_chunk()
 
-        num_bytes = 0
+        num_bytes, source = 0, InMemory(stored, before_bytes)
         for part in self.stored_parts(layer, expert):
-            source = stored[part.stored_offset : part.stored_offset + part.stored_bytes]
             place = target[part.offset : part.offset + part.num_bytes]
             if part.is_packed:
-                unpack(InMemory(source, before_bytes), source.nbytes, place)
+                unpack(source, part.stored_bytes, place)
             else:
-                _read_plain(source, place, step, before_bytes)
+                for start in range(0, part.num_bytes, step):
+                    piece = place[start : start + step]
+                    piece[:] = source.take(piece.nbytes)
             num_bytes += part.num_bytes
+        return num_bytes
+
+    def read_and_keep(self, layer: int, expert: int, target: Bytes, kept: Sequence[Bytes]) -> int:
+        """As `read`, and copy what `read_stored` gives to the beginning of `kept`, pieces that follow each other."""
+        last = self.stored_parts(layer, expert)[-1]
+        stored = np.empty(last.stored_offset + last.stored_bytes, np.uint8)
+        self.read_stored(layer, expert, stored)
+        return self.unpack_and_keep(layer, expert, stored, target, kept)
+
+    def unpack_and_keep(
+        self, layer: int, expert: int, stored: Bytes, target: Bytes, kept: Sequence[Bytes]
+    ) -> int:
+        """As `unpack`, and copy `stored` to `kept`, as far as that goes."""
+        num_bytes = self.unpack(layer, expert, [stored], target)
+        for piece in kept:
+            part, stored = stored[: piece.nbytes], stored[piece.nbytes :]
+            piece[: part.nbytes] = part
         return num_bytes
 
     def _before_bytes(self, before_chunk: Callable[[], None] | None) -> BeforeBytes:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
+from sglmoe.memory.decode_ratio import DecodeRatio
 from sglmoe.memory.experts import Load
 from sglmoe.memory.link_gate import Finish
 from sglmoe.memory.store import Bytes
@@ -27,6 +28,12 @@ class ExpertReader(Protocol):
         *,
         before_chunk: Callable[[], None] | None = None,
     ) -> int: ...
+
+    def read_and_keep(
+        self, layer: int, expert: int, target: Bytes, kept: Sequence[Bytes]
+    ) -> int: ...
+
+    def unpack(self, layer: int, expert: int, stored: Sequence[Bytes], target: Bytes) -> int: ...
 
 
 # Arbitrary: so many experts of its share has a thread asked the disk for beyond the one it copies.
@@ -50,12 +57,14 @@ class HostCopier:
         num_threads: int,
         small_bytes: int = SMALL_BYTES,
     ):
+        self._arena = arena
         self._frames = arena.reshape(-1, frame_bytes)  # a view
         self._store = store
         self._num_threads = num_threads
         self._small_bytes = small_bytes
         self._threads = ThreadPoolExecutor(num_threads, "expert-copy")
         self.bytes_moved = 0
+        self.decode_ratio = DecodeRatio()
 
     def load(self, loads: Sequence[Load]) -> Finish | None:
         """See `LoadExperts`."""
@@ -89,9 +98,30 @@ class HostCopier:
         """How many bytes, and when that was done."""
         num_bytes = 0
         for load in loads[:READ_AHEAD]:
-            self._store.will_read(load.layer, load.expert)
+            self._will_read(load)
         for index, load in enumerate(loads):
             for ahead in loads[index + READ_AHEAD : index + READ_AHEAD + 1]:
-                self._store.will_read(ahead.layer, ahead.expert)
-            num_bytes += self._store.read(load.layer, load.expert, self._frames[load.frame])
+                self._will_read(ahead)
+            started = time.perf_counter()
+            num_bytes += self._read(load)
+            self.decode_ratio.note(time.perf_counter() - started, is_decoded=is_packed(load))
         return num_bytes, time.perf_counter()
+
+    def _will_read(self, load: Load) -> None:
+        if not is_packed(load):
+            self._store.will_read(load.layer, load.expert)
+
+    def _read(self, load: Load) -> int:
+        """From the arena, if the expert is packed there; else from the store, to be kept there where it has a cell."""
+        layer, expert, target = load.layer, load.expert, self._frames[load.frame]
+        if load.cell is None:
+            return self._store.read(layer, expert, target)
+        pieces = [self._arena[start:stop] for start, stop in load.cell.runs]
+        if load.cell.is_filled:
+            return self._store.unpack(layer, expert, pieces, target)
+        return self._store.read_and_keep(layer, expert, target, pieces)
+
+
+def is_packed(load: Load) -> bool:
+    """Whether its bytes are in the arena."""
+    return load.cell is not None and load.cell.is_filled

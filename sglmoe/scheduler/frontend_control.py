@@ -258,6 +258,7 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
     plan = msgspec.structs.asdict(memory.pop("plan"))
     prefetch = msgspec.structs.asdict(memory.pop("prefetch"))
     costs = msgspec.structs.asdict(memory.pop("costs"))
+    packed = msgspec.structs.asdict(memory.pop("packed"))
     arena_gib = snapshot.num_frames * snapshot.frame_bytes / 2**30
     return {
         "world_size": 1,
@@ -276,6 +277,7 @@ def internal_state(scheduler: Scheduler, metrics: Metrics, ready: WorkerReady) -
             "plan": plan,
             "costs": costs,
             "prefetch": prefetch,
+            "packed": packed,
             "running_limit": scheduler.planner.running_limit,
             "admitted_out_of_turn": scheduler.planner.num_out_of_turn,
             "held_passes": scheduler.planner.holding_back.num_passes,

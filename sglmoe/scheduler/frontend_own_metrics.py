@@ -19,6 +19,8 @@ GAUGES = {
     "sglmoe_cached_pages": ("KV pages of cached prefixes.", "cached_pages"),
     "sglmoe_host_blocks": ("Blocks of host memory, of one expert each.", "host_blocks"),
     "sglmoe_host_blocks_filled": ("Those that hold an expert.", "host_blocks_filled"),
+    "sglmoe_packed_frames": ("Frames that packed experts are in.", "packed_frames"),
+    "sglmoe_packed_experts": ("Experts that are packed in frames.", "packed_experts"),
     "sglmoe_free_pages": ("KV pages that are free within KV frames: fragmentation.", "free_pages"),
 }
 PLAN_GAUGES = {
@@ -91,6 +93,11 @@ COUNTERS = {
     "sglmoe_load_seconds": ("Time that loads on demand took.", "load_seconds"),
     "sglmoe_late_seconds": ("Of the stall, that for late ones.", "late_seconds"),
     "sglmoe_host_hits": ("Missed experts that were in host memory.", "host_hits"),
+    "sglmoe_packed_hits": (
+        "Missed experts that were packed in frames, and decoded from there.",
+        "packed_hits",
+    ),
+    "sglmoe_packed_kept": ("Missed experts that were kept packed as they came.", "packed_kept"),
     "sglmoe_disk_reads": ("Missed experts that were read from the checkpoint.", "disk_reads"),
     "sglmoe_disk_bytes": ("Bytes of these.", "disk_bytes"),
     "sglmoe_host_promoted": ("Experts read into host memory ahead of need.", "host_promoted"),

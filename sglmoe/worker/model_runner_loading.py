@@ -20,19 +20,21 @@ from sglmoe.errors import models
 from sglmoe.errors.budgets import experts_held_beside_budget
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_geometry
 from sglmoe.memory.background_copier import BackgroundCopier, Copy, Mark
+from sglmoe.memory.decode_ratio import DecodeRatio
 from sglmoe.memory.device_decode import NUM_STAGED, DecodedFrames, can_decode, staged_bytes
 from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier, page_lock
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.host_tier import HostTier, TieredStore, make_blocks
 from sglmoe.memory.link_gate import LinkGate, LoadExperts
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.packed_order import Packing
 from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.read_rate import ReadRate
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import parse_bytes
 from sglmoe.worker.moe_layer import PagedExperts, install
-from sglmoe.worker.packed_experts import use_packed
+from sglmoe.worker.packed_experts import plan_packing, use_packed
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Loaded(msgspec.Struct, frozen=True):
     experts: PagedExperts
     memory: MemoryManager
     tier: HostTier
+    packing: Packing
     geometry: Geometry
     dense_bytes: int
     floor_frames: int
@@ -135,7 +138,7 @@ def load_model(
     arena = torch.empty(geometry.arena_bytes, dtype=torch.uint8, device=runner.device)
     # One token's experts: below that a decode step of a single request would need several waves.
     floor = runner.model_config.hf_text_config.num_experts_per_tok if experts.shape else 0
-    memory, tier = manage(arena, geometry, experts, floor_frames=floor, config=config)
+    memory, tier, packing = manage(arena, geometry, experts, floor_frames=floor, config=config)
     kv.move_to(arena, geometry.page_tokens)
     if experts.shape:
         experts.attach(arena, geometry, frame_table=memory.frame_table, waves=memory.waves)
@@ -148,6 +151,7 @@ def load_model(
         experts=experts,
         memory=memory,
         tier=tier,
+        packing=packing,
         dense_bytes=dense_bytes,
         geometry=geometry,
         floor_frames=floor,
@@ -245,7 +249,7 @@ def manage(
     *,
     floor_frames: int,
     config: EngineConfig,
-) -> tuple[MemoryManager, HostTier]:
+) -> tuple[MemoryManager, HostTier, Packing]:
     """The owner of the arena, and below it host memory, which fills in the background from now on."""
     num_layers = len(experts.layer_ids)
     num_experts = experts.shape.num_experts if experts.shape else 0
@@ -262,6 +266,9 @@ def manage(
     demand = LinkGate()
     prefetch = LinkGate(above=demand)
     copiers = expert_copiers(arena, geometry, store, tier)
+    packing = plan_packing(
+        store, config.packed_share, copiers.decode_ratio, frame_bytes=geometry.frame_bytes
+    )
     background = None
     if num_experts:
         background = BackgroundCopier(
@@ -277,6 +284,7 @@ def manage(
         policy=config.memory_policy,
         expert_ratio=config.expert_ratio,
         host_counters=tier.counters,
+        packing=packing,
     )
     if len(blocks):
         Promoter(
@@ -286,7 +294,7 @@ def manage(
             heat=lambda: memory.expert_demand,
             residents=lambda: memory.frame_table != ABSENT,
         ).start()
-    return memory, tier
+    return memory, tier, packing
 
 
 class Copiers(NamedTuple):
@@ -295,6 +303,7 @@ class Copiers(NamedTuple):
     load: LoadExperts
     ahead: Copy
     mark: Callable[[], Mark]  # see `BackgroundCopier`
+    decode_ratio: DecodeRatio  # measured by `load`
 
 
 def expert_copiers(
@@ -308,7 +317,7 @@ def expert_copiers(
             store=TieredStore(tier, store),
             num_threads=os.cpu_count() or 1,
         )
-        return Copiers(copier.load, copier.copy_in_background, lambda: None)
+        return Copiers(copier.load, copier.copy_in_background, lambda: None, copier.decode_ratio)
     frames = {"arena": arena, "frame_bytes": geometry.frame_bytes, "store": store, "tier": tier}
     rows = arena.view(-1, geometry.frame_bytes)
     if not tier.as_stored:
@@ -316,7 +325,7 @@ def expert_copiers(
     else:
         demand = DeviceCopier(**frames, into=DecodedFrames(rows, store))
         ahead = StreamCopier(**frames, new_into=lambda: DecodedFrames(rows, store, num_staged=1))
-    return Copiers(demand.load, ahead.copy, ahead.mark)
+    return Copiers(demand.load, ahead.copy, ahead.mark, DecodeRatio())
 
 
 def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:

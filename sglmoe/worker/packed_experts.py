@@ -2,13 +2,20 @@
 
 import logging
 import os
+import time
 from pathlib import Path
+
+import numpy as np
 
 from sglmoe.config import AUTO, OFF, ON
 from sglmoe.errors import checkpoints
+from sglmoe.errors.options import nothing_packed
 from sglmoe.errors.user_error import UserError
+from sglmoe.memory.decode_ratio import DecodeRatio
 from sglmoe.memory.mapped_files import Extent
 from sglmoe.memory.packed_extent import PackedPlace, load_decoder
+from sglmoe.memory.packed_order import NO_PACKING, Packing
+from sglmoe.memory.packed_share import plan_slab_class
 from sglmoe.memory.store import ExpertStore
 from sglmoe.packed_checkpoint import FOLDER, PATTERN, PackedLayer, read_layer, stamp
 from sglmoe.units import show_bytes
@@ -46,6 +53,40 @@ def use_packed(store: ExpertStore, wanted: str, model_path: str) -> None:
         show_bytes(store.stored_total_bytes()),
         show_bytes(store.total_bytes),
     )
+
+
+def plan_packing(
+    store: ExpertStore, share: float | None, ratio: DecodeRatio, *, frame_bytes: int
+) -> Packing:
+    """What memory needs to know to hold packed experts in frames. `share`: `EngineConfig.packed_share`.
+
+    Raises ValueError, saying what to do, where a share is asked for and packed experts are no smaller than a frame.
+    """
+    if share == 0.0:
+        return NO_PACKING
+    packed_bytes = store.stored_expert_bytes()
+    if not packed_bytes or plan_slab_class(packed_bytes, frame_bytes) is None:
+        why = f"the largest expert takes {packed_bytes} bytes as it is read, a frame {frame_bytes}"
+        if share is not None:
+            raise nothing_packed(given=f"{share:.0%}", why=why)
+        logger.info("no packed experts in the arena: %s", why)
+        return NO_PACKING
+    ratio.note(decoding_seconds(store), is_decoded=True)
+    return Packing(packed_bytes, ratio, share)
+
+
+def decoding_seconds(store: ExpertStore) -> float:
+    """What decoding an expert takes from memory: the least of three times."""
+    layer, expert = store.experts()[0]
+    stored = np.empty(store.stored_expert_bytes(), np.uint8)
+    target = np.empty(store.expert_bytes(), np.uint8)
+    store.read_stored(layer, expert, stored)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        store.unpack(layer, expert, [stored], target)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def why_none(

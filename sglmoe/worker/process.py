@@ -47,6 +47,7 @@ from sglmoe.worker.heap import Heap
 from sglmoe.worker.model_runner import ModelRunner
 from sglmoe.worker.model_runner_loading import Loaded, load_model, start_process
 from sglmoe.worker.model_runner_routers import embedding_of, read_router
+from sglmoe.worker.packed_planner import PackedPlanner
 from sglmoe.worker.predictors import Sources, make_advisor
 from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.profiler import Profiler
@@ -79,29 +80,29 @@ def run_worker(
             on_progress=lambda *stage: sender.send(WorkerProgress(*stage)),
         )
         model = ModelRunner(loaded, server_args)
-        times = StepTimes(
-            loads_overlap=False
-        )  # experts travel while their layer waits, on a GPU too
+        times = StepTimes()  # no overlap: experts travel while their layer waits, on a GPU too
         prefetching = model.prefetching = start_prefetching(
             loaded,
             config,
             times,
             model_folder=Path(server_args.model_path),
         )
+        packed = packed_planner(loaded, times)
         worker = Worker(
             memory=loaded.memory,
             model=model,
             max_running=loaded.max_running,
-            watch=StepWatch(times, first_price(loaded), num_experts=num_experts(loaded)),
+            watch=step_watch(loaded, times),
             planner=residency_planner(loaded, config, times),
             prefetching=prefetching,
+            packed=packed,
         )
         recording = Recording(
             worker,
             model,
             lambda: new_recorder(loaded, server_args.model_path),
             loaded.memory,
-            pause=prefetching.pause if prefetching is not None else lambda is_paused: None,
+            pause=[its.pause for its in (prefetching, packed) if its is not None],
         )
         sender.send(ready_message(loaded, model))
         Loop(plans, sender, worker, model, recording, drawing=lambda: draw(loaded)).run()
@@ -137,6 +138,15 @@ def num_experts(loaded: Loaded) -> int:
     return len(experts.layer_ids) * experts.shape.num_experts if experts.shape else 0
 
 
+def step_watch(loaded: Loaded, times: StepTimes) -> StepWatch:
+    return StepWatch(
+        times,
+        first_price(loaded),
+        num_experts=num_experts(loaded),
+        decode_ratio=loaded.packing.decode_ratio,
+    )
+
+
 def residency_planner(
     loaded: Loaded, config: EngineConfig, times: StepTimes
 ) -> ResidencyPlanner | None:
@@ -153,6 +163,23 @@ def residency_planner(
         geometry=loaded.geometry,
         floor_frames=loaded.floor_frames,
         max_running=loaded.max_running,
+    )
+
+
+def packed_planner(loaded: Loaded, times: StepTimes) -> PackedPlanner | None:
+    """None where no frame is to hold packed experts."""
+    experts = loaded.experts
+    if not loaded.packing.expert_bytes or experts.shape is None or experts.waves is None:
+        return None
+    uses = UseCounter(len(experts.layer_ids), experts.shape.num_experts)
+    experts.waves = uses.counting(experts.waves)
+    return PackedPlanner(
+        loaded.memory,
+        loaded.packing,
+        times=times,
+        uses=uses,
+        frame_bytes=loaded.geometry.frame_bytes,
+        floor_frames=loaded.floor_frames,
     )
 
 

@@ -180,12 +180,12 @@ class Recording:
         new_recorder: Callable[[], Recorder],
         memory: MemoryManager,
         *,
-        pause: Callable[[bool], None],
+        pause: Sequence[Callable[[bool], None]],
     ):
-        """`pause` stops and restarts whoever prefetches."""
+        """Each of `pause` stops and restarts something that changes memory and is not recorded."""
         self._worker = worker
         self._model = model
-        self._pause_prefetching = pause
+        self._pause = pause
         self._new_recorder = new_recorder
         self._memory = memory
         self._recorder: Recorder | None = None
@@ -209,21 +209,18 @@ class Recording:
         if not self._worker.is_idle:
             return False, str(requests.requests_running())
         self._stop()
-        self._pause(True)
+        for pause in self._pause:
+            pause(True)
         self._memory.clear()
         self._recorder = self._model.recorder = self._new_recorder()
         self._worker.memory = RecordedMemory(self._memory, self._recorder)
         return True, "recording"
 
-    def _pause(self, is_paused: bool) -> None:
-        """What changes memory meanwhile and is not recorded."""
-        self._memory.pause_streaming(is_paused)
-        self._pause_prefetching(is_paused)
-
     def _stop(self) -> tuple[bool, str]:
         if self._recorder is not None:
             self._recorder.close()
-            self._pause(False)
+            for pause in self._pause:
+                pause(False)
         self._model.recorder = None
         self._worker.memory = self._memory
         return True, "stopped"

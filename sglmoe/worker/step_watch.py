@@ -1,6 +1,6 @@
 """Watches the worker's steps: what they cost, and what that makes of the prices that memory reckons with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sglmoe.memory.step_times import StepTimes
@@ -38,6 +38,12 @@ class StepCost(NamedTuple):
     late_seconds: float = 0.0  # of the wait, for experts that were on their way already
     num_late: int = 0  # of the misses
     load_seconds: float = 0.0  # that loads of the others took, whether the step waited or not
+    saved_loads: float = 0.0  # of the misses, what is saved by decoding some from the arena
+
+    @property
+    def num_loads(self) -> float:
+        """As many whole loads take as long as what the step brought in."""
+        return self.misses - self.saved_loads
 
 
 class Price(NamedTuple):
@@ -48,10 +54,20 @@ class Price(NamedTuple):
 
 
 class StepWatch:
-    """Teaches `times`. `price` is what memory reckons with at first; of `num_experts` some are in frames."""
+    """Teaches `times`. `price` is what memory reckons with at first; of `num_experts` some are in frames. `decode_ratio`
+    says what decoding a packed expert takes of what a load takes."""
 
-    def __init__(self, times: StepTimes, price: Price, *, num_experts: int):
+    def __init__(
+        self,
+        times: StepTimes,
+        price: Price,
+        *,
+        num_experts: int,
+        decode_ratio: Callable[[], float] = lambda: 1.0,
+    ):
         self._times = times
+        self._decode_ratio = decode_ratio
+        self._packed_hits = 0
         self._num_experts = num_experts
         self._price = price
         self._before = StepCost(0.0, 0.0, 0)  # the sums since the start
@@ -65,6 +81,7 @@ class StepWatch:
             late_seconds=snapshot.late_seconds - self._before.late_seconds,
             num_late=snapshot.prefetches_late - self._before.num_late,
             load_seconds=snapshot.load_seconds - self._before.load_seconds,
+            saved_loads=self._saved_loads(snapshot.packed_hits),
         )
         self._before = StepCost(
             seconds=0.0,
@@ -74,20 +91,24 @@ class StepWatch:
             num_late=snapshot.prefetches_late,
             load_seconds=snapshot.load_seconds,
         )
+        self._packed_hits = snapshot.packed_hits
         self._times.note_loads(
-            cost.misses - cost.num_late,
+            cost.num_loads - cost.num_late,
             waited_seconds=cost.stall_seconds - cost.late_seconds,
             link_seconds=cost.load_seconds,
         )
         compute_seconds = cost.seconds - cost.stall_seconds
         if kind.num_decoding:
-            self._times.note_decode(kind.num_decoding, compute_seconds, cost.misses)
+            self._times.note_decode(kind.num_decoding, compute_seconds, cost.num_loads)
         elif (
             kind.num_prefill_tokens
         ):  # a row that decodes beside prompts is computed as one token more
             num_tokens = kind.num_prefill_tokens + len(kind.decoding)
-            self._times.note_prefill(num_tokens, compute_seconds, cost.misses)
+            self._times.note_prefill(num_tokens, compute_seconds, cost.num_loads)
         return cost
+
+    def _saved_loads(self, packed_hits: int) -> float:
+        return (1 - self._decode_ratio()) * (packed_hits - self._packed_hits)
 
     def costs(self, snapshot: MemorySnapshot) -> StepCosts:
         """What the scheduler may reckon with for the next steps, with memory as it is."""

@@ -24,6 +24,7 @@ from sglmoe.protocol import (
     StepResult,
     TokenLogprobs,
 )
+from sglmoe.worker.packed_planner import PackedPlanner
 from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.request import BatchRow, WorkerRequest
 from sglmoe.worker.residency_planner import ResidencyPlanner
@@ -101,12 +102,14 @@ class Worker:
         watch: StepWatch | None = None,
         planner: ResidencyPlanner | None = None,
         prefetching: Prefetching | None = None,
+        packed: PackedPlanner | None = None,
     ):
         self.memory = memory  # replaced while a routing trace is recorded
         self._model = model
         self._watch = watch
         self._planner = planner
         self._prefetching = prefetching
+        self._packed = packed
         self._requests: dict[str, WorkerRequest] = {}
         # Row 0 is where sglang's padded batches point to.
         self._free_table_rows = list(range(max_running, 0, -1))
@@ -157,6 +160,9 @@ class Worker:
         if self._prefetching is not None:
             report = self._prefetching.step_done(kind, snapshot, cost)
             snapshot = msgspec.structs.replace(snapshot, prefetch=report)
+        if self._packed is not None:
+            packed = self._packed.step_done(kind, snapshot)
+            snapshot = msgspec.structs.replace(snapshot, packed=packed)
         if self._planner is not None:
             plan = self._planner.step_done(kind, snapshot, cost)
             snapshot = msgspec.structs.replace(snapshot, plan=plan)

@@ -83,6 +83,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
         ("--ttft-target 1", "--ttft-target bounds how long prompts wait"),
         ("--itl-target 1 --chunked-prefill-size -1", "prompts are computed in one piece"),
         ("--packed-experts maybe", "--packed-experts: 'maybe' is none of off, on, auto"),
+        ("--packed-share half", "--packed-share: 'half' is none of off, auto and a share"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ],
 )

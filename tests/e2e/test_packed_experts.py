@@ -1,4 +1,4 @@
-"""Experts packed beside the checkpoint: the same answers, to the bit, with more of them in the same host memory."""
+"""Experts packed beside the checkpoint: the same answers, to the bit, with more of them in the same memory."""
 
 from pathlib import Path
 
@@ -21,13 +21,18 @@ def pack(model_dir: Path) -> None:
     assert main(["--model-path", str(model_dir)]) == 0
 
 
-def serve(model_dir: Path, **options: str) -> Interview:
+def serve(
+    model_dir: Path,
+    *,
+    num_frames: int = NUM_EXPERTS // 2,
+    **options: str,
+) -> Interview:
     """With frames for half of the experts and KV, and host memory for a quarter of the experts."""
     dense_bytes = (model_dir / "model.safetensors").stat().st_size - NUM_EXPERTS * EXPERT_BYTES
     with running_sglmoe(
         model_dir,
         dtype="bfloat16",
-        memory_budget=str(dense_bytes + NUM_EXPERTS // 2 * EXPERT_BYTES),
+        memory_budget=str(dense_bytes + num_frames * EXPERT_BYTES),
         host_memory=str(NUM_BLOCKS * EXPERT_BYTES),
         **options,
     ) as engine:
@@ -47,3 +52,19 @@ def test_packed_experts_change_no_bit_and_more_of_them_fit(tmp_path: Path) -> No
         assert NUM_BLOCKS / 0.72 < memory["host_blocks"] + 1 <= NUM_BLOCKS / 0.69
         assert memory["host_hits"] > 0
         assert memory["disk_reads"] > 0
+
+
+def test_they_stay_packed_in_the_arena_and_change_no_bit_there(tmp_path: Path) -> None:
+    model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path)
+    plain = run_in_fork(serve, model_dir)
+    run_in_fork(pack, model_dir)
+    for num_frames, share in ((30, "50%"), (44, "30%")):
+        its = run_in_fork(serve, model_dir, num_frames=num_frames, packed_share=share)
+        check_same(its, plain)
+        memory = its.state["memory"]
+        parts = ("free_frames", "expert_frames", "packed_frames", "kv_frames")
+        assert sum(memory[part] for part in parts) == memory["num_frames"]
+        assert memory["packed_hits"] > memory["packed_kept"] > 0
+        below = memory["host_hits"] + memory["disk_reads"]
+        assert memory["expert_misses"] == memory["packed_hits"] + below
+        assert its.state["packed"]["reason"] == f"{share} was asked for"

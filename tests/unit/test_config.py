@@ -13,6 +13,7 @@ from sglmoe.config import (
     parse_memory_planner,
     parse_memory_policy,
     parse_packed_experts,
+    parse_packed_share,
     parse_ttft_target,
     plan_config,
 )
@@ -145,3 +146,32 @@ def test_packed_experts_are_used_where_there_are_any_unless_told_otherwise() -> 
         ValueError, match=r"'disk' is none of off, on, auto, and no folder; write ./disk"
     ):
         parse_packed_experts("disk")
+
+
+def test_the_packed_share_is_off_planned_or_fixed() -> None:
+    assert plan_config(Options(), CPU, page_tokens=None).packed_share == 0.0
+    assert [parse_packed_share(text) for text in ("off", "auto", "30%", "0.5%")] == [
+        0.0,
+        None,
+        0.3,
+        0.005,
+    ]
+    config = plan_config(Options(packed_share="auto"), CPU, page_tokens=None)
+    assert config.packed_share is None
+
+
+@pytest.mark.parametrize("text", ["30", "0%", "100%", "some", "-5%", ""])
+def test_other_packed_shares_mean_nothing(text: str) -> None:
+    with pytest.raises(ValueError, match=f"--packed-share: '{text}' is none of off, auto and a"):
+        parse_packed_share(text)
+
+
+@pytest.mark.parametrize("text", ["auto", "30%"])
+def test_a_packed_share_is_refused_where_it_is_not_built_or_has_no_values(text: str) -> None:
+    with pytest.raises(ValueError, match=f"--packed-share={text}: .* on a CPU only so far"):
+        plan_config(Options(packed_share=text), GPU, page_tokens=None)
+    options = Options(packed_share=text, memory_policy="lru")
+    with pytest.raises(ValueError, match=f"--packed-share={text}: with --memory-policy=lru "):
+        plan_config(options, CPU, page_tokens=None)
+    options = Options(packed_share="off", memory_policy="lru")
+    assert plan_config(options, GPU, page_tokens=None).packed_share == 0.0

@@ -10,7 +10,14 @@ import pytest
 from documents import LANGUAGES, PAGES, ROOT, blocks, code_spans, links, prose
 
 from sglmoe import flags
-from sglmoe.protocol import Limits, MemorySnapshot, PrefetchReport, ResidencyPlan, StepCosts
+from sglmoe.protocol import (
+    Limits,
+    MemorySnapshot,
+    PackedReport,
+    PrefetchReport,
+    ResidencyPlan,
+    StepCosts,
+)
 from sglmoe.scheduler.report import Restarts
 
 METRICS = (ROOT / "docs" / "metrics.md").read_text()
@@ -179,6 +186,7 @@ def documented_fields(start: str) -> set[str]:
         ("plan", ResidencyPlan),
         ("costs", StepCosts),
         ("prefetch", PrefetchReport),
+        ("packed", PackedReport),
         ("limits", Limits),
         ("restarts", Restarts),
     ],
@@ -190,5 +198,5 @@ def test_metrics_md_has_every_field_of_server_info(part: str, kind: type[msgspec
 def test_metrics_md_has_every_field_of_memory() -> None:
     table = METRICS.split("| `sglmoe.memory.` | |")[1]
     named = set(re.findall(r"`((?!sglmoe_)\w+)`", table))
-    parts = {"plan", "costs", "prefetch"}  # have rows of their own
+    parts = {"plan", "costs", "prefetch", "packed"}  # have rows of their own
     assert named == set(MemorySnapshot.__struct_fields__) - parts

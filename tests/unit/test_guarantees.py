@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.packed_order import NO_PACKING, Packing
 from sglmoe.protocol import (
     AddRequests,
     FromWorker,
     Limits,
+    PackedReport,
     ResidencyPlan,
+    StepCosts,
     StepPlan,
     ToWorker,
     WorkerReady,
@@ -33,6 +37,7 @@ from sglmoe.scheduler.request import Request
 from sglmoe.scheduler.scheduler import Scheduler
 from sglmoe.scheduler.settings import SchedulerSettings
 from sglmoe.worker.request import BatchRow
+from sglmoe.worker.step_watch import StepCost
 from sglmoe.worker.worker import RowOutput, Worker
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
@@ -91,23 +96,62 @@ class AnyLimit:
         return ResidencyPlan(running_limit=self._rng.choice([None, 1, 2, 3]))
 
 
+class AnyPacking:
+    """In place of another: whoever is to be packed in however many frames, nobody may be stuck for it."""
+
+    def __init__(self, memory: MemoryManager, rng: random.Random) -> None:
+        self._memory = memory
+        self._rng = rng
+        self.most_frames = 0
+
+    def step_done(self, *_: Any) -> PackedReport:
+        if self._rng.random() < 0.3:
+            experts = [(layer, e) for layer in range(NUM_LAYERS) for e in range(NUM_EXPERTS)]
+            wanted = self._rng.sample(experts, self._rng.randint(0, len(experts)))
+            self._memory.pack(self._rng.randint(0, GEOMETRY.num_frames), wanted)
+            assert self._memory.violations() == []
+        self.most_frames = max(self.most_frames, self._memory.snapshot(0).packed_frames)
+        return PackedReport()
+
+
+class Unwatched:
+    """In place of what measures steps."""
+
+    def step_done(self, *_: Any) -> StepCost:
+        return StepCost(0.0, 0.0, 0)
+
+    def new_price(self) -> None:
+        return None
+
+    def costs(self, _: Any) -> StepCosts:
+        return StepCosts()
+
+
 class WorkerLine:
     """A worker behind a line, in this process."""
 
-    def __init__(self, rng: random.Random, *, on_step: Callable[[], None]) -> None:
+    def __init__(
+        self, rng: random.Random, *, on_step: Callable[[], None], packs: bool = False
+    ) -> None:
+        packing = Packing(GEOMETRY.frame_bytes * 7 // 10, lambda: rng.random())
         self.memory = MemoryManager(
             GEOMETRY,
             num_layers=NUM_LAYERS,
             num_experts=NUM_EXPERTS,
             floor_frames=1,
             load_experts=lambda loads: None,
+            policy=MemoryPolicy.COST_AWARE if packs else MemoryPolicy.LRU,
+            packing=packing if packs else NO_PACKING,
         )
+        self.packing = AnyPacking(self.memory, rng)
         self.model = RoutingModel(self.memory, rng)
         self._worker = Worker(
             memory=self.memory,
             model=self.model,
             max_running=LIMITS.max_running,
+            watch=Unwatched(),  # type: ignore[arg-type]
             planner=AnyLimit(rng),  # type: ignore[arg-type]
+            packed=self.packing if packs else None,  # type: ignore[arg-type]
         )
         self._inbox: asyncio.Queue[ToWorker] = asyncio.Queue()
         self._on_step = on_step
@@ -190,7 +234,7 @@ async def serve_until(scheduler: Scheduler, done: Callable[[], bool]) -> None:
     serving.cancel()
 
 
-async def crowd(seed: int) -> WorkerLine:
+async def crowd(seed: int, *, packs: bool = False) -> WorkerLine:
     """20 requests at random times, each more than half of what KV has."""
     rng = random.Random(seed)
     wanted: list[Request] = []
@@ -207,7 +251,7 @@ async def crowd(seed: int) -> WorkerLine:
         while coming and rng.random() < 0.4:
             scheduler.add(coming.pop(0))
 
-    line, ends = WorkerLine(rng, on_step=add_some), Ends()
+    line, ends = WorkerLine(rng, on_step=add_some, packs=packs), Ends()
     orders: list[Order] = ["fcfs", "lpm", "lof", "random"]
     scheduler = make_scheduler(
         line,
@@ -237,6 +281,12 @@ def test_requests_that_never_fit_together_all_finish() -> None:
     # That was no idle talk: memory ran out, and layers took several waves.
     assert sum(line.num_rejected for line in lines) > 25
     assert all(line.memory.snapshot(0).num_split_layers > 20 for line in lines)
+
+
+def test_packed_experts_are_in_nobodys_way() -> None:
+    lines = [asyncio.run(crowd(seed, packs=True)) for seed in range(6)]
+    assert sum(line.num_rejected for line in lines) > 0
+    assert all(line.packing.most_frames > 1 for line in lines)
 
 
 async def stream(*, num_small: int) -> tuple[int, int]:

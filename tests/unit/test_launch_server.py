@@ -11,7 +11,7 @@ def test_our_flags_are_found_among_sglangs() -> None:
     argv += ["--memory-planner=off", "--expert-prefetch=on", "--expert-predictor", "pregate"]
     argv += ["--fill-passes=on", "--ttft-target", "2.5", "--itl-target=.1"]
     argv += ["--shutdown-timeout=5", "--expert-affinity=on"]
-    argv += ["--packed-experts=./packed"]
+    argv += ["--packed-experts=./packed", "--packed-share", "auto"]
     expected = Options(
         memory_budget="2GiB",
         host_memory="50%",
@@ -24,6 +24,7 @@ def test_our_flags_are_found_among_sglangs() -> None:
         itl_target=".1",
         shutdown_timeout="5",
         packed_experts="./packed",
+        packed_share="auto",
     )
     assert read_options(argv) == expected
 
@@ -51,6 +52,7 @@ def test_abbreviations_are_left_to_sglang() -> None:
         ["--shutdown-timeout", "soon"],
         ["--shutdown-timeout", "-1"],
         ["--packed-experts", "perhaps"],
+        ["--packed-share", "half"],
     ],
 )
 def test_nonsense_is_refused_by_flag_before_anything_starts(argv: list[str]) -> None:

@@ -141,17 +141,18 @@ def test_kv_frames_are_shared_out_by_their_pages() -> None:
     memory = {
         "num_frames": 8,
         "free_frames": 1,
-        "expert_frames": 3,
+        "expert_frames": 2,
+        "packed_frames": 1,
         "kv_frames": 4,
         "locked_pages": 3,
         "cached_pages": 1,
     }
     frames = frames_by_kind(memory)
     assert list(frames) == list(FRAMES)
-    assert list(frames.values()) == [3, 3.0, 1.0, 1]
+    assert list(frames.values()) == [2, 1, 3.0, 1.0, 1]
     assert sum(frames.values()) == memory["num_frames"]
     empty = memory | {"kv_frames": 0, "free_frames": 5, "locked_pages": 0, "cached_pages": 0}
-    assert list(frames_by_kind(empty).values()) == [3, 0.0, 0.0, 5]
+    assert list(frames_by_kind(empty).values()) == [2, 1, 0.0, 0.0, 5]
 
 
 def test_counters_come_from_the_worker_and_the_scheduler() -> None:
@@ -172,7 +173,7 @@ class Growing:
     def state(self) -> dict[str, Any]:
         self.looks += 1
         memory = dict.fromkeys(COUNTERS[:-3], 0) | {"prefill_tokens": 10 * self.looks}
-        frames = {"free_frames": 8, "expert_frames": 0, "kv_frames": 0}
+        frames = {"free_frames": 8, "expert_frames": 0, "packed_frames": 0, "kv_frames": 0}
         pages = {"locked_pages": 0, "cached_pages": 0}
         return {"memory": memory | frames | pages, "totals": dict.fromkeys(COUNTERS[-3:], 0)}
 

@@ -32,6 +32,7 @@ STATE = LiveState(
         frame_bytes=1024,
         free_frames=1,
         expert_frames=4,
+        packed_frames=0,
         kv_frames=3,
         page_tokens=4,
         locked_pages=5,

@@ -40,9 +40,19 @@ def test_the_arena_is_a_bar_and_a_map() -> None:
     assert "KV so far ▁▅█" in lines
     assert "eeelkkc." in lines
     assert any(
-        line.startswith("e experts 3  l on their way 1  k KV of running requests 2")
+        line.startswith("e experts 3  l on their way 1  p packed experts 0  k KV of running")
         for line in lines
     )
+
+
+def test_packed_experts_have_their_part_of_both() -> None:
+    assert STATE.map is not None
+    memory = replace(STATE.memory, expert_frames=3, packed_frames=1)
+    its_map = replace(STATE.map, frames="eelpkkc.", residency=("rr.p", "ral."))
+    lines = drawn(replace(STATE, memory=memory, map=its_map), width=80)
+    assert "e" * 30 + "p" * 10 + "k" * 30 + "." * 10 in lines
+    assert "eelpkkc." in lines
+    assert any("packed in a frame 1" in line for line in lines)
 
 
 def test_experts_are_blocks_as_high_as_their_heat() -> None:

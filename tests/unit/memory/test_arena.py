@@ -111,6 +111,17 @@ def test_frames_change_hands_and_are_counted() -> None:
     assert frames.violations() == []
 
 
+def test_packed_frames_are_a_kind_of_their_own() -> None:
+    frames = Frames(3)
+    assert frames.take_for_packed() == 0
+    frames.take_for_kv()
+    assert frames.kind(0) is FrameKind.PACKED
+    assert (frames.num_free, frames.num_packed, frames.num_kv) == (1, 1, 1)
+    frames.give(0)
+    assert (frames.num_free, frames.num_packed, frames.num_kv) == (2, 0, 1)
+    assert frames.violations() == []
+
+
 def test_giving_a_frame_back_twice_is_caught() -> None:
     frames = Frames(2)
     frame = frames.take_for_kv()

@@ -4,7 +4,8 @@ The arena is an array of ints. A token's KV depends on all tokens before it, so 
 these here; an expert's frame is full of its number. So a page or frame that has two users, or that
 is handed on too early, shows as wrong contents, whatever the counters say. Experts come through
 host memory, which fills meanwhile, from a disk that may fail; those prefetched arrive when the
-machine says so, and until then their frames are full of anything.
+machine says so, and until then their frames are full of anything. Packed, an expert is its number
+too, in fewer bytes, wherever in the arena its cell is.
 """
 
 import zlib
@@ -30,6 +31,7 @@ from sglmoe.memory.experts import ExpertIds, Load
 from sglmoe.memory.host_tier import HostTier, TieredStore
 from sglmoe.memory.link_gate import Finish, LinkGate
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.packed_order import Packing
 from sglmoe.memory.prefetch import Arrival, Wanted
 from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.store import Bytes, ExpertReadError, ExpertStore
@@ -169,6 +171,8 @@ class MemoryMachine(RuleBasedStateMachine):
         policy=st.sampled_from(MemoryPolicy),
         layer_frames=st.integers(1, 3),
         num_blocks=st.sampled_from([0, 2, 8]),
+        packed_ratio=st.sampled_from([0.0, 0.5, 0.7, 1.0]),
+        share=st.sampled_from([None, None, 0.25, 0.6]),
     )
     def build(
         self,
@@ -178,6 +182,8 @@ class MemoryMachine(RuleBasedStateMachine):
         policy: MemoryPolicy,
         layer_frames: int,
         num_blocks: int,
+        packed_ratio: float,
+        share: float | None,
     ) -> None:
         self.pages_per_frame = pages_per_frame
         if policy is MemoryPolicy.STATIC:
@@ -202,6 +208,9 @@ class MemoryMachine(RuleBasedStateMachine):
         self.tier = HostTier(blocks, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS)
         self.tiered = TieredStore(self.tier, self.disk)
         self.background = Background(self.arena, self.read)
+        self.can_pack = policy is MemoryPolicy.COST_AWARE and packed_ratio > 0
+        self.packed_cells = -(-int(packed_ratio * geometry.frame_bytes) // 4)
+        self.decode_ratio = 0.1
         self.memory = MemoryManager(
             geometry,
             num_layers=NUM_LAYERS,
@@ -212,6 +221,9 @@ class MemoryMachine(RuleBasedStateMachine):
             expert_ratio=(NUM_LAYERS * layer_frames + 0.5) / num_frames,
             host_counters=self.tier.counters,
             background=self.background,
+            packing=Packing(
+                4 * self.packed_cells if self.can_pack else 0, lambda: self.decode_ratio, share
+            ),
         )
         self.promoter = Promoter(
             self.tier,
@@ -232,8 +244,29 @@ class MemoryMachine(RuleBasedStateMachine):
 
     def read_all(self, loads: Sequence[Load]) -> float:
         for load in loads:
-            self.read(load)
+            if load.cell is not None and load.cell.is_filled:
+                self.decode(load)
+            else:
+                self.read(load)
+                self.keep(load)
         return 0.0
+
+    def packed_cell(self, load: Load) -> list[np.ndarray]:
+        assert load.cell is not None
+        cells = self.arena.reshape(-1)
+        runs = [cells[start // 4 : stop // 4] for start, stop in load.cell.runs]
+        assert sum(len(run) for run in runs) == self.packed_cells
+        return runs
+
+    def decode(self, load: Load) -> None:
+        number = expert_number(load.layer, load.expert)
+        assert all((run == number).all() for run in self.packed_cell(load))
+        self.arena[load.frame] = number
+
+    def keep(self, load: Load) -> None:
+        if load.cell is not None:
+            for run in self.packed_cell(load):
+                run[:] = expert_number(load.layer, load.expert)
 
     def read(self, load: Load) -> None:
         self.tiered.read(load.layer, load.expert, self.arena[load.frame].view(np.uint8))
@@ -413,6 +446,22 @@ class MemoryMachine(RuleBasedStateMachine):
         assert not (disk_fails and num_promoted)
         self.disk.fails = False
 
+    @precondition(lambda self: self.can_pack)
+    @rule(
+        num_frames=st.integers(0, 12), experts=st.lists(st.sampled_from(ALL_EXPERTS), unique=True)
+    )
+    def pack(self, num_frames: int, experts: list[tuple[int, int]]) -> None:
+        """A plan may say anything."""
+        before = self.memory.snapshot(0)
+        self.memory.pack(num_frames, experts)
+        now = self.memory.snapshot(0)
+        assert now.packed_frames <= num_frames
+        assert (now.kv_frames, now.cached_pages) == (before.kv_frames, before.cached_pages)
+
+    @rule(ratio=st.sampled_from([0.0, 0.1, 0.7, 1.0]))
+    def change_decoding(self, ratio: float) -> None:
+        self.decode_ratio = ratio
+
     @precondition(lambda self: self.num_admitted % 8 == 5 and not self.requests)
     @rule()
     def clear(self) -> None:
@@ -444,10 +493,18 @@ class MemoryMachine(RuleBasedStateMachine):
         assert frames["."] == now.free_frames
         assert frames["e"] + frames["l"] == now.expert_frames
         assert frames["k"] + frames["c"] == now.kv_frames
+        assert frames["p"] == now.packed_frames
         assert experts["r"] + experts["a"] == np.count_nonzero(self.memory.frame_table >= 0)
         assert experts["l"] == frames["l"]
         assert sum(experts.values()) == NUM_LAYERS * NUM_EXPERTS
         assert np.count_nonzero(self.tier.held()) == now.host_blocks_filled
+
+    @invariant()
+    def frames_are_all_accounted_for(self) -> None:
+        now = self.memory.snapshot(0)
+        used = now.expert_frames + now.kv_frames + now.packed_frames
+        assert now.free_frames + used == now.num_frames
+        assert now.packed_experts <= now.packed_hits + now.packed_kept
 
     @invariant()
     def prefetches_end_once(self) -> None:

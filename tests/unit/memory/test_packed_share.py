@@ -26,6 +26,8 @@ from sglmoe.memory.packed_share import (
     PackedSnapshot,
     SlabClass,
     expected_residents,
+    fix_packed_share,
+    plan_packed_experts,
     plan_packed_share,
     plan_residence_forms,
     plan_slab_class,
@@ -267,3 +269,37 @@ def test_forms_are_as_many_as_asked_for_and_by_use(
     assert (forms == Form.PACKED).sum() == min(num_packed, 24 - num_ready)
     by_use = forms.ravel()[np.argsort(-probability.ravel())]
     assert (np.diff(by_use) <= 0).all(), "an expert has a better form than one that is used more"
+
+
+# ----------------------------------------------------------------------------------------- experts
+
+NOBODY = np.zeros((2, 4), np.bool_)
+
+
+def test_those_used_most_are_ready_and_the_next_packed() -> None:
+    experts = plan_packed_experts(USES, NOBODY, num_ready=2, limit=4)
+    assert experts == [(0, 2), (1, 3), (1, 0), (0, 1)], "0.4 twice; of equals, one of each layer"
+    assert plan_packed_experts(USES, NOBODY, num_ready=8, limit=4) == []
+
+
+def test_whoever_is_packed_stays_so_among_those_little_more_or_less_likely() -> None:
+    """0.44 is a frame's, 0.4 packed, 0.33 away, in this order unless someone is packed already."""
+    uses = np.array([[0.44, 0.40, 0.33]])
+
+    def packed(*held: int) -> list[tuple[int, int]]:
+        is_packed = np.isin(np.arange(3), held)[np.newaxis]
+        return plan_packed_experts(uses, is_packed, num_ready=1, limit=1)
+
+    assert packed() == [(0, 1)]
+    assert packed(0) == [(0, 0)], "not worth a frame of its own yet"
+    assert packed(2) == [(0, 2)]
+    assert packed(0, 1, 2) == [(0, 1)]
+
+
+def test_a_fixed_share_is_in_whole_frames_and_leaves_the_floor() -> None:
+    assert fix_packed_share(snapshot(), 0.5).packed_frames == 3
+    assert fix_packed_share(snapshot(), 0.99).packed_frames == 5
+    assert fix_packed_share(snapshot(floor_frames=3), 0.99).packed_frames == 3
+    plan = fix_packed_share(snapshot(), 0.67)
+    assert (plan.packed_frames, plan.num_packed) == (4, 6)
+    assert (plan.stall_seconds, plan.ready_only_seconds) == pytest.approx((0.0042, 0.006))

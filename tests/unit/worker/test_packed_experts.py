@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_packed import TENSOR_BYTES, make_checkpoint, name_of
 
 from sglmoe import pack
+from sglmoe.memory.decode_ratio import DecodeRatio
+from sglmoe.memory.packed_order import NO_PACKING, Packing
 from sglmoe.memory.store import PARTS, ExpertStore
 from sglmoe.packed_checkpoint import FOLDER, layer_path
-from sglmoe.worker.packed_experts import use_packed
+from sglmoe.worker.packed_experts import plan_packing, use_packed
 
 ALL_BYTES = 2 * 2 * 3 * TENSOR_BYTES
 LAYER_BYTES = ALL_BYTES // 2
@@ -146,3 +148,25 @@ def test_another_dtype_than_the_checkpoints_has_nothing_packed(
     assert "packed experts are not used: the model's experts are not read" in caplog.text
     with pytest.raises(ValueError, match="another --dtype"):
         use_packed(store, "on", str(model))
+
+
+# ------------------------------------------------------------------------------- packed in the arena
+
+
+def test_packed_experts_may_stay_in_frames_where_they_are_smaller(model: Path) -> None:
+    store, ratio = load(model), DecodeRatio()
+    use_packed(store, "on", str(model))
+    for share in (None, 0.3):
+        packing = plan_packing(store, share, ratio, frame_bytes=3 * TENSOR_BYTES)
+        assert packing == Packing(store.stored_expert_bytes(), ratio, share)
+    ratio.note(1000.0, is_decoded=False)
+    assert 0 < ratio() < 1e-3, "how long decoding takes is known before anything is served"
+    assert plan_packing(store, 0.0, ratio, frame_bytes=3 * TENSOR_BYTES) == NO_PACKING
+
+
+def test_without_packed_experts_a_share_is_refused_and_auto_is_none(model: Path) -> None:
+    store, ratio = load(model), DecodeRatio()
+    assert plan_packing(store, None, ratio, frame_bytes=3 * TENSOR_BYTES).expert_bytes == 0
+    message = r"--packed-share=30%: the largest expert takes 24576 bytes as it is read, a frame 24576; pack them with"
+    with pytest.raises(ValueError, match=message):
+        plan_packing(store, 0.3, ratio, frame_bytes=3 * TENSOR_BYTES)

@@ -62,12 +62,32 @@ def test_rows_that_have_sampled_decode_and_others_prefill() -> None:
 def test_waiting_for_experts_is_no_computing() -> None:
     its = Watched()
     decode = StepKind([request("a")], 0)
-    assert its.step(decode, seconds=0.02, misses=2) == pytest.approx((0.02, 0.01, 2, 0, 0, 0.008))
-    assert its.step(decode, seconds=0.01) == pytest.approx((0.01, 0, 0, 0, 0, 0))
+    assert its.step(decode, seconds=0.02, misses=2) == pytest.approx(
+        (0.02, 0.01, 2, 0, 0, 0.008, 0)
+    )
+    assert its.step(decode, seconds=0.01) == pytest.approx((0.01, 0, 0, 0, 0, 0, 0))
     assert its.times.load_seconds == pytest.approx(0.005)
     assert its.times.link_seconds == pytest.approx(0.004)
     assert its.times.model is not None
     assert its.times.model.compute_seconds(1) == pytest.approx(0.01)
+
+
+def test_what_is_decoded_from_the_arena_is_a_part_of_a_load() -> None:
+    """Ten misses, five of them decoded in a fifth of the time: as long as six loads."""
+    times = StepTimes()
+    watch = StepWatch(times, Price(1, 1), num_experts=10, decode_ratio=lambda: 0.2)
+    for step in range(1, 3):
+        snapshot = msgspec.structs.replace(
+            NOTHING,
+            expert_misses=10 * step,
+            packed_hits=5 * step,
+            stall_seconds=0.030 * step,
+            load_seconds=0.024 * step,
+        )
+        cost = watch.step_done(StepKind([request("a")], 0), snapshot, 0.1)
+    assert (cost.misses, cost.num_loads) == (10, pytest.approx(6))
+    assert times.load_seconds == pytest.approx(0.005)
+    assert times.link_seconds == pytest.approx(0.004)
 
 
 def test_prefills_teach_what_a_token_costs() -> None:
