@@ -40,7 +40,7 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "graceful_stop": set(),
     "live_view": {"units"},
     "top": {"live_view"},
-    "plan": LAUNCH | {"memory", "units"},
+    "plan": LAUNCH | {"memory", "kernels", "units"},
     "recipe": {"config", "machine", "plan", "units", "errors"},
     "launch_server": LAUNCH | {"graceful_stop", "live_view", "plan", "preparation", "units"},
     "engine": LAUNCH | {"preparation"},
