@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import xgrammar
 from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
-from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
 from sglang.srt.models.deepseek_common.attention_backend_handler import (
     AttentionBackendRegistry,
     AttnForwardMethod,
 )
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch.nn import functional as F
+
+from sglmoe.kernels.block_fp8 import dequantise
 
 MASK_32 = 0xFFFFFFFF
 
@@ -70,8 +71,9 @@ class DequantisedExperts:
         self._weight, self._scale, self._block, self._dtype = weight, scale, block, dtype
 
     def __getitem__(self, expert: int) -> torch.Tensor:
+        rows, columns = self._block
         weight, scale = self._weight[expert], self._scale[expert]
-        return block_quant_dequant(weight, scale, self._block, self._dtype)  # type: ignore[no-any-return]
+        return dequantise(weight, scale, rows=rows, columns=columns, dtype=self._dtype)
 
 
 def block_fp8_linear(
@@ -84,9 +86,10 @@ def block_fp8_linear(
     """`x` [..., k] times weights in fp8 with a scale for each block, dequantised to the type of `x`."""
     if not method.block_quant:
         return stock(method, layer, x, bias)
-    block = list(method.weight_block_size)
-    weight = block_quant_dequant(layer.weight, layer.weight_scale_inv, block, x.dtype)
-    return F.linear(x, weight, bias)
+    rows, columns = method.weight_block_size
+    weight, scale = layer.weight.data, layer.weight_scale_inv.data
+    whole = dequantise(weight, scale, rows=rows, columns=columns, dtype=x.dtype)
+    return F.linear(x, whole, bias)
 
 
 def block_fp8_experts(

@@ -71,7 +71,7 @@ def product_seconds(shape: ModelShape) -> tuple[float, float]:
 
     hidden = shape.hidden_size
     num_rows = max(1, WORKING_SET_BYTES // (hidden * shape.item_bytes) // 8)
-    weights = _matrix(num_rows, hidden, shape)
+    weights = matrix_maker(num_rows, hidden, shape)
     num_bytes = num_rows * hidden * (shape.item_bytes if isinstance(shape.format, Plain) else 1)
     one, many = _rows(1, hidden, shape), _rows(16, hidden, shape)
     one_seconds = least_by_threads(lambda _: F.linear(one, weights()))
@@ -86,7 +86,8 @@ def expert_seconds(shape: ModelShape) -> tuple[float, float]:
     count = min(shape.all_experts, max(2, WORKING_SET_BYTES // shape.expert_bytes))
     inner, hidden = shape.inner_size, shape.hidden_size
     experts = [
-        (_matrix(2 * inner, hidden, shape), _matrix(hidden, inner, shape)) for _ in range(count)
+        (matrix_maker(2 * inner, hidden, shape), matrix_maker(hidden, inner, shape))
+        for _ in range(count)
     ]
 
     def compute(rows: Any) -> Callable[[int], Any]:
@@ -137,7 +138,7 @@ def _expert_offsets(shard: Path) -> tuple[Path, list[int]]:
     return shard, starts[:64] or [first]
 
 
-def _matrix(height: int, width: int, shape: ModelShape) -> Callable[[], Any]:
+def matrix_maker(height: int, width: int, shape: ModelShape) -> Callable[[], Any]:
     """Some weights as a CPU has them, and gets them when it multiplies: in fp8 they are dequantised each time."""
     import torch
 

@@ -71,6 +71,27 @@ def test_the_unmodified_server_answers_as_its_twin_does(models: Fp8Checkpoints) 
     assert in_fp8 == twin
 
 
+def differences() -> list[str]:
+    import torch
+    from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
+
+    from sglmoe.kernels.block_fp8 import dequantise
+
+    random, found = torch.Generator().manual_seed(1), []
+    for height, width in ((256, 384), (130, 257)):
+        weight = torch.randn(height, width, generator=random).mul_(100).to(torch.float8_e4m3fn)
+        scale = torch.rand(-(-height // 128), -(-width // 128), generator=random)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            ours = dequantise(weight, scale, rows=128, columns=128, dtype=dtype)
+            if not torch.equal(ours, block_quant_dequant(weight, scale, [128, 128], dtype)):
+                found.append(f"{height} x {width} to {dtype}")
+    return found
+
+
+def test_weights_stand_for_what_sglang_takes_them_for() -> None:
+    assert run_in_fork(differences) == []
+
+
 def test_host_memory_and_prefetching_change_no_bit(models: Fp8Checkpoints) -> None:
     theirs = run_in_fork(interview_sglang, models.twin, "bfloat16")
     roomy = run_in_fork(interview_sglmoe, models.fp8, "auto", "200MB")

@@ -21,7 +21,7 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "packed_checkpoint": {"checkpoint", "errors"},
     "pack": {"checkpoint", "packed_checkpoint", "kernels", "units", "errors"},
     "demo_model": set(),
-    "cpu_kernels": set(),
+    "cpu_kernels": {"kernels"},
     "cpu_platform": {"cpu_kernels"},
     "config": {"units", "errors"},
     "machine": {"config"},

@@ -20,6 +20,14 @@ def test_a_weight_is_multiplied_by_the_scale_of_its_block() -> None:
     ]
 
 
+def test_blocks_at_the_edges_may_be_smaller() -> None:
+    """Blocks of 2 x 3 in a matrix of 3 x 4: the last row and the last column are blocks of their own."""
+    weight = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[1.0, 10.0], [100.0, 1000.0]])
+    whole = dequantise(weight, scale, rows=2, columns=3, dtype=torch.float32)
+    assert whole.tolist() == [[1, 2, 3, 40], [5, 6, 7, 80], [900, 1000, 1100, 12000]]
+
+
 def test_every_number_that_fp8_has_is_what_torch_takes_it_for() -> None:
     """Signed, subnormal and zero; all but the two codes that are none. Scales at either end of what is usual."""
     codes = torch.arange(256, dtype=torch.uint8)

@@ -4,9 +4,12 @@ import json
 import math
 from pathlib import Path
 
+import msgspec
 import pytest
+import torch
 
 from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.memory.expert_layout import Plain
 from sglmoe.plan.families import (
     SCALE,
     dense_shapes,
@@ -14,6 +17,7 @@ from sglmoe.plan.families import (
     moe_layers_of,
     num_experts_of,
 )
+from sglmoe.plan.measure import matrix_maker
 from sglmoe.plan.model_shape import read_model, resolve_dtype, shape_of, tensor_shapes
 
 MODELS = Path(__file__).parents[3] / "launch" / "models"
@@ -126,3 +130,18 @@ def test_a_server_counts_its_rotary_table_as_dense(device: str, item_bytes: int)
 def test_the_demo_model_is_as_large_as_a_server_on_a_cpu_found_it() -> None:
     """`dense_bytes` in its /server_info; `tests/e2e/test_plan.py` asks one."""
     assert read_model(str(DEMO_MODEL), device="cpu").shape.dense_bytes == 2_839_296
+
+
+def test_a_cpus_speed_is_measured_on_weights_as_it_has_them() -> None:
+    """In fp8 it dequantises them each time: what is timed gives them in the type that is multiplied."""
+    config = json.loads((MODELS / "qwen3-30b-a3b-fp8.json").read_text())
+    shape = shape_of(config, dense=None, dtype="auto", device="cpu")
+    weights = matrix_maker(200, 256, shape)
+    assert weights().shape == (200, 256)
+    assert weights().dtype == torch.bfloat16
+    assert weights() is not weights()
+    plain = matrix_maker(
+        200, 256, msgspec.structs.replace(shape, format=Plain("float32"), item_bytes=4)
+    )
+    assert plain().dtype == torch.float32
+    assert plain() is plain()
