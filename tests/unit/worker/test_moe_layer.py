@@ -241,6 +241,16 @@ def test_an_inner_size_that_sglang_rounds_up_is_filled_up_with_zeros() -> None:
         experts.take_tensor(0, 4, "w2", torch.ones(HIDDEN, INNER - 4, dtype=torch.bfloat16))
 
 
+def test_scales_are_never_filled_up() -> None:
+    """Of gates of 8 rows in blocks of 4 there are two rows; a CPU's multiple of 32 is none of theirs."""
+    experts = PagedExperts(ExpertStore(), on_tensor=lambda: None, inner_multiple=32)
+    experts.add_layer(0, ExpertShape(NUM_EXPERTS, HIDDEN, INNER, FP8))
+    experts.take_tensor(0, 0, "w1_weight_scale_inv", torch.ones(2, 4))
+    assert experts.store.total_bytes == 2 * 4 * 4
+    with pytest.raises(ValueError, match=r"w3_weight_scale_inv has shape \(2, 3\)"):
+        experts.take_tensor(0, 0, "w3_weight_scale_inv", torch.ones(2, 3))
+
+
 def test_layers_with_different_experts_are_refused() -> None:
     experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
     experts.add_layer(0, SHAPE)
