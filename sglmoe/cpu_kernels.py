@@ -119,7 +119,7 @@ def block_fp8_experts(
         w13_weight=DequantisedExperts(w1, scales[0], block, dtype),
         w2_weight=DequantisedExperts(w2, scales[1], block, dtype),
     )
-    return moe_forward_native(layer, hidden_states, topk_output, moe_runner_config)  # type: ignore[no-any-return]
+    return moe_forward_native(layer, hidden_states, topk_output, moe_runner_config)
 
 
 def murmur_hash32(
