@@ -1,16 +1,25 @@
 """Torch equivalents of SGLang's GPU-only kernels, and their installation through SGLang's hooks.
 
-Each function keeps the contract of what it replaces and computes in the same precision. Rows are
+Each function keeps the contract of what it replaces and computes in the same precision, but for fp8:
+a GPU rounds activations to it too, these do not, nor does SGLang's CPU kernel, which needs AMX. Rows are
 independent of each other: a request gets the same bits whatever shares its batch.
 """
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 import xgrammar
+from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
 from sglang.srt.models.deepseek_common.attention_backend_handler import (
     AttentionBackendRegistry,
     AttnForwardMethod,
 )
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from torch.nn import functional as F
+
+from sglmoe.kernels.block_fp8 import dequantise
 
 MASK_32 = 0xFFFFFFFF
 
@@ -29,6 +38,12 @@ def replace_gpu_kernels() -> None:
     }
     for target, replacement in replacements.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
+    in_fp8 = {
+        "sglang.srt.layers.quantization.fp8.Fp8LinearMethod.apply": block_fp8_linear,
+        "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.fused_experts": block_fp8_experts,
+    }
+    for target, equivalent in in_fp8.items():
+        HookRegistry.register(target, equivalent, HookType.AROUND)
     HookRegistry.apply_hooks()
     AttentionBackendRegistry.register("torch_native", choose_absorbed_attention)
 
@@ -45,6 +60,66 @@ def fused_gate_sigmoid_mul_add(
     """
     gate = (hidden_states.float() * gate_weight.float()).sum(dim=-1, keepdim=True).sigmoid()
     final_hidden_states.copy_(final_hidden_states.float() + gate * shared_output.float())
+
+
+class DequantisedExperts:
+    """Weights of experts in fp8 with a scale for each block: `[expert]` gives one matrix in `dtype`."""
+
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor, block: list[int], dtype: torch.dtype
+    ):
+        self._weight, self._scale, self._block, self._dtype = weight, scale, block, dtype
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        rows, columns = self._block
+        weight, scale = self._weight[expert], self._scale[expert]
+        return dequantise(weight, scale, rows=rows, columns=columns, dtype=self._dtype)
+
+
+def block_fp8_linear(
+    stock: Callable[..., torch.Tensor],
+    method: Any,
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x` [..., k] times weights in fp8 with a scale for each block, dequantised to the type of `x`."""
+    if not method.block_quant:
+        return stock(method, layer, x, bias)
+    rows, columns = method.weight_block_size
+    weight, scale = layer.weight.data, layer.weight_scale_inv.data
+    whole = dequantise(weight, scale, rows=rows, columns=columns, dtype=x.dtype)
+    return F.linear(x, whole, bias)
+
+
+def block_fp8_experts(
+    stock: Callable[..., torch.Tensor],
+    *,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_output: Any,
+    moe_runner_config: Any,
+    **quantised: Any,
+) -> torch.Tensor:
+    """A layer's routed experts, likewise, for `hidden_states` [num_tokens, hidden_size]."""
+    block = quantised.get("block_shape")
+    if not quantised.get("use_fp8_w8a8") or block is None:
+        return stock(
+            hidden_states=hidden_states,
+            w1=w1,
+            w2=w2,
+            topk_output=topk_output,
+            moe_runner_config=moe_runner_config,
+            **quantised,
+        )
+    scales, dtype = (quantised["w1_scale"], quantised["w2_scale"]), hidden_states.dtype
+    layer = SimpleNamespace(
+        num_experts=len(w1),
+        w13_weight=DequantisedExperts(w1, scales[0], block, dtype),
+        w2_weight=DequantisedExperts(w2, scales[1], block, dtype),
+    )
+    return moe_forward_native(layer, hidden_states, topk_output, moe_runner_config)
 
 
 def murmur_hash32(

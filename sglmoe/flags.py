@@ -93,7 +93,9 @@ GRAPHS = "steps run without CUDA graphs for now; leave it out"
 SPECULATIVE = "speculative decoding does not work yet; leave it out"
 LORA = "LoRA adapters do not work yet; merge them into the checkpoint"
 MULTIMODAL = "only text goes in and out for now; leave it out"
-QUANTIZED = "quantised weights can't be paged yet; use a bf16, fp16 or fp32 checkpoint"
+QUANTIZED = (
+    "weights are served as the checkpoint has them, in bf16, fp16, fp32 or block fp8; leave it out"
+)
 DISAGGREGATION = "disaggregated prefill and decode do not work yet; leave it out"
 OFFLOAD = "the budget already decides what is on the device; use --memory-budget"
 TIERS = "caching KV beyond the device does not work yet; leave it out"

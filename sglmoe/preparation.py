@@ -24,9 +24,9 @@ from sglmoe.errors.options import (
 from sglmoe.errors.options import refused_flags as flags_are_refused
 from sglmoe.flags import refused_environment, refused_flags
 from sglmoe.machine import measure_machine
-from sglmoe.plan.families import num_experts_of
+from sglmoe.plan.families import inner_size_of, num_experts_of
 from sglmoe.start_up import ChildEntry
-from sglmoe.supported_models import ModelFacts, refused_model
+from sglmoe.supported_models import ModelFacts, Quantisation, quantisation_of, refused_model
 
 
 def prepare(server_args: Any, options: Options) -> EngineConfig:
@@ -42,7 +42,9 @@ def prepare(server_args: Any, options: Options) -> EngineConfig:
     if is_local(server_args.model_path):
         check_checkpoint(Path(server_args.model_path))
     model_config = resolve(server_args)
-    if why := refused_model(read_facts(model_config)):
+    on_gpu = server_args.device == "cuda"
+    capability = torch.cuda.get_device_capability(server_args.base_gpu_id) if on_gpu else None
+    if why := refused_model(read_facts(model_config, capability)):
         raise why
     machine = measure_machine(device=server_args.device, gpu_id=server_args.base_gpu_id)
     config = plan_config(options, machine, page_tokens=page_tokens)
@@ -150,16 +152,24 @@ def resolve(server_args: Any) -> Any:
         raise not_understood(model_path=server_args.model_path, why=str(error)) from error
 
 
-def read_facts(model_config: Any) -> ModelFacts:
+def read_facts(model_config: Any, capability: tuple[int, int] | None) -> ModelFacts:
+    """`capability`: the GPU's compute capability."""
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
     config = model_config.hf_text_config.to_dict()
-    quantization = config.get("quantization_config") or {}
     layer_types = set(config.get("layer_types") or ())
+    method = (
+        model_config.quantization
+    )  # in SGLang's words, and also where a file beside the config says it
+    quantisation = quantisation_of(config) or (Quantisation(method) if method else None)
     return ModelFacts(
         architecture=model_config.hf_config.architectures[0],
         num_experts=num_experts_of(config),
-        quantization=model_config.quantization or quantization.get("quant_method"),
+        hidden_size=int(config.get("hidden_size") or 0),
+        expert_inner_size=inner_size_of(config),
+        dtype=str(model_config.dtype).removeprefix("torch."),
+        quantization=quantisation,
+        capability=capability,
         tied_embeddings=bool(config.get("tie_word_embeddings")),
         generates=model_config.is_generation,
         multimodal=model_config.is_multimodal,

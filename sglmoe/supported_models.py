@@ -3,6 +3,9 @@
 Pure: judges facts that the front doors read off sglang's ModelConfig.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import msgspec
 
 from sglmoe.errors import models
@@ -17,8 +20,19 @@ PAGED_ARCHITECTURES = (
     "OlmoeForCausalLM",
     "PhiMoEForCausalLM",
 )
-# Of these, the ones in which sglang 0.5.23 gives a tied output layer the embedding's weights.
+# Of these, the ones that are tested with fp8 weights.
+FP8_ARCHITECTURES = ("Qwen3MoeForCausalLM",)
+# From here on Triton compiles SGLang's grouped GEMM with fp8: tests/kernels/test_fp8.py.
+FP8_CAPABILITY = (8, 9)
+# Of all, the ones in which sglang 0.5.23 gives a tied output layer the embedding's weights.
 TIED_ARCHITECTURES = ("DeepseekV2ForCausalLM", "PhiMoEForCausalLM")
+
+
+class Quantisation(msgspec.Struct, frozen=True):
+    """A checkpoint's `quantization_config`, as far as it decides."""
+
+    method: str
+    block: tuple[int, ...] = ()  # rows and columns that share a scale; none where more do
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,7 +40,13 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     architecture: str
     num_experts: int = 0  # 0 for a dense model
-    quantization: str | None = None
+    hidden_size: int = 0
+    expert_inner_size: int = 0
+    dtype: str = "bfloat16"  # of activations, torch's name
+    quantization: Quantisation | None = None
+    capability: tuple[int, int] | None = (
+        None  # compute capability; None without a GPU, or if it is not known
+    )
     tied_embeddings: bool = False
     generates: bool = True
     multimodal: bool = False
@@ -48,9 +68,35 @@ def refused_model(model: ModelFacts) -> UserError | None:
         return models.recurrent_layers(name=name)
     if model.sliding_window_layers:
         return models.sliding_window_layers(name=name)
-    if model.quantization:
-        return models.quantised(method=model.quantization)
+    if model.quantization and (why := _refused_weights(model, model.quantization)):
+        return why
     return _refused_experts(model) if model.num_experts else None
+
+
+def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
+    """What a config.json says of its checkpoint's weights."""
+    said = config.get("quantization_config") or {}
+    method = said.get("quant_method")
+    return Quantisation(method, tuple(said.get("weight_block_size") or ())) if method else None
+
+
+def _refused_weights(model: ModelFacts, its: Quantisation) -> UserError | None:
+    """Of quantised weights, SGLang's Triton kernels and our frames take one kind."""
+    if its.method != "fp8":
+        return models.quantised(method=its.method)
+    if len(its.block) != 2 or its.block[0] != its.block[1]:
+        return models.quantised(method=f"fp8, weight_block_size {list(its.block) or 'none'}")
+    if model.architecture not in FP8_ARCHITECTURES:
+        return models.fp8_family(name=model.architecture, known=FP8_ARCHITECTURES)
+    sizes = (model.hidden_size, model.expert_inner_size)
+    if any(size % its.block[0] for size in sizes):
+        return models.fp8_uneven_blocks(hidden=sizes[0], inner=sizes[1], block=its.block[0])
+    if model.dtype not in ("bfloat16", "float16"):
+        return models.fp8_dtype(dtype=model.dtype)
+    if model.capability is not None and model.capability < FP8_CAPABILITY:
+        given, least = (".".join(map(str, its)) for its in (model.capability, FP8_CAPABILITY))
+        return models.fp8_on_older_gpu(capability=given, least=least)
+    return None
 
 
 def _refused_experts(model: ModelFacts) -> UserError | None:

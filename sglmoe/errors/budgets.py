@@ -118,5 +118,5 @@ def address_space_too_low(*, mapped_bytes: int, address_bytes: int) -> UserError
 def experts_held_beside_budget(*, held_bytes: int) -> UserError:
     return UserError(
         f"{show_bytes(held_bytes)} of experts are held in memory beside the budget: their tensors are not views of a mapped "
-        "file (another --dtype than the checkpoint's, sizes rounded up on a CPU, or no safetensors)"
+        "file (another --dtype than the checkpoint's, scales that are no float32, sizes rounded up on a CPU, or no safetensors)"
     )

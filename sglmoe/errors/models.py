@@ -31,7 +31,33 @@ def sliding_window_layers(*, name: str) -> UserError:
 def quantised(*, method: str) -> UserError:
     return UserError(
         f"the checkpoint is quantised ({method}), which can't be paged yet; "
-        "use a bf16, fp16 or fp32 one"
+        "use a bf16, fp16 or fp32 one, or one in fp8 whose weight_block_size is square, such as [128, 128]"
+    )
+
+
+def fp8_family(*, name: str, known: Sequence[str]) -> UserError:
+    return UserError(
+        f"{name} in fp8 is not tested; these are: {', '.join(known)}. For others use a bf16, fp16 or fp32 checkpoint"
+    )
+
+
+def fp8_uneven_blocks(*, hidden: int, inner: int, block: int) -> UserError:
+    return UserError(
+        f"experts of hidden size {hidden} and inner size {inner} in fp8 blocks of {block}: SGLang's kernels want whole "
+        "blocks; use a bf16, fp16 or fp32 checkpoint"
+    )
+
+
+def fp8_dtype(*, dtype: str) -> UserError:
+    return UserError(
+        f"--dtype={dtype}: weights in fp8 are multiplied in bfloat16 or float16; leave it out"
+    )
+
+
+def fp8_on_older_gpu(*, capability: str, least: str) -> UserError:
+    return UserError(
+        f"this GPU has compute capability {capability}, and Triton has fp8 from {least} on (RTX 40, L4, H100); use a bf16, "
+        "fp16 or fp32 checkpoint"
     )
 
 

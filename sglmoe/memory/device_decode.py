@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from sglmoe.memory.experts import Load
-from sglmoe.memory.store import PARTS, ExpertStore, StoredPart
+from sglmoe.memory.store import ExpertStore, StoredPart
 
 VALUE_BYTES = 2
 # Arbitrary: so many experts are decoded in one launch at most, and have room in packed form on the device.
@@ -85,8 +85,8 @@ class DecodedFrames:
     def flush(self) -> None:
         staged, self._staged = self._staged, []
         experts = [self._store.stored_parts(load.layer, load.expert) for load in staged]
-        for index in range(len(PARTS)):
-            self._decode_part(staged, [parts[index] for parts in experts])
+        for parts in zip(*experts, strict=True):
+            self._decode_part(staged, parts)
 
     def forget(self) -> None:
         self._staged = []

@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ class StoredPart(NamedTuple):
     is_packed: bool
 
 
-# As they lie in a frame: w13 is the rows of w1 (gate), then those of w3 (up); w2 (down) follows.
+# Of experts that are weights alone: w13 is the rows of w1 (gate), then those of w3 (up); w2 (down) follows.
 PARTS = ("w1", "w3", "w2")
 # Arbitrary: 2 to 8 ms of a disk that reads 0.5 to 2 GB/s. Where reads give way to others, they do so in between.
 CHUNK_BYTES = 4 * 2**20
@@ -56,15 +57,29 @@ class ExpertStore:
         self, *, clock: Callable[[], float] = time.perf_counter, rate: ReadRate | None = None
     ) -> None:
         self._parts: dict[tuple[int, int, str], Part] = {}
+        self._offsets: Mapping[str, int] | None = None
         self.total_bytes = 0
         self._clock = clock
         self._rate = rate
         self._damaged: set[str] = set()  # paths of packed files; several threads may add to it
         self._disk_is_asked = True  # by the last read; a guess, so threads need not agree on it
 
+    def lay_out(self, offsets: Mapping[str, int]) -> None:
+        """Say which tensors every expert has, and at which byte of a frame each begins, in ascending order.
+
+        Before anything is `put`. Without it these are PARTS, one behind the other.
+        """
+        assert not self._parts
+        self._offsets = offsets
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """What every expert has, as it lies in a frame."""
+        return PARTS if self._offsets is None else tuple(self._offsets)
+
     def put(self, layer: int, expert: int, part: str, array: Bytes) -> None:
         """Keep a reference to one tensor's bytes: `array` is one-dimensional, contiguous uint8."""
-        if part not in PARTS:
+        if part not in self.part_names:
             raise ValueError(f"layer {layer} expert {expert} has no tensor {part!r}")
         if (layer, expert, part) in self._parts:
             raise checkpoints.repeated_tensor(layer=layer, expert=expert, part=part)
@@ -76,13 +91,11 @@ class ExpertStore:
 
     def parts(self, layer: int, expert: int) -> list[tuple[int, Part]]:
         """The expert's tensors with their offsets, in bytes, within a frame."""
-        placed = []
-        offset = 0
-        for part in PARTS:
-            array = self._parts[layer, expert, part]
-            placed.append((offset, array))
-            offset += array.nbytes
-        return placed
+        arrays = [self._parts[layer, expert, name] for name in self.part_names]
+        if self._offsets is not None:
+            return list(zip(self._offsets.values(), arrays, strict=True))
+        ends = accumulate((array.nbytes for array in arrays), initial=0)
+        return list(zip(ends, arrays, strict=False))
 
     def read(
         self,
@@ -269,10 +282,12 @@ class ExpertStore:
         return sorted({(layer, expert) for layer, expert, _ in self._parts})
 
     def expert_bytes(self) -> int:
-        """The bytes of the largest expert; 0 if there is none."""
+        """How much of a frame the largest expert takes; 0 if there is none."""
         sizes: dict[tuple[int, int], int] = {}
-        for (layer, expert, _), part in self._parts.items():
-            sizes[layer, expert] = sizes.get((layer, expert), 0) + part.nbytes
+        for (layer, expert, name), part in self._parts.items():
+            so_far = sizes.get((layer, expert), 0)
+            start = so_far if self._offsets is None else self._offsets[name]
+            sizes[layer, expert] = max(so_far, start + part.nbytes)
         return max(sizes.values(), default=0)
 
     def stored_expert_bytes(self) -> int:
@@ -293,7 +308,7 @@ class ExpertStore:
         """Raises ValueError naming the first tensor that was never put."""
         for layer in range(num_layers):
             for expert in range(num_experts):
-                for part in PARTS:
+                for part in self.part_names:
                     if (layer, expert, part) not in self._parts:
                         raise checkpoints.missing_tensor(layer=layer, expert=expert, part=part)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sglmoe.errors.models import no_architecture
+from sglmoe.supported_models import quantisation_of
 from sglmoe.units import ceil_div
 
 Config = Mapping[str, Any]
@@ -18,6 +19,9 @@ NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe
 MIXTRAL_LIKE = ("MixtralForCausalLM", "PhiMoEForCausalLM")  # experts are called w1, w2, w3
 # SGLANG_ROPE_CACHE_SAFETY_MARGIN and SGLANG_ROPE_CACHE_ALIGN.
 ROPE_MARGIN, ROPE_MULTIPLE = 256, 128
+# Modules that SGLang has in the model's type whatever a checkpoint says.
+NOT_QUANTISED = ("embed_tokens", "lm_head", ".gate")
+SCALE = "_scale_inv"  # behind the name of a weight in fp8
 DEEPSEEK = "DeepseekV2ForCausalLM"
 PHI = "PhiMoEForCausalLM"
 
@@ -36,8 +40,8 @@ def num_experts_of(config: Config) -> int:
 
 
 def inner_size_of(config: Config) -> int:
-    """Of a routed expert."""
-    return int(config.get("moe_intermediate_size") or config["intermediate_size"])
+    """Of a routed expert; 0 where the config says none."""
+    return int(config.get("moe_intermediate_size") or config.get("intermediate_size") or 0)
 
 
 def head_dim_of(config: Config) -> int:
@@ -75,7 +79,22 @@ def dense_shapes(config: Config) -> Shapes:
             shapes |= dict(_beside_experts(config, prefix))
         else:
             shapes |= dict(_mlp(f"{prefix}.mlp", hidden, config["intermediate_size"]))
-    return shapes
+    return shapes | dict(_scales(config, shapes))
+
+
+def _scales(config: Config, shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of a checkpoint in block fp8: one for each weight but those that it, or SGLang, leaves as they are."""
+    quantisation = quantisation_of(config)
+    if quantisation is None:
+        return
+    rows, columns = quantisation.block
+    said = config["quantization_config"].get("modules_to_not_convert") or ()
+    left_out = {module.removeprefix("model.") for module in said}
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition(".")
+        is_linear = kind == "weight" and len(shape) == 2 and not module.endswith(NOT_QUANTISED)
+        if is_linear and module.removeprefix("model.") not in left_out:
+            yield f"{name}{SCALE}", (ceil_div(shape[0], rows), ceil_div(shape[1], columns))
 
 
 def _norm(config: Config, name: str, size: int) -> Shapes:

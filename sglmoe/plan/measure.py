@@ -6,12 +6,15 @@ Weights are random and as many as do not fit a cache, where the model has that m
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sglmoe.checkpoint import read_header
+from sglmoe.memory.expert_layout import Plain
 from sglmoe.plan.cost_model import GPU_LAYER_SECONDS, CostModel, assumed_speeds
 from sglmoe.plan.model_shape import EXPERT_TENSOR, Model, ModelShape
+from sglmoe.units import ceil_div
 
 # Arbitrary: more than caches, less than would be felt.
 WORKING_SET_BYTES = 128 * 2**20
@@ -64,36 +67,34 @@ def small_op_seconds() -> float:
 
 def product_seconds(shape: ModelShape) -> tuple[float, float]:
     """Multiplying by dense weights: for each byte, and for each byte and row beyond the first."""
-    import torch
     from torch.nn import functional as F
 
     hidden = shape.hidden_size
-    weights = torch.randn(max(1, WORKING_SET_BYTES // (hidden * shape.item_bytes) // 8), hidden)
-    weights = weights.to(_dtype(shape))
-    num_bytes = weights.numel() * shape.item_bytes
+    num_rows = max(1, WORKING_SET_BYTES // (hidden * shape.item_bytes) // 8)
+    weights = matrix_maker(num_rows, hidden, shape)
+    num_bytes = num_rows * hidden * (shape.item_bytes if isinstance(shape.format, Plain) else 1)
     one, many = _rows(1, hidden, shape), _rows(16, hidden, shape)
-    one_seconds = least_by_threads(lambda _: F.linear(one, weights))
-    many_seconds = least_by_threads(lambda _: F.linear(many, weights))
+    one_seconds = least_by_threads(lambda _: F.linear(one, weights()))
+    many_seconds = least_by_threads(lambda _: F.linear(many, weights()))
     return one_seconds / num_bytes, max(0.0, many_seconds - one_seconds) / 15 / num_bytes
 
 
 def expert_seconds(shape: ModelShape) -> tuple[float, float]:
     """An expert of one row as `worker/moe_layer.py` computes it, and each further row of it."""
-    import torch
     from torch.nn import functional as F
 
     count = min(shape.all_experts, max(2, WORKING_SET_BYTES // shape.expert_bytes))
-    inner, hidden, dtype = shape.inner_size, shape.hidden_size, _dtype(shape)
+    inner, hidden = shape.inner_size, shape.hidden_size
     experts = [
-        (torch.randn(2 * inner, hidden).to(dtype), torch.randn(hidden, inner).to(dtype))
+        (matrix_maker(2 * inner, hidden, shape), matrix_maker(hidden, inner, shape))
         for _ in range(count)
     ]
 
     def compute(rows: Any) -> Callable[[int], Any]:
         def run(number: int) -> Any:
             up, down = experts[number % count]
-            gate, value = F.linear(rows, up).chunk(2, dim=-1)
-            return F.linear(F.silu(gate) * value, down)
+            gate, value = F.linear(rows, up()).chunk(2, dim=-1)
+            return F.linear(F.silu(gate) * value, down())
 
         return run
 
@@ -135,6 +136,21 @@ def _expert_offsets(shard: Path) -> tuple[Path, list[int]]:
         if EXPERT_TENSOR.search(name)
     ]
     return shard, starts[:64] or [first]
+
+
+def matrix_maker(height: int, width: int, shape: ModelShape) -> Callable[[], Any]:
+    """Some weights as a CPU has them, and gets them when it multiplies: in fp8 they are dequantised each time."""
+    import torch
+
+    from sglmoe.kernels.block_fp8 import dequantise
+
+    values, its, dtype = torch.randn(height, width), shape.format, _dtype(shape)
+    if isinstance(its, Plain):
+        plain = values.to(dtype)
+        return lambda: plain
+    weights = values.to(torch.float8_e4m3fn)
+    scales = torch.ones(ceil_div(height, its.rows), ceil_div(width, its.columns))
+    return partial(dequantise, weights, scales, rows=its.rows, columns=its.columns, dtype=dtype)
 
 
 def _dtype(shape: ModelShape) -> Any:

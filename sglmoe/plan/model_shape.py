@@ -15,8 +15,10 @@ from sglmoe.checkpoint import find_shards, read_header, read_json
 from sglmoe.errors import models
 from sglmoe.errors.options import not_a_choice
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE
+from sglmoe.memory.expert_layout import ITEM_BYTES, BlockFp8, ExpertFormat, Plain, plan_layout
 from sglmoe.plan.families import (
     DEEPSEEK,
+    SCALE,
     Config,
     Shapes,
     architecture_of,
@@ -27,12 +29,16 @@ from sglmoe.plan.families import (
     num_experts_of,
     rotary_items,
 )
-from sglmoe.supported_models import ModelFacts, refused_model
+from sglmoe.supported_models import ModelFacts, quantisation_of, refused_model
 from sglmoe.units import ceil_div
 
 # To which SGLang pads the vocabulary: DEFAULT_VOCAB_PADDING_SIZE.
 VOCAB_MULTIPLE = 64
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "half": 2, "float32": 4, "float": 4}
+# Of dense weights in fp8; their scales are float32 once loaded, whatever the checkpoint has.
+FP8_BYTES, FP8_SCALE_BYTES = 1, 4
+# What SGLang's --dtype takes, and torch's names of it.
+DTYPES = {its: its for its in ("bfloat16", "float16", "float32")}
+DTYPES |= {"half": "float16", "float": "float32"}
 EXPERT_TENSOR = re.compile(r"\.experts\.\d+\.")
 
 
@@ -51,7 +57,10 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     token_bytes: int  # a token's KV in all layers
     token_rows: int  # as so many rows; `memory/arena.py`
     context_tokens: int
-    item_bytes: int  # of a weight
+    item_bytes: int  # of a number that is computed with, and of a weight that is not quantised
+    format: ExpertFormat = Plain(
+        "bfloat16"
+    )  # of experts, and of dense weights but embeddings and routers
 
     @property
     def floor_frames(self) -> int:
@@ -87,7 +96,7 @@ def read_model(
     if folder is None and config_file is None:
         raise models.not_here(model_path=model_path)
     config = read_json(config_file or (folder or Path()) / "config.json")
-    if why := refused_model(facts_of(config)):
+    if why := refused_model(facts_of(config, dtype)):
         raise why
     shards = _shards_in(folder) if folder else ()
     shapes = tensor_shapes(shards) if shards else None
@@ -127,14 +136,16 @@ def tensor_shapes(shards: tuple[Path, ...]) -> Shapes:
     }
 
 
-def facts_of(config: Config) -> ModelFacts:
-    """As far as the config alone tells; the server asks SGLang as well."""
-    quantization = config.get("quantization_config") or {}
+def facts_of(config: Config, dtype: str = "auto") -> ModelFacts:
+    """As far as the config alone tells; the server asks SGLang as well. `dtype`: SGLang's --dtype."""
     windows = set(config.get("layer_types") or ())
     return ModelFacts(
         architecture=architecture_of(config),
         num_experts=num_experts_of(config),
-        quantization=quantization.get("quant_method"),
+        hidden_size=int(config.get("hidden_size") or 0),
+        expert_inner_size=inner_size_of(config),
+        dtype=resolve_dtype(config, dtype),
+        quantization=quantisation_of(config),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
         encoder_decoder=bool(config.get("is_encoder_decoder")),
         multimodal="vision_config" in config,
@@ -149,11 +160,14 @@ def shape_of(
 
     `dtype`: SGLang's --dtype; `device`: torch's name of it. Raises ValueError.
     """
-    item_bytes = ITEM_BYTES[resolve_dtype(config, dtype)]
+    its_dtype = resolve_dtype(config, dtype)
+    item_bytes = ITEM_BYTES[its_dtype]
     num_experts = num_experts_of(config)
-    inner = inner_size_of(config)
-    if device == "cpu":
+    inner, hidden = inner_size_of(config), config["hidden_size"]
+    experts = expert_format_of(config, its_dtype)
+    if device == "cpu" and isinstance(experts, Plain):
         inner = ceil_div(inner, CPU_INNER_MULTIPLE) * CPU_INNER_MULTIPLE
+    expert_bytes = plan_layout(experts, hidden=hidden, inner=inner).num_bytes if num_experts else 0
     shapes = dense_shapes(config) if dense is None else dense
     rows, row_items = _kv_rows(config)
     return ModelShape(
@@ -162,24 +176,31 @@ def shape_of(
         num_moe_layers=len(moe_layers_of(config)),
         num_experts=num_experts,
         top_k=int(config.get("num_experts_per_tok") or 0),
-        hidden_size=config["hidden_size"],
+        hidden_size=hidden,
         inner_size=inner,
-        expert_bytes=3 * config["hidden_size"] * inner * item_bytes if num_experts else 0,
+        expert_bytes=expert_bytes,
         dense_bytes=_dense_bytes(config, shapes, item_bytes, device),
         token_bytes=rows * row_items * item_bytes,
         token_rows=rows,
         context_tokens=int(config.get("max_position_embeddings") or 0),
         item_bytes=item_bytes,
+        format=experts,
     )
 
 
+def expert_format_of(config: Config, dtype: str) -> ExpertFormat:
+    """Of a model that is not refused; `dtype` of its activations."""
+    quantisation = quantisation_of(config)
+    return BlockFp8(*quantisation.block) if quantisation else Plain(dtype)
+
+
 def resolve_dtype(config: Config, dtype: str) -> str:
-    """SGLang's `_get_and_verify_dtype`: what "auto" means. Raises ValueError."""
+    """SGLang's `_get_and_verify_dtype`: what "auto" means, by torch's name. Raises ValueError."""
     own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     resolved = {"float32": "float16"}.get(own, own) if dtype == "auto" else dtype
-    if resolved not in ITEM_BYTES:
-        raise not_a_choice(flag="--dtype", given=resolved, choices=list(ITEM_BYTES))
-    return resolved
+    if resolved not in DTYPES:
+        raise not_a_choice(flag="--dtype", given=resolved, choices=list(DTYPES))
+    return DTYPES[resolved]
 
 
 def _kv_rows(config: Config) -> tuple[int, int]:
@@ -196,9 +217,15 @@ def _dense_bytes(
 ) -> int:
     """Weights, the vocabulary rounded up as SGLang does, and the rotary table, which is float32 on a GPU."""
     vocab, padded = config["vocab_size"], ceil_div(config["vocab_size"], VOCAB_MULTIPLE)
-    weights = sum(
+
+    def bytes_of(name: str) -> int:
+        if name.endswith(SCALE):
+            return FP8_SCALE_BYTES
+        return FP8_BYTES if f"{name}{SCALE}" in shapes else item_bytes
+
+    weight_bytes = sum(
         math.prod((padded * VOCAB_MULTIPLE, *shape[1:]) if shape[0] == vocab else shape)
-        for shape in shapes.values()
+        * bytes_of(name)
+        for name, shape in shapes.items()
     )
-    table_bytes = rotary_items(config) * (item_bytes if device == "cpu" else 4)
-    return weights * item_bytes + table_bytes
+    return weight_bytes + rotary_items(config) * (item_bytes if device == "cpu" else 4)

@@ -33,7 +33,8 @@ from sglmoe.memory.read_rate import ReadRate
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import parse_bytes
-from sglmoe.worker.moe_layer import PagedExperts, install
+from sglmoe.worker.moe_layer import PagedExperts
+from sglmoe.worker.moe_layer_method import install
 from sglmoe.worker.packed_experts import plan_packing, use_packed
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def load_model(
         arena_bytes=arena_bytes_within(
             config.memory_budget_bytes, dense_bytes, decoding_bytes(store, server_args.device)
         ),
-        expert_bytes=experts.shape.expert_bytes if experts.shape else 0,
+        expert_bytes=experts.layout.num_bytes if experts.layout else 0,
         token_bytes=kv.token_bytes,
         token_rows=kv.token_rows,
         page_tokens=config.page_tokens,
@@ -333,10 +334,12 @@ def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import bootstrap
     from sglang.srt.layers.moe.utils import initialize_moe_config
+    from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.runtime_context import get_device, get_schedule
 
     initialize_moe_config()
+    initialize_fp8_gemm_config()
     model_config = ModelConfig.from_server_args(server_args)
     bootstrap.init_parallel_runtime(
         server_args=server_args, device=get_device().device, dist_port=nccl_port

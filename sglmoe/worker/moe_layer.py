@@ -2,9 +2,7 @@
 
 `PagedExperts` stands behind every MoE layer of the model: while the checkpoint is read it collects references to the experts'
 tensors, then it computes each layer from whatever frames `MemoryManager.waves` makes resident. Models, routers and top-k are
-sglang's; only the method that creates and applies expert weights is replaced, through sglang's own plugin hooks.
-
-One of the files that know sglang.
+sglang's; only the methods that create and apply expert weights are replaced (`moe_layer_method.py`).
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -18,8 +16,10 @@ from torch.nn import functional as F
 from sglmoe.errors import models
 from sglmoe.errors.checkpoints import wrong_shape
 from sglmoe.memory.arena import Geometry
+from sglmoe.memory.expert_layout import ExpertFormat, ExpertLayout, Plain, plan_layout
 from sglmoe.memory.experts import ExpertIds
 from sglmoe.memory.store import ExpertStore
+from sglmoe.worker.frame_views import FrameViews
 from sglmoe.worker.routed import Routed
 
 if TYPE_CHECKING:
@@ -45,14 +45,11 @@ class ExpertShape(msgspec.Struct, frozen=True):
     num_experts: int
     hidden: int
     inner: int
-    dtype: Any  # torch.dtype; a msgspec field can't name it
+    format: ExpertFormat
 
     @property
-    def expert_bytes(self) -> int:
-        return int(3 * self.hidden * self.inner * self.dtype.itemsize)
-
-    def part_shape(self, part: str) -> tuple[int, int]:
-        return (self.hidden, self.inner) if part == "w2" else (self.inner, self.hidden)
+    def layout(self) -> ExpertLayout:
+        return plan_layout(self.format, hidden=self.hidden, inner=self.inner)
 
 
 class PagedExperts:
@@ -63,12 +60,13 @@ class PagedExperts:
         self.store = store
         self._inner_multiple = inner_multiple
         self.shape: ExpertShape | None = None
+        self.layout: ExpertLayout | None = None
         self.layer_ids: list[int] = []  # sglang's layer_id of each MoE layer, in order
         self._on_tensor = on_tensor
         self.waves: Waves | None = None  # asked for a layer's experts; None before `attach`
         self.observer: Observer | None = None
         self._frame_table = np.empty((0, 0), dtype=np.int32)
-        self._w13 = self._w2 = torch.empty(0)
+        self._views: FrameViews | None = None  # None before `attach`
         self._grouped: GroupedExperts | None = None  # on CUDA
         self._routing: dict[int, torch.Tensor] | None = None
         self._router_logits: dict[int, torch.Tensor] | None = None
@@ -78,32 +76,38 @@ class PagedExperts:
     def add_layer(self, layer_id: int, shape: ExpertShape) -> int:
         """Register a layer; its place in the frame table."""
         if self.shape is None:
-            self.shape = shape
+            self.shape, self.layout = shape, shape.layout
+            self.store.lay_out(self.layout.part_offsets())
         if shape != self.shape:
             raise models.uneven_experts(layer=layer_id, shape=str(shape), first=str(self.shape))
         self.layer_ids.append(layer_id)
         return len(self.layer_ids) - 1
 
     def take_tensor(self, layer: int, expert: int, part: str, tensor: torch.Tensor) -> None:
-        """Remember one matrix of the checkpoint; a view of the mapped file stays a view."""
-        assert self.shape is not None
-        expected = self.shape.part_shape(part)
+        """Remember one tensor of the checkpoint; a view of the mapped file stays a view.
+
+        It may have another type than a frame has, such as scales in bfloat16, which kernels read in float32.
+        """
+        assert self.layout is not None
+        expected = self.layout.tensor_of(part)
         tensor = self._rounded_up(tensor, part)
-        if tuple(tensor.shape) != expected:
+        if tuple(tensor.shape) != expected.part_shape:
             raise wrong_shape(
                 layer=layer,
                 expert=expert,
                 part=part,
                 shape=str(tuple(tensor.shape)),
-                expected=str(expected),
+                expected=str(expected.part_shape),
             )
-        tensor = tensor.to(self.shape.dtype).contiguous()
+        tensor = tensor.to(getattr(torch, expected.dtype)).contiguous()
         self.store.put(layer, expert, part, as_bytes(tensor))
         self._on_tensor()
 
     def _rounded_up(self, matrix: torch.Tensor, part: str) -> torch.Tensor:
         """The matrix with as many zeros as make its inner size the model's; itself if it has that."""
         assert self.shape is not None
+        if not isinstance(self.shape.format, Plain):
+            return matrix  # whole blocks, which is what SGLang rounds such up to: `refused_model`
         dim = 1 if part == "w2" else 0
         missing = self.shape.inner - matrix.shape[dim]
         if not 0 < missing < self._inner_multiple:
@@ -120,24 +124,19 @@ class PagedExperts:
         frame_table: np.ndarray,
         waves: Waves,
     ) -> None:
-        """Look at the arena (`uint8`) as experts: frame f's w13 and w2 lie one behind the other at its start.
+        """Look at the arena (`uint8`) as experts: an expert lies at the start of its frame, as `layout` says.
 
         `frame_table`: int32 `[layers, experts]`, the frame of each expert; `waves` keeps it true while it iterates.
         """
         assert self.shape is not None
-        shape = self.shape
-        flat, stride = arena.view(shape.dtype), geometry.frame_bytes // shape.dtype.itemsize
-        up, down = (2 * shape.inner, shape.hidden), (shape.hidden, shape.inner)
-        self._w13 = flat.as_strided((geometry.num_frames, *up), (stride, shape.hidden, 1))
-        self._w2 = flat.as_strided(
-            (geometry.num_frames, *down), (stride, shape.inner, 1), storage_offset=up[0] * up[1]
-        )
+        assert self.layout is not None
+        self._views = FrameViews(arena, geometry, self.layout, self.shape.format)
         self._frame_table = frame_table
         self.waves = waves
         if arena.device.type != "cpu":
             from sglmoe.worker.moe_layer_grouped import GroupedExperts
 
-            self._grouped = GroupedExperts(self._w13, self._w2, shape.num_experts)
+            self._grouped = GroupedExperts(self._views, self.shape.num_experts)
 
     def record_routing(self, record: bool, *, with_logits: bool = False) -> None:
         """Start to keep the expert ids of the coming forward pass, and the router's logits too, or stop."""
@@ -206,11 +205,13 @@ class PagedExperts:
         ids: torch.Tensor,
         activation: Activation,
     ) -> torch.Tensor:
-        """What sglang's `moe_forward_native` computes, which a CPU's stock layer runs; arguments as above.
+        """What sglang's `moe_forward_native` computes, which a CPU's stock layer runs, on weights that are dequantised where
+        they are not plain; arguments as above.
 
         Tokens are sorted by expert as there, so every expert multiplies the same rows in the same order, whichever frame it
         is in and whichever wave it runs in; outputs are combined once, when all waves have run.
         """
+        assert self._views is not None
         order = ids.reshape(-1).argsort()
         sorted_hidden = hidden[order // ids.shape[1]]
         bounds = expert_bounds(ids)
@@ -219,9 +220,9 @@ class PagedExperts:
         for wave in self._observed_waves(layer, np.fromiter(bounds, np.intp, len(bounds))):
             for expert in wave.tolist():
                 start, stop = bounds[expert]
-                frame = int(frame_of[expert])
-                inner = activation(F.linear(sorted_hidden[start:stop], self._w13[frame]))
-                outputs[expert] = F.linear(inner, self._w2[frame])
+                w13, w2 = self._views.matrices(int(frame_of[expert]), hidden.dtype)
+                inner = activation(F.linear(sorted_hidden[start:stop], w13))
+                outputs[expert] = F.linear(inner, w2)
         return combine((outputs[expert] for expert in bounds), order, weights, hidden)
 
     def _observed_waves(self, layer: int, experts: ExpertIds) -> Generator[ExpertIds, None, None]:
@@ -270,90 +271,3 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     """The tensor's bytes, without a copy: uint8 `[nbytes]`."""
     array: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
     return array
-
-
-def install(experts: PagedExperts) -> None:
-    """Have sglang build its MoE layers on `experts`; before the model is constructed."""
-    from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    HookRegistry.register(
-        "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod",
-        make_paged_method(UnquantizedFusedMoEMethod, experts),
-        HookType.REPLACE,
-    )
-    HookRegistry.apply_hooks()
-
-
-def make_paged_method(base: type, experts: PagedExperts) -> type:
-    """A subclass of sglang's method (its isinstance checks go on to hold) whose weights are `experts`."""
-
-    class PagedFusedMoEMethod(base):
-        def create_weights(
-            self,
-            layer: torch.nn.Module,
-            num_experts: int,
-            hidden_size: int,
-            intermediate_size_per_partition: int,
-            params_dtype: torch.dtype,
-            with_bias: bool = False,
-            **attributes: Any,
-        ) -> None:
-            if with_bias or not layer.moe_runner_config.is_gated:
-                raise models.ungated_experts()
-            self.with_bias = False
-            shape = ExpertShape(
-                num_experts, hidden_size, intermediate_size_per_partition, params_dtype
-            )
-            self.layer_index = experts.add_layer(layer.layer_id, shape)
-            for name in ("w13_weight", "w2_weight"):
-                # Empty: the model's loader finds its parameters by these names.
-                parameter = torch.nn.Parameter(
-                    torch.empty(0, dtype=params_dtype), requires_grad=False
-                )
-                parameter.weight_loader = self.load_weight
-                layer.register_parameter(name, parameter)
-
-        def load_weight(
-            self,
-            parameter: torch.nn.Parameter,
-            loaded_weight: torch.Tensor,
-            weight_name: str,
-            shard_id: str,
-            expert_id: int,
-        ) -> None:
-            experts.take_tensor(self.layer_index, expert_id, shard_id, loaded_weight)
-
-        def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-            self.activation = activation_of(layer.moe_runner_config)
-
-        def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
-            from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
-
-            weights, ids, router_logits = dispatch_output.topk_output
-            hidden = dispatch_output.hidden_states
-            experts.note_router(Routed(self.layer_index, ids, router_logits, hidden))
-            output = experts.forward(
-                self.layer_index,
-                hidden,
-                weights,
-                ids,
-                config=layer.moe_runner_config,
-                activation=self.activation,
-            )
-            return StandardCombineInput(hidden_states=output)
-
-    return PagedFusedMoEMethod
-
-
-def activation_of(config: Any) -> Activation:
-    """What `moe_forward_native` does between an expert's two products."""
-    from sglang.srt.layers.activation import GeluAndMul, SiluAndMul
-
-    if config.apply_router_weight_on_input:
-        raise models.weighted_inputs()
-    if config.activation == "silu" and config.gemm1_alpha is None:
-        return SiluAndMul()  # type: ignore[no-any-return]
-    if config.activation == "gelu":
-        return GeluAndMul()  # type: ignore[no-any-return]
-    raise models.unknown_activation(name=config.activation)

@@ -9,32 +9,62 @@ One of the files that know sglang.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from sglmoe.kernels.blocks import wave_blocks
+from sglmoe.memory.expert_layout import BlockFp8, Plain
 from sglmoe.memory.experts import ABSENT, ExpertIds
+from sglmoe.worker.frame_views import FrameViews
 
 QUANTISATION = ("use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16")
 UNQUANTISED = dict.fromkeys((*QUANTISATION, "per_channel_quant"), False)
-SCALES = ("w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale", "block_shape")
+SCALES = ("w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale")
 NO_SCALES = dict.fromkeys(SCALES)
 NO_BIASES = dict.fromkeys(("b1", "b2"))
 
 
-class GroupedExperts:
-    """`w13`: `[num_frames, 2 * inner, hidden]` and `w2`: `[num_frames, hidden, inner]`, views whose first stride is a frame."""
+class Quantised(NamedTuple):
+    """How SGLang's sequence is told what weights are, and to leave out the sum over a token's experts."""
 
-    def __init__(self, w13: torch.Tensor, w2: torch.Tensor, num_experts: int):
-        self._w13, self._w2 = w13, w2
+    kinds: dict[str, bool]
+    scales: dict[str, torch.Tensor | None]
+    block_shape: list[int] | None
+    without_sum: dict[str, bool]
+
+
+def quantised(views: FrameViews) -> Quantised:
+    """As the stock layer tells it: `TritonMoeQuantInfo` of its methods."""
+    match views.format:
+        case Plain():
+            return Quantised(UNQUANTISED, NO_SCALES, None, {"defer_sum": True, "no_combine": False})
+        case BlockFp8(rows, columns):
+            names = {"w1_scale": "w13_weight_scale_inv", "w2_scale": "w2_weight_scale_inv"}
+            return Quantised(
+                UNQUANTISED | {"use_fp8_w8a8": True},
+                NO_SCALES | {name: views.tensors[its] for name, its in names.items()},
+                [rows, columns],
+                # `defer_sum` is for plain weights alone; this gives the same, and allocates it twice.
+                {"no_combine": True, "no_combine_keep_router_weight": True},
+            )
+        case _:
+            assert_never(views.format)
+
+
+class GroupedExperts:
+    """Computes with `views`, which are on the device."""
+
+    def __init__(self, views: FrameViews, num_experts: int):
+        self._w13, self._w2 = views.tensors["w13_weight"], views.tensors["w2_weight"]
+        self._quantised = quantised(views)
         self._num_experts = num_experts
         # Stock weights without bytes: by their shapes SGLang looks configs up and aligns.
         self._stock = [
             torch.empty(num_experts, *its.shape[1:], dtype=its.dtype, device="meta")
-            for its in (w13, w2)
+            for its in (self._w13, self._w2)
         ]
 
     def forward(
@@ -55,7 +85,11 @@ class GroupedExperts:
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
         *settings, rows, experts, num_padded = fused_moe._prepare_fused_moe_run(
-            hidden, *self._stock, ids, block_shape=None, **UNQUANTISED
+            hidden,
+            *self._stock,
+            ids,
+            block_shape=self._quantised.block_shape,
+            **self._quantised.kinds,
         )
         outputs: torch.Tensor | None = None  # [tokens, top_k, hidden]
         for wave in waves:
@@ -114,11 +148,11 @@ class GroupedExperts:
             swiglu_limit=config.swiglu_limit,
             routed_scaling_factor=config.routed_scaling_factor,
             apply_router_weight_on_input=False,
-            no_combine=False,
             inplace=False,
             filter_expert=False,
-            defer_sum=True,
+            block_shape=self._quantised.block_shape,
             **NO_BIASES,
-            **NO_SCALES,
-            **UNQUANTISED,
+            **self._quantised.scales,
+            **self._quantised.kinds,
+            **self._quantised.without_sum,
         )

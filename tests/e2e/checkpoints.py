@@ -10,11 +10,14 @@ import argparse
 import json
 import math
 import re
+import shutil
 import textwrap
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
@@ -198,6 +201,64 @@ def make_checkpoint(
     _rename_architecture(directory / "config.json")
     make_tokenizer().save_pretrained(directory)
     return directory
+
+
+class Fp8Checkpoints(NamedTuple):
+    """The same weights twice."""
+
+    fp8: Path
+    twin: Path  # in bfloat16, each weight what its fp8 and scale stand for
+
+
+def make_fp8_checkpoints(
+    directory: Path, *, block: int, scale_dtype: str = "bfloat16", **options: Any
+) -> Fp8Checkpoints:
+    """A checkpoint of `qwen3_moe` in fp8 with a scale for each `block` rows and columns, in the layout of
+    Qwen3-30B-A3B-FP8, and its twin. `options` are those of `make_checkpoint`.
+
+    Embeddings, head, routers and norms stay in bfloat16.
+    """
+    twin = make_checkpoint("qwen3_moe", directory / "twin", **options)
+    fp8 = directory / "fp8"
+    shutil.copytree(twin, fp8)
+    tensors = safetensors.torch.load_file(twin / "model.safetensors")
+    kept = [name for name, its in tensors.items() if its.dim() != 2 or KEPT.search(name)]
+    quantised: dict[str, torch.Tensor] = {name: tensors[name] for name in kept}
+    for name in tensors.keys() - quantised.keys():
+        weight, scale = _quantise(tensors[name], block, getattr(torch, scale_dtype))
+        quantised |= {name: weight, f"{name}_scale_inv": scale}
+        blocks = scale.float().repeat_interleave(block, 0).repeat_interleave(block, 1)
+        height, width = weight.shape
+        tensors[name] = (weight.float() * blocks[:height, :width]).bfloat16()
+    safetensors.torch.save_file(quantised, fp8 / "model.safetensors", {"format": "pt"})
+    safetensors.torch.save_file(tensors, twin / "model.safetensors", {"format": "pt"})
+    config = json.loads((fp8 / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [block, block],
+        "modules_to_not_convert": [name.removesuffix(".weight") for name in kept],
+    }
+    (fp8 / "config.json").write_text(json.dumps(config))
+    return Fp8Checkpoints(fp8, twin)
+
+
+KEPT = re.compile(r"embed_tokens|lm_head|mlp\.gate\.")
+
+
+def _quantise(
+    weight: torch.Tensor, block: int, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each block's largest weight becomes about the largest of fp8."""
+    height, width = weight.shape
+    rows, columns = -(-height // block), -(-width // block)
+    padded = torch.zeros(rows * block, columns * block)
+    padded[:height, :width] = weight.float()
+    blocks = padded.view(rows, block, columns, block)
+    scale = (blocks.abs().amax(dim=(1, 3)) / 448).to(scale_dtype)
+    scaled = (blocks / scale.float()[:, None, :, None]).clamp(-448, 448)
+    whole = scaled.view(rows * block, columns * block)[:height, :width]
+    return whole.contiguous().to(torch.float8_e4m3fn), scale
 
 
 def _randomise(model: torch.nn.Module, attention_gain: float, generator: torch.Generator) -> None:

@@ -75,7 +75,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
         ("--mem-fraction-static 0.8", "use --memory-budget"),
         ("--enable-multimodal", "only text"),
         ("--is-embedding", "use unmodified SGLang for embeddings"),
-        ("--quantization fp8", "quantised weights"),
+        ("--quantization fp8", "weights are served as the checkpoint has them"),
         ("--page-size 0", "at least one token"),
         ("--memory-budget 900TiB", "--memory-budget: 900TiB is more than"),
         ("--expert-prefetch maybe", "--expert-prefetch: 'maybe' is none of off, observe, on"),

@@ -4,7 +4,6 @@ Sizes are those of Qwen3-30B-A3B's layers, with fewer experts.
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -234,41 +233,6 @@ def test_frames_give_the_stock_layers_bits(num_tokens: int) -> None:
         weights, ids, lambda experts, padded, rows: blocks.map_blocks(experts, padded, table, rows)
     )
     assert torch.equal(from_frames, layer.compute(weights, ids))
-
-
-@pytest.mark.parametrize("num_tokens", [1, 64])
-@pytest.mark.usefixtures("server_args")
-def test_what_serves_gives_the_stock_layers_bits_in_waves(num_tokens: int) -> None:
-    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
-
-    from sglmoe.worker.moe_layer_grouped import GroupedExperts
-
-    layer = Layer(2 * EXPERTS + 1, num_tokens)
-    table = torch.randperm(2 * EXPERTS + 1, device=DEVICE)[:EXPERTS].to(torch.int32)
-    layer.frames13[table.long()] = layer.w13
-    layer.frames2[table.long()] = layer.w2
-    weights, ids = layer.route(num_tokens)
-    needed = ids.unique().cpu().numpy()
-    config = SimpleNamespace(
-        activation="silu",
-        is_gated=True,
-        gemm1_alpha=None,
-        gemm1_clamp_limit=None,
-        swiglu_limit=None,
-        routed_scaling_factor=None,
-    )
-    output = GroupedExperts(layer.frames13, layer.frames2, EXPERTS).forward(
-        layer.hidden,
-        weights,
-        ids,
-        waves=[needed[:3], needed[3:]],
-        frame_of=table.cpu().numpy(),
-        config=config,
-    )
-    stock = fused_moe.fused_experts_impl(
-        layer.hidden.clone(), layer.w13, layer.w2, weights, ids, inplace=True, filter_expert=False
-    )
-    assert torch.equal(output, stock)
 
 
 @pytest.mark.usefixtures("server_args")

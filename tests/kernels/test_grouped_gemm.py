@@ -14,6 +14,8 @@ from vast import vast_bytes
 
 from sglmoe.kernels.blocks import map_blocks, wave_blocks
 from sglmoe.memory.arena import plan_geometry
+from sglmoe.memory.expert_layout import BlockFp8, Plain, plan_layout
+from sglmoe.worker.frame_views import FrameViews
 
 N, K = 24, 40  # neither is a multiple of the block: edges are masked
 FRAME = N * K + 16  # what lies behind an expert is not its own
@@ -142,11 +144,13 @@ def test_frames_beyond_2_31_elements_are_read() -> None:
     assert torch.equal(output, layer.stock(routed))
 
 
-MODELS = {  # hidden, inner, experts, bytes of a token's KV in all layers, rows of it
-    "Qwen3-30B-A3B": (2048, 768, 128, 98304, 96),
-    "Mixtral-8x7B": (4096, 14336, 8, 131072, 64),
-    "DeepSeek-V2-Lite": (2048, 1408, 64, 31104, 27),
-    "OLMoE-1B-7B": (2048, 1024, 64, 131072, 32),
+BF16, FP8 = Plain("bfloat16"), BlockFp8(128, 128)
+MODELS = {  # weights, hidden, inner, experts, bytes of a token's KV in all layers, rows of it
+    "Qwen3-30B-A3B": (BF16, 2048, 768, 128, 98304, 96),
+    "Qwen3-30B-A3B-FP8": (FP8, 2048, 768, 128, 98304, 96),
+    "Mixtral-8x7B": (BF16, 4096, 14336, 8, 131072, 64),
+    "DeepSeek-V2-Lite": (BF16, 2048, 1408, 64, 31104, 27),
+    "OLMoE-1B-7B": (BF16, 2048, 1024, 64, 131072, 32),
 }
 
 
@@ -157,26 +161,24 @@ def test_frames_run_the_very_code_that_the_stock_layer_runs(model: str) -> None:
     from triton._C.libtriton import native_specialize_impl
     from triton.backends.nvidia.compiler import CUDABackend
 
-    hidden, inner, num_experts, token_bytes, token_rows = MODELS[model]
+    its, hidden, inner, num_experts, token_bytes, token_rows = MODELS[model]
+    layout = plan_layout(its, hidden=hidden, inner=inner)
     geometry = plan_geometry(
         arena_bytes=2**36,
-        expert_bytes=3 * hidden * inner * 2,
+        expert_bytes=layout.num_bytes,
         token_bytes=token_bytes,
         token_rows=token_rows,
         page_tokens=None,
     )
-    arena = vast_bytes(geometry.arena_bytes).view(torch.bfloat16)
-    stride = geometry.frame_bytes // 2
-    for rows, columns, offset in ((2 * inner, hidden, 0), (hidden, inner, 2 * inner * hidden)):
-        shape = (geometry.num_frames, rows, columns)
-        view = arena.as_strided(shape, (stride, columns, 1), storage_offset=offset)
-        stock = vast_bytes(num_experts * rows * columns * 2).view(torch.bfloat16)
-        stock = stock.view(num_experts, rows, columns)
+    views = FrameViews(vast_bytes(geometry.arena_bytes), geometry, layout, its)
+    for tensor in layout.tensors:
+        stock = vast_bytes(num_experts * tensor.num_bytes).view(getattr(torch, tensor.dtype))
+        stock = stock.view(num_experts, *tensor.shape)
         keys = [
             [
-                native_specialize_impl(CUDABackend, its, False, True, True)
-                for its in (tensor, *tensor.shape[1:], *tensor.stride())
+                native_specialize_impl(CUDABackend, argument, False, True, True)
+                for argument in (array, *array.shape[1:], *array.stride())
             ]
-            for tensor in (stock, view)
+            for array in (stock, views.tensors[tensor.name])
         ]
         assert keys[0] == keys[1]

@@ -17,15 +17,16 @@ from aligned import align
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.kernels.blocks import wave_blocks
 from sglmoe.memory.arena import plan_geometry
+from sglmoe.memory.expert_layout import BlockFp8, ExpertFormat, ExpertLayout, Plain
 from sglmoe.memory.manager import MemoryManager
-from sglmoe.memory.store import PARTS, ExpertStore
+from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.worker import moe_layer_grouped
 from sglmoe.worker.moe_layer import ExpertShape, PagedExperts
 from sglmoe.worker.moe_layer_grouped import GroupedExperts
 
 NUM_EXPERTS, HIDDEN, INNER = 8, 64, 32
-SHAPE = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, torch.bfloat16)
+PLAIN, FP8 = Plain("bfloat16"), BlockFp8(32, 32)
 
 
 @pytest.fixture(autouse=True)
@@ -51,17 +52,19 @@ def stand_ins() -> Iterator[None]:
 class Layer:
     """Random experts; those in frames come from a store, `num_frames` at a time."""
 
-    def __init__(self, num_frames: int):
+    def __init__(self, num_frames: int, its: ExpertFormat = PLAIN):
         random = torch.Generator().manual_seed(1)
         self.experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
-        self.experts.add_layer(0, SHAPE)
+        shape = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, its)
+        self.experts.add_layer(0, shape)
+        self.layout = shape.layout
         for expert in range(NUM_EXPERTS):
-            for part in PARTS:
-                matrix = torch.randn(SHAPE.part_shape(part), generator=random).bfloat16() / 8
-                self.experts.take_tensor(0, expert, part, matrix)
+            for part in self.layout.part_offsets():
+                self.experts.take_tensor(0, expert, part, random_part(self.layout, part, random))
+        expert_bytes = self.layout.num_bytes
         geometry = plan_geometry(
-            arena_bytes=(num_frames + 1) * (SHAPE.expert_bytes + 256),
-            expert_bytes=SHAPE.expert_bytes,
+            arena_bytes=(num_frames + 1) * (-(-expert_bytes // 256) * 256 + 256) - 256,
+            expert_bytes=expert_bytes,
             token_bytes=256,
             token_rows=2,
             page_tokens=1,
@@ -85,19 +88,44 @@ class Layer:
             arena, geometry, frame_table=self.memory.frame_table, waves=self.memory.waves
         )
         assert self.experts._grouped is None  # a CPU
-        self.experts._grouped = GroupedExperts(self.experts._w13, self.experts._w2, NUM_EXPERTS)
+        assert self.experts._views is not None
+        self.experts._grouped = GroupedExperts(self.experts._views, NUM_EXPERTS)
 
-    def stock_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As SGLang would hold them."""
-        whole = np.empty((NUM_EXPERTS, SHAPE.expert_bytes), np.uint8)
+    def stock_tensors(self) -> dict[str, torch.Tensor]:
+        """As SGLang would hold them: one of each name, contiguous, `[experts, rows, columns]`."""
+        whole = np.empty((NUM_EXPERTS, self.layout.num_bytes), np.uint8)
         for expert in range(NUM_EXPERTS):
             self.experts.store.read(0, expert, whole[expert])
-        flat = torch.from_numpy(whole).view(torch.bfloat16)
-        w13, w2 = flat.split([2 * INNER * HIDDEN, INNER * HIDDEN], dim=1)
-        return (
-            w13.contiguous().view(NUM_EXPERTS, 2 * INNER, HIDDEN),
-            w2.contiguous().view(NUM_EXPERTS, HIDDEN, INNER),
-        )
+        found = {}
+        for tensor in self.layout.tensors:
+            raw = whole[:, tensor.offset : tensor.offset + tensor.num_bytes]
+            values = torch.from_numpy(raw.copy()).view(getattr(torch, tensor.dtype))
+            found[tensor.name] = values.view(NUM_EXPERTS, *tensor.shape)
+        return found
+
+
+def random_part(layout: ExpertLayout, part: str, random: torch.Generator) -> torch.Tensor:
+    tensor = layout.tensor_of(part)
+    values = torch.randn(tensor.part_shape, generator=random)
+    if "scale" in part:
+        return values.abs() / 8
+    return (values if tensor.dtype.startswith("float8") else values / 8).to(
+        getattr(torch, tensor.dtype)
+    )
+
+
+def stock_layer(layer: Layer, hidden: torch.Tensor, *routing: torch.Tensor, **options: Any) -> Any:
+    """What `TritonMoeQuantInfo` of the stock method says goes to the stock layer."""
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+    tensors = layer.stock_tensors()
+    weights = tensors.pop("w13_weight"), tensors.pop("w2_weight")
+    if tensors:
+        scales = {"w1_scale": "w13_weight_scale_inv", "w2_scale": "w2_weight_scale_inv"}
+        options |= {name: tensors.pop(its) for name, its in scales.items()}
+        options |= {"use_fp8_w8a8": True, "block_shape": [FP8.rows, FP8.columns]}
+    assert not tensors
+    return fused_moe.fused_experts_impl(hidden.clone(), *weights, *routing, **options)
 
 
 def config(scaling: float | None) -> Any:
@@ -111,6 +139,7 @@ def config(scaling: float | None) -> Any:
     )
 
 
+@pytest.mark.parametrize("its", [PLAIN, FP8], ids=["plain", "fp8"])
 @pytest.mark.parametrize(
     ("num_frames", "num_tokens", "top_k", "scaling"),
     [
@@ -123,11 +152,9 @@ def config(scaling: float | None) -> Any:
     ],
 )
 def test_any_waves_have_the_stock_layers_bits(
-    num_frames: int, num_tokens: int, top_k: int, scaling: float | None
+    num_frames: int, num_tokens: int, top_k: int, scaling: float | None, its: ExpertFormat
 ) -> None:
-    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
-
-    layer = Layer(num_frames)
+    layer = Layer(num_frames, its)
     random = torch.Generator().manual_seed(2)
     hidden = torch.randn(num_tokens, HIDDEN, generator=random).bfloat16()
     weights, ids = torch.rand(num_tokens, NUM_EXPERTS, generator=random).topk(top_k)
@@ -138,9 +165,9 @@ def test_any_waves_have_the_stock_layers_bits(
             output = layer.experts.forward(
                 0, hidden, weights, ids, config=config(scaling), activation=torch.nn.Identity()
             )
-        stock = fused_moe.fused_experts_impl(
-            hidden.clone(),
-            *layer.stock_weights(),
+        stock = stock_layer(
+            layer,
+            hidden,
             weights,
             ids,
             inplace=True,
@@ -153,3 +180,54 @@ def test_any_waves_have_the_stock_layers_bits(
         assert sorted(computed.tolist()) == ids.unique().tolist()  # each of them once
     num_waves = layer.memory.snapshot(0).num_waves
     assert num_waves == 2 * -(-len(ids.unique()) // num_frames) or num_frames == NUM_EXPERTS
+
+
+@pytest.mark.parametrize("num_frames", [8, 2])
+def test_fp8_out_of_frames_is_what_it_stands_for(num_frames: int) -> None:
+    """Products of dequantised weights and activations in float32. SGLang rounds activations to fp8 with a CUDA kernel, whose
+    stand-in off CUDA truncates in the interpreter; here torch rounds them. Blocks have scales of their own, so one that is
+    taken for another shows.
+    """
+    from sglang.kernels.ops.moe import fused_moe_triton_kernels
+
+    layer = Layer(num_frames, FP8)
+    random = torch.Generator().manual_seed(3)
+    hidden = torch.randn(6, HIDDEN, generator=random).bfloat16()
+    weights, ids = torch.rand(6, NUM_EXPERTS, generator=random).topk(3)
+    ids = ids.to(torch.int32)
+    with patch.object(fused_moe_triton_kernels, "per_token_group_quant_fp8", in_groups):
+        output = layer.experts.forward(
+            0, hidden, weights, ids, config=config(None), activation=torch.nn.Identity()
+        )
+    tensors = layer.stock_tensors()
+    w13, w2 = (dequantised(tensors, name) for name in ("w13", "w2"))
+    expected = torch.zeros(6, HIDDEN)
+    for token in range(6):
+        for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
+            gate, up = truncated(w13[expert] @ rounded(hidden[token])).chunk(2)
+            inner = torch.nn.functional.silu(gate) * up
+            expected[token] += truncated(weight * (w2[expert] @ rounded(inner)))
+    assert torch.allclose(output.float(), expected, rtol=0.01, atol=0.01 * float(expected.std()))
+
+
+def in_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp8, and the scale of each group, under which its largest number is fp8's largest."""
+    groups = x.float().unflatten(-1, (-1, group))
+    scales = groups.abs().amax(dim=-1).clamp(min=1e-10) / 448
+    return (groups / scales.unsqueeze(-1)).to(torch.float8_e4m3fn).flatten(-2), scales
+
+
+def rounded(row: torch.Tensor) -> torch.Tensor:
+    values, scales = in_groups(row, FP8.columns)
+    return values.float() * scales.repeat_interleave(FP8.columns)
+
+
+def dequantised(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    scale = tensors[f"{name}_weight_scale_inv"]
+    scale = scale.repeat_interleave(FP8.rows, 1).repeat_interleave(FP8.columns, 2)
+    return tensors[f"{name}_weight"].float() * scale
+
+
+def truncated(values: torch.Tensor) -> torch.Tensor:
+    """To bfloat16, as the interpreter does it."""
+    return (values.view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()

@@ -24,7 +24,7 @@ def test_there_is_a_recipe_for_every_machine_and_model() -> None:
     models = [path.stem for path in (LAUNCH / "models").glob("*.json")]
     expected = {f"{machine}/{model}" for machine in (*GPUS, "cpu") for model in models}
     assert {f"{path.parent.name}/{path.stem}" for path in RECIPES} == expected
-    assert len(models) == 5
+    assert len(models) == 6
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

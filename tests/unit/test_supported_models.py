@@ -2,7 +2,15 @@
 
 import pytest
 
-from sglmoe.supported_models import PAGED_ARCHITECTURES, ModelFacts, refused_model
+from sglmoe.supported_models import (
+    PAGED_ARCHITECTURES,
+    ModelFacts,
+    Quantisation,
+    quantisation_of,
+    refused_model,
+)
+
+BLOCKS = Quantisation("fp8", (128, 128))
 
 
 @pytest.mark.parametrize("architecture", PAGED_ARCHITECTURES)
@@ -30,10 +38,50 @@ def test_tied_embeddings_are_refused_where_sglang_forgets_the_tie() -> None:
         ({"generates": False}, "embeddings"),
         ({"recurrent_layers": True}, "recurrent"),
         ({"sliding_window_layers": True}, "sliding-window"),
-        ({"quantization": "fp8"}, "fp8"),
+        ({"quantization": Quantisation("gptq")}, "gptq"),
+        ({"quantization": BLOCKS, "num_experts": 8}, "Qwen3MoeForCausalLM"),
+        ({"quantization": BLOCKS}, "OtherForCausalLM in fp8 is not tested"),
         ({"num_experts": 8}, "Qwen3MoeForCausalLM"),
     ],
 )
 def test_what_can_not_be_served_says_why(fact: dict[str, object], word: str) -> None:
     refusal = refused_model(ModelFacts(architecture="OtherForCausalLM", **fact))  # type: ignore[arg-type]
     assert word in str(refusal)
+
+
+def qwen3_in_fp8(**facts: object) -> ModelFacts:
+    known = {"num_experts": 128, "hidden_size": 2048, "expert_inner_size": 768} | facts
+    known = {"quantization": BLOCKS} | known
+    return ModelFacts(architecture="Qwen3MoeForCausalLM", **known)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("capability", [None, (8, 9), (9, 0), (12, 0)])
+def test_block_fp8_is_served(dtype: str, capability: tuple[int, int] | None) -> None:
+    """On a CPU, an RTX 4090, an H100, an RTX 5090."""
+    assert refused_model(qwen3_in_fp8(dtype=dtype, capability=capability)) is None
+
+
+@pytest.mark.parametrize(
+    ("fact", "words"),
+    [
+        ({"quantization": Quantisation("fp8")}, "(fp8, weight_block_size none)"),
+        ({"quantization": Quantisation("fp8", (1, 128))}, "(fp8, weight_block_size [1, 128])"),
+        ({"quantization": Quantisation("mxfp8", (32, 32))}, "(mxfp8)"),
+        ({"expert_inner_size": 704}, "hidden size 2048 and inner size 704 in fp8 blocks of 128"),
+        ({"hidden_size": 2000}, "hidden size 2000 and inner size 768 in fp8 blocks of 128"),
+        ({"dtype": "float32"}, "--dtype=float32"),
+        ({"capability": (8, 6)}, "compute capability 8.6, and Triton has fp8 from 8.9 on"),
+    ],
+)
+def test_other_fp8_is_refused_by_name(fact: dict[str, object], words: str) -> None:
+    assert words in str(refused_model(qwen3_in_fp8(**fact)))
+
+
+def test_a_checkpoint_says_in_its_config_how_it_is_quantised() -> None:
+    assert quantisation_of({}) is None
+    assert quantisation_of({"quantization_config": None}) is None
+    awq = {"quant_method": "awq", "bits": 4}
+    assert quantisation_of({"quantization_config": awq}) == Quantisation("awq")
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    assert quantisation_of({"quantization_config": fp8}) == BLOCKS

@@ -40,6 +40,27 @@ def test_reading_an_expert_fills_the_start_of_its_target() -> None:
     assert store.experts() == [(1, 7)]
 
 
+def test_an_expert_may_be_laid_out_otherwise() -> None:
+    """Weights, and scales at a multiple of 4 behind them: what lies between is nobody's."""
+    store = ExpertStore()
+    store.lay_out({"w1": 0, "w3": 1, "w2": 2, "scale": 4})
+    for part, value in (("scale", 4), ("w2", 3), ("w3", 2), ("w1", 1)):
+        size = 4 if part == "scale" else 1
+        store.put(0, 0, part, np.full(size, value, np.uint8))
+    assert [offset for offset, _ in store.parts(0, 0)] == [0, 1, 2, 4]
+    target = np.full(9, 9, np.uint8)
+    assert store.read(0, 0, target) == store.total_bytes == 7
+    assert target.tolist() == [1, 2, 3, 9, 4, 4, 4, 4, 9]
+    assert store.expert_bytes() == 8  # so much of a frame
+    store.put(0, 1, "w1", some_bytes(1))
+    with pytest.raises(ValueError, match="layer 0 expert 1 w3 is missing"):
+        store.check_complete(1, 2)
+    for part in ("w3", "w2"):
+        store.put(0, 1, part, some_bytes(1))
+    with pytest.raises(ValueError, match="layer 0 expert 1 scale is missing"):
+        store.check_complete(1, 2)
+
+
 def test_a_frame_must_hold_the_largest_expert() -> None:
     store = ExpertStore()
     assert store.expert_bytes() == 0

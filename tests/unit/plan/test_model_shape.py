@@ -4,16 +4,27 @@ import json
 import math
 from pathlib import Path
 
+import msgspec
 import pytest
+import torch
 
 from sglmoe.demo_model import DEMO_MODEL
-from sglmoe.plan.families import dense_shapes, inner_size_of, moe_layers_of, num_experts_of
+from sglmoe.memory.expert_layout import Plain
+from sglmoe.plan.families import (
+    SCALE,
+    dense_shapes,
+    inner_size_of,
+    moe_layers_of,
+    num_experts_of,
+)
+from sglmoe.plan.measure import matrix_maker
 from sglmoe.plan.model_shape import read_model, resolve_dtype, shape_of, tensor_shapes
 
 MODELS = Path(__file__).parents[3] / "launch" / "models"
 # As their pages on Hugging Face give them.
 PUBLISHED_PARAMETERS = {
     "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-30b-a3b-fp8": 30_532_122_624,  # scales are none
     "mixtral-8x7b": 46_702_792_704,
     "deepseek-v2-lite": 15_706_484_224,
     "qwen1.5-moe-a2.7b": 14_315_784_192,
@@ -28,7 +39,8 @@ def test_every_recipes_model_has_a_published_size() -> None:
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
 def test_a_published_config_has_the_published_number_of_parameters(name: str) -> None:
     config = json.loads((MODELS / f"{name}.json").read_text())
-    dense = sum(math.prod(shape) for shape in dense_shapes(config).values())
+    shapes = dense_shapes(config)
+    dense = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(SCALE))
     expert = 3 * config["hidden_size"] * inner_size_of(config)
     experts = len(moe_layers_of(config)) * num_experts_of(config) * expert
     assert dense + experts == PUBLISHED_PARAMETERS[name]
@@ -57,12 +69,29 @@ def test_mla_keeps_one_latent_row_a_layer() -> None:
     assert (shape.token_rows, shape.token_bytes) == (2 * 48, 2 * 48 * 4 * 128 * 2)
 
 
+def test_fp8_halves_experts_and_linear_weights_and_adds_scales() -> None:
+    """Qwen3-30B-A3B-FP8, by its config: embeddings, head, routers and norms stay in bfloat16."""
+    plain = json.loads((MODELS / "qwen3-30b-a3b.json").read_text())
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    said["modules_to_not_convert"] = ["lm_head", "model.layers.0.self_attn.o_proj"]
+    config = plain | {"quantization_config": said}
+    before, after = (
+        shape_of(its, dense=None, dtype="auto", device="cuda") for its in (plain, config)
+    )
+    assert after.expert_bytes == before.expert_bytes // 2 + 1152
+    # Of each layer q [4096, 2048], k and v [512, 2048], o [2048, 4096]; that of the first layer is left out.
+    quantised = 48 * (4096 + 512 + 512 + 4096) * 2048 - 4096 * 2048
+    assert after.dense_bytes == before.dense_bytes - quantised + 4 * quantised // 128**2
+    assert after.token_bytes == before.token_bytes
+
+
 @pytest.mark.parametrize(
     ("own", "asked", "resolved"),
     [
         ("bfloat16", "auto", "bfloat16"),
         ("float32", "auto", "float16"),
         ("float32", "float32", "float32"),
+        ("bfloat16", "half", "float16"),
     ],
 )
 def test_auto_means_what_it_means_to_sglang(own: str, asked: str, resolved: str) -> None:
@@ -81,6 +110,15 @@ def test_what_the_server_refuses_is_refused_here(tmp_path: Path) -> None:
         read_model(str(tmp_path), device="cpu")
 
 
+def test_fp8_in_float32_is_refused_here_too(tmp_path: Path) -> None:
+    config = json.loads((MODELS / "qwen3-30b-a3b.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="--dtype=float32: weights in fp8"):
+        read_model(str(tmp_path), dtype="float", device="cpu")
+    assert read_model(str(tmp_path), device="cpu").shape.expert_bytes == 4_719_744
+
+
 @pytest.mark.parametrize(("device", "item_bytes"), [("cpu", 2), ("cuda", 4)])
 def test_a_server_counts_its_rotary_table_as_dense(device: str, item_bytes: int) -> None:
     """Of the demo model 4096 positions and 256 to spare, of 64 numbers; in float32 on a GPU."""
@@ -92,3 +130,18 @@ def test_a_server_counts_its_rotary_table_as_dense(device: str, item_bytes: int)
 def test_the_demo_model_is_as_large_as_a_server_on_a_cpu_found_it() -> None:
     """`dense_bytes` in its /server_info; `tests/e2e/test_plan.py` asks one."""
     assert read_model(str(DEMO_MODEL), device="cpu").shape.dense_bytes == 2_839_296
+
+
+def test_a_cpus_speed_is_measured_on_weights_as_it_has_them() -> None:
+    """In fp8 it dequantises them each time: what is timed gives them in the type that is multiplied."""
+    config = json.loads((MODELS / "qwen3-30b-a3b-fp8.json").read_text())
+    shape = shape_of(config, dense=None, dtype="auto", device="cpu")
+    weights = matrix_maker(200, 256, shape)
+    assert weights().shape == (200, 256)
+    assert weights().dtype == torch.bfloat16
+    assert weights() is not weights()
+    plain = matrix_maker(
+        200, 256, msgspec.structs.replace(shape, format=Plain("float32"), item_bytes=4)
+    )
+    assert plain().dtype == torch.float32
+    assert plain() is plain()

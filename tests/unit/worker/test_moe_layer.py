@@ -10,16 +10,28 @@ from torch.nn import functional as F
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry, plan_geometry
 from sglmoe.memory.background_copier import BackgroundCopier
+from sglmoe.memory.expert_layout import BlockFp8, ExpertFormat, ExpertLayout, Plain
 from sglmoe.memory.link_gate import LinkGate
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.prefetch import Wanted
 from sglmoe.memory.store import PARTS, ExpertStore
 from sglmoe.memory.transfer import HostCopier
-from sglmoe.worker.moe_layer import ExpertShape, PagedExperts, expert_bounds
+from sglmoe.worker.moe_layer import ExpertShape, PagedExperts, as_bytes, expert_bounds
 from sglmoe.worker.routed import Routed
 
 NUM_EXPERTS, TOP_K, HIDDEN, INNER = 8, 3, 16, 8
-SHAPE = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, torch.bfloat16)
+PLAIN, FP8 = Plain("bfloat16"), BlockFp8(4, 4)
+SHAPE = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, PLAIN)
+EXPERT_BYTES = SHAPE.layout.num_bytes
+
+
+def random_part(layout: ExpertLayout, part: str, generator: torch.Generator) -> torch.Tensor:
+    """As a checkpoint has it: scales, which are positive, in bfloat16, as Qwen's has."""
+    tensor = layout.tensor_of(part)
+    values = torch.randn(tensor.part_shape, generator=generator)
+    if "scale" in part:
+        return (values.abs() + 0.5).bfloat16()
+    return values.to(getattr(torch, tensor.dtype))
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
@@ -27,7 +39,11 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def make_experts(
-    num_frames: int, *, small_bytes: int = 2**20, prefetches: bool = False
+    num_frames: int,
+    *,
+    small_bytes: int = 2**20,
+    prefetches: bool = False,
+    its: ExpertFormat = PLAIN,
 ) -> tuple[PagedExperts, MemoryManager]:
     """One layer of random experts in an arena of that many frames, one of which is KV's at most.
 
@@ -35,14 +51,15 @@ def make_experts(
     """
     generator = torch.Generator().manual_seed(1)
     experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
-    layer = experts.add_layer(0, SHAPE)
+    shape = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, its)
+    layer, layout = experts.add_layer(0, shape), shape.layout
     for expert in range(NUM_EXPERTS):
-        for part in PARTS:
-            matrix = torch.randn(SHAPE.part_shape(part), generator=generator).bfloat16()
-            experts.take_tensor(layer, expert, part, matrix)
+        for part in layout.part_offsets():
+            experts.take_tensor(layer, expert, part, random_part(layout, part, generator))
+    frame_bytes = -(-layout.num_bytes // 256) * 256
     geometry: Geometry = plan_geometry(
-        arena_bytes=num_frames * SHAPE.expert_bytes,
-        expert_bytes=SHAPE.expert_bytes,
+        arena_bytes=num_frames * frame_bytes,
+        expert_bytes=layout.num_bytes,
         token_bytes=64,
         token_rows=2,
         page_tokens=4,
@@ -82,11 +99,14 @@ def run(experts: PagedExperts, num_tokens: int) -> torch.Tensor:
     return experts.forward(0, hidden, weights, ids, config=None, activation=silu_and_mul)
 
 
+@pytest.mark.parametrize("its", [PLAIN, FP8], ids=["plain", "fp8"])
 @pytest.mark.parametrize("num_tokens", [1, 5, 40])
 @pytest.mark.parametrize("num_frames", [2, 3, 5])
-def test_few_frames_give_the_bits_of_all_resident(num_frames: int, num_tokens: int) -> None:
-    resident, _ = make_experts(num_frames=9)
-    paged, memory = make_experts(num_frames)
+def test_few_frames_give_the_bits_of_all_resident(
+    num_frames: int, num_tokens: int, its: ExpertFormat
+) -> None:
+    resident, _ = make_experts(num_frames=9, its=its)
+    paged, memory = make_experts(num_frames, its=its)
     assert torch.equal(run(paged, num_tokens), run(resident, num_tokens))
     assert memory.violations() == []
     # Again, now that other experts are resident and the waves run in another order.
@@ -158,7 +178,31 @@ def test_an_output_is_the_weighted_sum_of_its_experts() -> None:
 def matrices(experts: PagedExperts, expert: int) -> Iterator[torch.Tensor]:
     for part, (_, raw) in zip(PARTS, experts.store.parts(0, expert), strict=True):
         assert isinstance(raw, np.ndarray)
-        yield torch.from_numpy(raw).view(torch.bfloat16).view(SHAPE.part_shape(part))
+        shape = SHAPE.layout.tensor_of(part).part_shape
+        yield torch.from_numpy(raw).view(torch.bfloat16).view(shape)
+
+
+def test_fp8_experts_have_the_bits_of_plain_ones_with_the_weights_that_they_stand_for() -> None:
+    """On a CPU. Every weight is written out here, one by one, and rounded to bfloat16."""
+    in_fp8, _ = make_experts(num_frames=3, its=FP8)
+    plain, memory = make_experts(num_frames=9)
+    assert in_fp8.layout is not None
+    for expert in range(NUM_EXPERTS):
+        arrays = dict(zip(in_fp8.store.part_names, in_fp8.store.parts(0, expert), strict=True))
+        for part in PARTS:
+            raw, scales = (arrays[name][1] for name in (part, f"{part}_weight_scale_inv"))
+            assert isinstance(raw, np.ndarray)
+            assert isinstance(scales, np.ndarray)
+            height, width = SHAPE.layout.tensor_of(part).part_shape
+            weight = torch.from_numpy(raw).view(torch.float8_e4m3fn).float().view(height, width)
+            scale = torch.from_numpy(scales).view(torch.float32).view(height // 4, width // 4)
+            whole = [
+                [float(weight[n, k] * scale[n // 4, k // 4]) for k in range(width)]
+                for n in range(height)
+            ]
+            plain.store._parts[0, expert, part] = as_bytes(torch.tensor(whole).bfloat16())
+    assert torch.equal(run(in_fp8, num_tokens=5), run(plain, num_tokens=5))
+    assert memory.violations() == []
 
 
 def test_rows_are_grouped_by_expert_in_ascending_order() -> None:
@@ -188,7 +232,7 @@ def test_an_inner_size_that_sglang_rounds_up_is_filled_up_with_zeros() -> None:
     for part, given in (("w1", (INNER - 3, HIDDEN)), ("w2", (HIDDEN, INNER - 3))):
         experts.take_tensor(0, 3, part, torch.ones(given, dtype=torch.bfloat16))
     experts.take_tensor(0, 3, "w3", torch.zeros(INNER, HIDDEN, dtype=torch.bfloat16))
-    frame = torch.zeros(SHAPE.expert_bytes, dtype=torch.uint8)
+    frame = torch.zeros(EXPERT_BYTES, dtype=torch.uint8)
     experts.store.read(0, 3, frame.numpy())
     w1, _, w2 = frame.view(torch.bfloat16).split(INNER * HIDDEN)
     assert w1.tolist() == [1.0] * (INNER - 3) * HIDDEN + [0.0] * 3 * HIDDEN
@@ -197,8 +241,20 @@ def test_an_inner_size_that_sglang_rounds_up_is_filled_up_with_zeros() -> None:
         experts.take_tensor(0, 4, "w2", torch.ones(HIDDEN, INNER - 4, dtype=torch.bfloat16))
 
 
+def test_scales_are_never_filled_up() -> None:
+    """Of gates of 8 rows in blocks of 4 there are two rows; a CPU's multiple of 32 is none of theirs."""
+    experts = PagedExperts(ExpertStore(), on_tensor=lambda: None, inner_multiple=32)
+    experts.add_layer(0, ExpertShape(NUM_EXPERTS, HIDDEN, INNER, FP8))
+    experts.take_tensor(0, 0, "w1_weight_scale_inv", torch.ones(2, 4))
+    assert experts.store.total_bytes == 2 * 4 * 4
+    with pytest.raises(ValueError, match=r"w3_weight_scale_inv has shape \(2, 3\)"):
+        experts.take_tensor(0, 0, "w3_weight_scale_inv", torch.ones(2, 3))
+
+
 def test_layers_with_different_experts_are_refused() -> None:
     experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
     experts.add_layer(0, SHAPE)
     with pytest.raises(ValueError, match="differ from layer to layer"):
-        experts.add_layer(1, ExpertShape(NUM_EXPERTS, HIDDEN, 2 * INNER, torch.bfloat16))
+        experts.add_layer(1, ExpertShape(NUM_EXPERTS, HIDDEN, 2 * INNER, PLAIN))
+    with pytest.raises(ValueError, match="differ from layer to layer"):
+        experts.add_layer(1, ExpertShape(NUM_EXPERTS, HIDDEN, INNER, FP8))
