@@ -278,8 +278,8 @@ def new_memory(rule: str, num_frames: int, pages_per_frame: int, num_experts: in
     )
     pool, evictor = RULES[rule]
     with (
-        patch("sglmoe.memory.manager.PagePool", pool),
-        patch("sglmoe.memory.manager.Evictor", evictor),
+        patch("sglmoe.memory.tenants.PagePool", pool),
+        patch("sglmoe.memory.tenants.Evictor", evictor),
     ):
         return MemoryManager(
             geometry,

@@ -113,18 +113,6 @@ class ExpertPager:
         self._table.unpin()
         self._order.layer_done()
 
-    def counters(self) -> dict[str, Any]:
-        """Those fields of `MemorySnapshot` that are its own."""
-        return {
-            "expert_hits": self.hits,
-            "expert_misses": self.misses,
-            "stall_seconds": self.stall_seconds,
-            "late_seconds": self.late_seconds,
-            "load_seconds": self.load_seconds,
-            "num_waves": self.num_waves,
-            "num_split_layers": self.num_split_layers,
-        }
-
     def _lend(self, wave: ExpertIds) -> Generator[ExpertIds, None, None]:
         """Yield a pinned wave. If the caller leaves here, settle, unless another layer has begun."""
         pinned = self._table.pinned

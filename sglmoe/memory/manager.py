@@ -335,7 +335,6 @@ class MemoryManager:
             packed_kept=self._slabs.kept,
             expert_bytes_moved=(pager.misses - prefetches.late + prefetches.landed)
             * geometry.expert_bytes,
-            **pager.counters(),
             experts_evicted=evictor.experts_evicted,
             pages_evicted=evictor.pages_evicted,
             cache_hit_tokens=counters.cache_hit_tokens,

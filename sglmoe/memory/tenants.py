@@ -32,6 +32,7 @@ class Tenants:
         layer_frames: int,
         packing: Packing,
     ):
+        self._streams_layers = policy is MemoryPolicy.COST_AWARE and shape[1] > 0
         self.clock, self.prices, self.reuse = Clock(), Prices(geometry), ReuseRates()
         self.frames = Frames(geometry.num_frames)
         self.pool = PagePool(
@@ -85,6 +86,7 @@ class Tenants:
             prefetches=self.prefetches,
             make_frame=self.evictor.make_frame,
             load_experts=load_experts,
+            streams_layers=self._streams_layers,
         )
 
 

@@ -11,7 +11,6 @@ import time
 import traceback
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt

@@ -185,7 +185,7 @@ class Recording:
         """Each of `pause` stops and restarts something that changes memory and is not recorded."""
         self._worker = worker
         self._model = model
-        self._pause = pause
+        self._pause = [memory.pause_streaming, *pause]
         self._new_recorder = new_recorder
         self._memory = memory
         self._recorder: Recorder | None = None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from test_prefetches import Background
+from prefetched_memory import Background
 
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry

@@ -89,7 +89,11 @@ class Bench:
         self.worker = Worker(memory=self.memory, model=self.model, max_running=4)
         self.pauses: list[bool] = []
         self.recording = Recording(
-            self.worker, self.model, self.new_recorder, self.memory, pause=[self.pauses.append]
+            self.worker,
+            self.model,
+            self.new_recorder,
+            self.memory,
+            pause=[self.pauses.append],
         )
         self.num_steps = 0
 
