@@ -65,6 +65,8 @@ def test_they_stay_packed_in_the_arena_and_change_no_bit_there(tmp_path: Path) -
         parts = ("free_frames", "expert_frames", "packed_frames", "kv_frames")
         assert sum(memory[part] for part in parts) == memory["num_frames"]
         assert memory["packed_hits"] > memory["packed_kept"] > 0
-        below = memory["host_hits"] + memory["disk_reads"]
-        assert memory["expert_misses"] == memory["packed_hits"] + below
+        # Every load came from somewhere: what layers waited for, and what was streamed ahead of them.
+        loads = memory["packed_hits"] + memory["host_hits"] + memory["disk_reads"]
+        in_time = memory["expert_misses"] + memory["prefetches_used"]
+        assert in_time <= loads <= in_time + memory["prefetches_wasted"]
         assert its.state["packed"]["reason"] == f"{share} was asked for"
