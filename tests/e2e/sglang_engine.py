@@ -1,5 +1,6 @@
 """The unmodified SGLang engine, asked offline. Everything here runs in a fork (`forking`)."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,14 @@ class Answer(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     prompt_logprobs: list[float]
+
+
+def flush_cache(engine: Any) -> None:
+    """As soon as it can: SGLang's scheduler may not know yet that the last request has ended, and refuses then."""
+    deadline = time.monotonic() + 10
+    while not engine.flush_cache().success:
+        assert time.monotonic() < deadline, "the cache can't be flushed"
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from checkpoints import VOCAB_SIZE, make_checkpoint
 from forking import run_in_fork
-from sglang_engine import running_engine
+from sglang_engine import flush_cache, running_engine
 from sglmoe_engine import running_sglmoe
 
 pytestmark = pytest.mark.usefixtures("preloaded")
@@ -47,7 +47,7 @@ def ask_all(engine: Any) -> dict[str, Any]:
         asked = dict(asked)
         sampling = {"temperature": 0, "max_new_tokens": asked.pop("max_new_tokens", 6)}
         for prompt in PROMPTS:
-            engine.flush_cache()
+            flush_cache(engine)
             output = engine.generate(input_ids=prompt, sampling_params=sampling, **asked)
             fields = {field: output["meta_info"].get(field) for field in FIELDS}
             answers[f"{name}, {len(prompt)}"] = (output["output_ids"], fields)

@@ -59,18 +59,22 @@ class Progress:
 
     def __init__(self) -> None:
         self.num_events = 0
+        self.num_streams = NUM_STREAMS  # that have not ended
         self._news = threading.Condition()
 
-    def count(self) -> None:
+    def count(self, *, is_last: bool = False) -> None:
         with self._news:
             self.num_events += 1
+            self.num_streams -= is_last
             self._news.notify_all()
 
     def wait_for_more(self, more: int) -> bool:
-        """Until so many more have come; False when none comes any more."""
+        """Until so many more have come, or all streams have ended; False when none comes any more."""
         with self._news:
             wanted = self.num_events + more
-            return self._news.wait_for(lambda: self.num_events >= wanted, DEADLINE_SECONDS)
+            return self._news.wait_for(
+                lambda: self.num_events >= wanted or not self.num_streams, DEADLINE_SECONDS
+            )
 
 
 def body_of(number: int) -> dict[str, Any]:
@@ -93,6 +97,7 @@ def stream(url: str, body: dict[str, Any], progress: Progress) -> Stream:
                 assert "error" not in event, event
                 texts.append(event["text"])
                 progress.count()
+    progress.count(is_last=True)
     return Stream(texts, event["output_ids"], event["meta_info"])
 
 
@@ -154,7 +159,7 @@ class Killer:
         time.sleep(self._chooser.random() * 0.05)
         before = state_of(self._server)["restarts"]["count"]
         self.kill(number)
-        self.wait_until_served(before)
+        self.wait_until_served(before, progress)
 
     def strike_while_loading(self, progress: Progress) -> None:
         """Kill a worker, and its successor before that is ready."""
@@ -164,7 +169,7 @@ class Killer:
         successor = wait_for_successor(victim)
         time.sleep(self._chooser.random() * 0.4)
         successor.kill()
-        self.wait_until_served(before)
+        self.wait_until_served(before, progress)
 
     def strike_again_at_once(self, progress: Progress) -> None:
         """Kill a worker, and its successor while that compiles grammars or computes prompts again."""
@@ -176,14 +181,17 @@ class Killer:
             assert time.monotonic() < deadline
         time.sleep(self._chooser.random() * 0.1)
         self.kill(signal.SIGKILL)
-        self.wait_until_served(before + 1)
+        self.wait_until_served(before + 1, progress)
 
-    def wait_until_served(self, before: int) -> None:
+    def wait_until_served(self, before: int, progress: Progress) -> None:
+        """By another worker; if no stream is left to serve, until there is one."""
         deadline = time.monotonic() + DEADLINE_SECONDS
         while time.monotonic() < deadline:
             restarts = state_of(self._server)["restarts"]
             if restarts["count"] > before and restarts["token_seconds"]:
                 self.waits.append(restarts["token_seconds"])
+                return
+            if restarts["count"] > before and not progress.num_streams:
                 return
             time.sleep(0.05)
         raise AssertionError(f"no token came any more: {restarts}")
@@ -269,6 +277,7 @@ def cause_chaos(model_dir: Path, log: Path, seed: int) -> list[float]:
         check_same(ask_all(server.url), calm)
         restarts = state_of(server)["restarts"]
         assert restarts["count"] >= 12
+        assert len(killer.waits) >= 7, "most of them with streams to serve"
         assert restarts["failed_requests"] == 0
         metrics = requests.get(f"{server.url}/metrics", timeout=60).text
         assert any(

@@ -70,7 +70,7 @@ def test_three_times_more_experts_than_frames_and_host_memory(tmp_path: Path) ->
     memory, limits = (served.interviews[-1].state[name] for name in ("memory", "limits"))
     assert limits["expert_bytes"] == NUM_EXPERTS * EXPERT_BYTES
     assert memory["num_frames"] <= NUM_FRAMES
-    # All three tiers were used, and every miss was answered by one of the lower two.
+    # All three tiers were used, and every load was answered by one of the lower two.
     assert memory["host_blocks"] == memory["host_blocks_filled"] == NUM_BLOCKS
     assert memory["host_promoted"] - memory["host_evicted"] == NUM_BLOCKS
     assert memory["host_promoted_bytes"] == memory["host_promoted"] * EXPERT_BYTES
@@ -78,7 +78,9 @@ def test_three_times_more_experts_than_frames_and_host_memory(tmp_path: Path) ->
     assert memory["host_hits"] > 0
     assert memory["disk_reads"] > 0
     assert memory["disk_bytes"] == memory["disk_reads"] * EXPERT_BYTES
-    assert memory["host_hits"] + memory["disk_reads"] == memory["expert_misses"]
+    loads = memory["host_hits"] + memory["disk_reads"]
+    wanted = memory["expert_misses"] + memory["prefetches_used"]  # streamed ahead of their layer
+    assert wanted <= loads <= wanted + memory["prefetches_wasted"]
     # Never all of the experts, whoever reads them.
     allowed = limits["arena_bytes"] + NUM_BLOCKS * EXPERT_BYTES + SLACK_BYTES
     assert served.in_the_end - served.when_ready < allowed < limits["expert_bytes"]
