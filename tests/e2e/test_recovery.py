@@ -368,7 +368,7 @@ def watch_health(model_dir: Path, log: Path) -> None:
             killer.kill(signal.SIGSTOP)
             time.sleep(0.5)  # what was on its way arrives
             assert requests.get(f"{server.url}/health", timeout=60).status_code == 503
-            killer.wait_until_served(0)
+            killer.wait_until_served(0, progress)
             assert requests.get(f"{server.url}/health", timeout=60).status_code == 200
 
         ask_all(server.url, ask_how_it_is)
