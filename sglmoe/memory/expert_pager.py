@@ -14,6 +14,7 @@ from sglmoe.memory.layer_streaming import LayerStreaming
 from sglmoe.memory.link_gate import Finish, LoadExperts
 from sglmoe.memory.packed_slabs import PackedSlabs
 from sglmoe.memory.prefetches import Prefetches
+from sglmoe.memory.prices import Prices
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class ExpertPager:
     """Pins what a wave needs and loads what of it is absent.
 
     `make_frame(layer)` frees a frame for an expert of that layer, or says that it can't. With
-    `streams_layers` see `LayerStreaming`.
+    `stream_prices` see `LayerStreaming`.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class ExpertPager:
         prefetches: Prefetches,
         make_frame: Callable[[int], bool],
         load_experts: LoadExperts,
-        streams_layers: bool = False,
+        stream_prices: Prices | None = None,
     ):
         self._table = table
         self._order = order
@@ -44,8 +45,12 @@ class ExpertPager:
         self._prefetches = prefetches
         self._make_frame = make_frame
         self._load_experts = load_experts
-        self.streaming = (
-            LayerStreaming(table, order, prefetches=prefetches) if streams_layers else None
+        self.streaming = stream_prices and LayerStreaming(
+            table,
+            order,
+            prefetches=prefetches,
+            prices=stream_prices,
+            stalled=lambda: self.stall_seconds,
         )
         self._num_experts = table.frame_table.shape[1]
         self._loads: list[Load] = []  # demand loads under way

@@ -86,7 +86,7 @@ class Tenants:
             prefetches=self.prefetches,
             make_frame=self.evictor.make_frame,
             load_experts=load_experts,
-            streams_layers=self._streams_layers,
+            stream_prices=self.prices if self._streams_layers else None,
         )
 
 

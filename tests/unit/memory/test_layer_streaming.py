@@ -12,7 +12,9 @@ PROMPTS = 257  # tokens
 
 
 def memory_of(num_frames: int, policy: MemoryPolicy = MemoryPolicy.COST_AWARE) -> Memory:
-    return Memory(num_frames, policy, num_layers=3)
+    memory = Memory(num_frames, policy, num_layers=3)
+    memory.set_prices(expert_nanoseconds=1, token_nanoseconds=1)  # the link is quick
+    return memory
 
 
 def on_their_way(memory: Memory) -> list[str]:
@@ -61,6 +63,19 @@ def test_a_pass_over_few_tokens_brings_nothing() -> None:
     memory = memory_of(12)
     memory.begin_step(PROMPTS - 1)
     memory.run(0, 0, 1, 2, 3)
+    assert on_their_way(memory) == []
+
+
+def test_no_more_comes_than_the_link_moves_while_a_layer_computes() -> None:
+    """Of the first layer nothing is known. It then takes far less than an expert does on this link."""
+    memory = memory_of(12)
+    memory.set_prices(expert_nanoseconds=10**12, token_nanoseconds=1)
+    memory.begin_step(PROMPTS)
+    memory.run(0, 0, 1, 2, 3)
+    assert on_their_way(memory) == ["1.0", "1.1", "1.2", "1.3"]
+    for _ in range(4):
+        memory.background_loads.arrive()
+    memory.run(1, 0, 1, 2, 3)
     assert on_their_way(memory) == []
 
 
