@@ -45,13 +45,15 @@ class ExpertPager:
         self._prefetches = prefetches
         self._make_frame = make_frame
         self._load_experts = load_experts
-        self.streaming = stream_prices and LayerStreaming(
-            table,
-            order,
-            prefetches=prefetches,
-            prices=stream_prices,
-            stalled=lambda: self.stall_seconds,
-        )
+        self.streaming: LayerStreaming | None = None
+        if stream_prices is not None:
+            self.streaming = LayerStreaming(
+                table,
+                order,
+                prefetches=prefetches,
+                prices=stream_prices,
+                stalled=lambda: self.stall_seconds,
+            )
         self._num_experts = table.frame_table.shape[1]
         self._loads: list[Load] = []  # demand loads under way
         self._late: list[Load] = []  # prefetches under way that the layer needs now
