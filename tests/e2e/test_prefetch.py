@@ -107,7 +107,7 @@ def test_observing_moves_nothing(asked: Asked) -> None:
         check_same(ours, asked.answers)
     # Passes over many tokens bring whole layers, for which nothing is predicted.
     memory = attempts[-1].state["memory"]
-    assert memory["prefetches_begun"] == memory["experts_streamed"]
+    assert memory["prefetches_begun"] == memory["experts_streamed"] > 0
     prefetch = attempts[-1].state["prefetch"]
     assert prefetch["mode"] == "observe"
     assert prefetch["predictor"] in prefetch["coverage"]

@@ -31,7 +31,8 @@ NUM_STREAMS = 8  # one of each kind
 WATCHDOG_SECONDS = 8  # no step takes as long, on however busy a machine
 DEADLINE_SECONDS = 60.0
 
-GREEDY = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
+# Long enough for streams to be there still when the last worker is killed.
+GREEDY = {"temperature": 0, "max_new_tokens": 320, "ignore_eos": True}
 # Both with top_p: SGLang draws otherwise from the same seed while any request beside it has one.
 DRAWN = {**GREEDY, "temperature": 1.0, "top_p": 0.9}
 KINDS: list[dict[str, Any]] = [
@@ -277,7 +278,7 @@ def cause_chaos(model_dir: Path, log: Path, seed: int) -> list[float]:
         check_same(ask_all(server.url), calm)
         restarts = state_of(server)["restarts"]
         assert restarts["count"] >= 12
-        assert len(killer.waits) >= 7, "most of them with streams to serve"
+        assert len(killer.waits) == 10, "a worker was killed when all streams had ended"
         assert restarts["failed_requests"] == 0
         metrics = requests.get(f"{server.url}/metrics", timeout=60).text
         assert any(

@@ -31,6 +31,8 @@ KITS = {
     "pause_generation_kit": ("PauseResumeInPlaceMixin",),
     "basic_scheduler_stress_kit": ("BasicSchedulerStressMixin",),
 }
+# Those of them that compare answers with patterns.
+GRAMMARS = {"regex_constrained_kit", "ebnf_constrained_kit"}
 # SGLang frontend programs (`sglang.test.test_programs`) that ask for no knowledge, with arguments.
 # Left out, for they fail on the unmodified server too: test_stream_logprobs (expects logprobs chunk
 # by chunk, gets them cumulated), test_parallel_encoding (posts to an endpoint that is not there).
@@ -54,16 +56,20 @@ def run_kits(server: Server, model: str) -> dict[str, str]:
     for kit, mixins in KITS.items():
         module = __import__(f"sglang.test.kits.{kit}", fromlist=mixins)
         for mixin in mixins:
-            outcomes |= run_kit(getattr(module, mixin), server, model)
+            if kit in GRAMMARS:
+                answers = Answers()
+                module.requests, checks = answers, {"regex_match": answers.match}
+            else:
+                checks = {}
+            outcomes |= run_kit(getattr(module, mixin), server, model, **checks)
     return outcomes
 
 
-def run_kit(mixin: type, server: Server, model: str) -> dict[str, str]:
+def run_kit(mixin: type, server: Server, model: str, **checks: Any) -> dict[str, str]:
     attributes: dict[str, Any] = {
         "base_url": server.url,
         "model": model,
         "process": server,
-        "regex_match": matches_or_begins_to,
         "client": openai.Client(api_key="EMPTY", base_url=f"{server.url}/v1"),
         # Small enough for a server on two cores.
         "abort_all_num_requests": 8,
@@ -74,6 +80,7 @@ def run_kit(mixin: type, server: Server, model: str) -> dict[str, str]:
         "pause_ignore_eos": True,
         "sanity_max_new_tokens_short": 16,
         "sanity_max_new_tokens_long": 32,
+        **checks,
     }
     case = type(mixin.__name__, (mixin, unittest.TestCase), attributes)
     suite = unittest.defaultTestLoader.loadTestsFromTestCase(case)
@@ -88,9 +95,23 @@ def run_kit(mixin: type, server: Server, model: str) -> dict[str, str]:
     }
 
 
-def matches_or_begins_to(_case: unittest.TestCase, text: str, pattern: str) -> bool:
-    """The kits' own check, for a model that may well never end a `[a-z]+`: 128 tokens cut it off."""
-    return regex.match(pattern, text, partial=True) is not None
+class Answers:
+    """Stands for `requests` in a kit of grammars, which compares texts alone, and knows how each answer ended."""
+
+    def __init__(self) -> None:
+        self._how_ended: dict[str, str] = {}
+
+    def post(self, *args: Any, **kwargs: Any) -> requests.Response:
+        response = requests.post(*args, **kwargs)
+        for item in response.json():
+            self._how_ended[item["text"].strip()] = item["meta_info"]["finish_reason"]["type"]
+        return response
+
+    def match(self, _case: unittest.TestCase, text: str, pattern: str) -> bool:
+        """Whether the text matches; if its tokens ran out, whether it begins to: a random model may
+        well never end a `[a-z]+`."""
+        ran_out = self._how_ended[text] == "length"
+        return regex.fullmatch(pattern, text, partial=ran_out) is not None
 
 
 def names_of(case: type[unittest.TestCase]) -> list[str]:
