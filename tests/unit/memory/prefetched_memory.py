@@ -51,6 +51,19 @@ class Background:
         self.log.append(f"cancel {load.layer}.{load.expert}")
 
 
+def tiny_geometry(num_frames: int, *, expert_bytes: int) -> Geometry:
+    """Frames of 100 bytes, two pages of 4 tokens each."""
+    return Geometry(
+        num_frames=num_frames,
+        frame_bytes=100,
+        expert_bytes=expert_bytes,
+        page_bytes=50,
+        page_tokens=4,
+        pages_per_frame=2,
+        page_rows=24,
+    )
+
+
 class Memory(MemoryManager):
     def __init__(
         self,
@@ -61,17 +74,8 @@ class Memory(MemoryManager):
     ):
         self.background_loads = Background()
         self.demand: list[str] = []
-        geometry = Geometry(
-            num_frames=num_frames,
-            frame_bytes=100,
-            expert_bytes=90,
-            page_bytes=50,
-            page_tokens=4,
-            pages_per_frame=2,
-            page_rows=24,
-        )
         super().__init__(
-            geometry,
+            tiny_geometry(num_frames, expert_bytes=90),
             num_layers=num_layers,
             num_experts=4,
             floor_frames=1,

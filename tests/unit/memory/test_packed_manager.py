@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from prefetched_memory import Background
+from prefetched_memory import Background, tiny_geometry
 
 from sglmoe.config import MemoryPolicy
-from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import Load
 from sglmoe.memory.link_gate import Finish
 from sglmoe.memory.manager import MemoryManager
@@ -31,17 +30,8 @@ class Memory(MemoryManager):
         self.fails = False
         self.is_slow = False
         self.ratio = ratio
-        geometry = Geometry(
-            num_frames=8,
-            frame_bytes=100,
-            expert_bytes=100,
-            page_bytes=50,
-            page_tokens=4,
-            pages_per_frame=2,
-            page_rows=24,
-        )
         super().__init__(
-            geometry,
+            tiny_geometry(8, expert_bytes=100),
             num_layers=2,
             num_experts=4,
             floor_frames=floor_frames,
