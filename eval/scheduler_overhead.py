@@ -52,6 +52,7 @@ from sglmoe.scheduler.scheduler import Scheduler
 from sglmoe.scheduler.settings import SchedulerSettings
 from sglmoe.scheduler.worker_client import WorkerProcess
 from sglmoe.scheduler.worker_line import WorkerLine
+from sglmoe.step_mark import StepMark
 from sglmoe.transport import (
     Receiver,
     Sender,
@@ -72,7 +73,7 @@ SNAPSHOT = msgspec.structs.replace(
 )
 
 
-def run_worker(directory: str) -> None:
+def run_worker(directory: str, step_mark: StepMark) -> None:
     """Every row gets a token, soon: so late that outputs of one step are out before those of the next."""
     context: zmq.Context[Any] = zmq.Context()
     sender: Sender[FromWorker] = Sender(context, results_address(Path(directory)), bind=False)
@@ -85,6 +86,7 @@ def run_worker(directory: str) -> None:
         if isinstance(message, AddRequests):
             computed |= {spec.rid: len(spec.prompt_ids) // 4 - 1 for spec in message.requests}
         elif isinstance(message, StepPlan):
+            step_mark.step_id = message.step_id
             for row in message.rows:
                 computed[row.rid] += 1
             rows = tuple(RowResult(row.rid, computed[row.rid], 0, 7) for row in message.rows)
@@ -104,12 +106,12 @@ def run_detokenizer(address: str) -> None:
 
 
 def start_worker() -> WorkerProcess:
-    directory = make_socket_directory()
+    directory, step_mark = make_socket_directory(), StepMark()
     process = multiprocessing.get_context("fork").Process(
-        target=run_worker, args=(str(directory),), daemon=True
+        target=run_worker, args=(str(directory), step_mark), daemon=True
     )
     process.start()
-    return WorkerProcess(process, directory)
+    return WorkerProcess(process, directory, step_mark)
 
 
 class Detokenizer:

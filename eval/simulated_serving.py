@@ -80,6 +80,7 @@ class ChargingWorker:
         self._num_pages = num_pages
         self._totals: dict[str, int] = {}  # prompt and output tokens of those it knows
         self._computed: dict[str, int] = {}  # of those that hold memory
+        self.last_begun = -1  # it never dies
         self._locked_pages = 0
         self._inbox: deque[ToWorker] = deque()
 

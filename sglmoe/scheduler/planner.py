@@ -109,11 +109,10 @@ class Planner:
         self._to_drop, self._to_preempt = [], []
         self._pages_at_rejection = None
 
-    @property
-    def at_work(self) -> list[Request]:
-        """The requests that the worker is computing, as far as is known: those of the first plan that it owes rows of."""
+    def at_work(self, last_begun: int) -> list[Request]:
+        """The requests that the worker is computing: those of the step that it began last, or would have begun next."""
         for plan in self._plans:
-            if plan.requests:
+            if plan.requests and plan.plan.step_id >= last_begun:
                 return [request for request in plan.requests.values() if not request.finished]
         return []
 

@@ -238,7 +238,7 @@ class Scheduler:
             for request in self.roster.live.values()
             if request.state is State.PREPARING and request not in self._unannounced
         ]
-        present = self.planner.at_work + compiling
+        present = self.planner.at_work(self._worker.last_begun) + compiling
         self.recovery.begin(cause, num_suspects=len(present), num_waiting=len(self.roster.live))
         self._calls.fail_all(str(requests.worker_lost(cause=cause)))
         self.planner.lose_worker()

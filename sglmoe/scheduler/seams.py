@@ -15,6 +15,10 @@ class WorkerLost(Exception):
 class WorkerChannel(Protocol):
     """The line to whichever worker serves now. One that died is received as WorkerFailed, once it has been heard out."""
 
+    @property
+    def last_begun(self) -> int:
+        """The step that the worker began last, also of one that has died; -1 if it began none."""
+
     def send(self, message: ToWorker) -> None:
         """Never waits. What is sent to a worker that is gone is lost with it."""
 

@@ -25,6 +25,7 @@ from sglmoe.protocol import (
     WorkerReady,
 )
 from sglmoe.scheduler.seams import WorkerLost
+from sglmoe.step_mark import StepMark
 from sglmoe.transport import (
     AsyncReceiver,
     AsyncSender,
@@ -35,8 +36,8 @@ from sglmoe.transport import (
 
 logger = logging.getLogger(__name__)
 
-# run_worker(server_args, config, gpu_id, nccl_port, socket_directory)
-RunWorker = Callable[[Any, Any, int, int, str], None]
+# run_worker(server_args, config, gpu_id, nccl_port, socket_directory, step_mark)
+RunWorker = Callable[[Any, Any, int, int, str, StepMark], None]
 
 # Arbitrary: how long a dead worker's last words may take to arrive, and a live one's exit.
 LAST_WORDS_SECONDS = 0.2
@@ -46,23 +47,24 @@ EXIT_SECONDS = 5.0
 class WorkerProcess:
     """The worker as the operating system sees it, with the directory of the sockets to it."""
 
-    def __init__(self, process: BaseProcess, directory: Path) -> None:
+    def __init__(self, process: BaseProcess, directory: Path, step_mark: StepMark) -> None:
         self.process = process
         self.directory = directory
+        self.step_mark = step_mark
 
     @classmethod
     def start(
         cls, run_worker: RunWorker, *, server_args: Any, config: Any, gpu_id: int, nccl_port: int
     ) -> "WorkerProcess":
         """Start a worker by the fork server, which may have the worker's imports done already."""
-        directory = make_socket_directory()
+        directory, step_mark = make_socket_directory(), StepMark()
         process = multiprocessing.get_context("forkserver").Process(
             target=run_worker,
-            args=(server_args, config, gpu_id, nccl_port, str(directory)),
+            args=(server_args, config, gpu_id, nccl_port, str(directory), step_mark),
             name="sglmoe-worker",
         )
         process.start()
-        return cls(process, directory)
+        return cls(process, directory, step_mark)
 
     def remove_directory(self) -> None:
         """Connected sockets live on without their names, which no end of ours, however sudden, then leaves behind."""
@@ -94,6 +96,10 @@ class WorkerClient:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._process.sentinel, self._on_death)
         self._report = loop.create_task(self._report_death())
+
+    @property
+    def last_begun(self) -> int:
+        return self._worker.step_mark.step_id
 
     def send(self, message: ToWorker) -> None:
         self._sender.send(message)

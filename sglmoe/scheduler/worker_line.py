@@ -28,6 +28,10 @@ class WorkerLine:
         assert self._client is not None, "connect() comes first"
         return self._client
 
+    @property
+    def last_begun(self) -> int:
+        return self.client.last_begun
+
     def send(self, message: ToWorker) -> None:
         self.client.send(message)
 

@@ -41,6 +41,7 @@ from sglmoe.protocol import (
     WorkerProgress,
     WorkerReady,
 )
+from sglmoe.step_mark import StepMark
 from sglmoe.transport import Receiver, Sender, plans_address, results_address
 from sglmoe.units import show_bytes
 from sglmoe.worker.heap import Heap
@@ -63,7 +64,12 @@ GRAMMAR_POLL_SECONDS = 0.005
 
 
 def run_worker(
-    server_args: Any, config: Any, gpu_id: int, nccl_port: int, socket_directory: str
+    server_args: Any,
+    config: Any,
+    gpu_id: int,
+    nccl_port: int,
+    socket_directory: str,
+    step_mark: StepMark,
 ) -> None:
     """The process's target. `config` is an `EngineConfig` whose defaults are filled in."""
     context: zmq.Context[Any] = zmq.Context()
@@ -80,32 +86,12 @@ def run_worker(
             on_progress=lambda *stage: sender.send(WorkerProgress(*stage)),
         )
         model = ModelRunner(loaded, server_args)
-        times = StepTimes()  # no overlap: experts travel while their layer waits, on a GPU too
-        prefetching = model.prefetching = start_prefetching(
-            loaded,
-            config,
-            times,
-            model_folder=Path(server_args.model_path),
-        )
-        packed = packed_planner(loaded, times)
-        worker = Worker(
-            memory=loaded.memory,
-            model=model,
-            max_running=loaded.max_running,
-            watch=step_watch(loaded, times),
-            planner=residency_planner(loaded, config, times),
-            prefetching=prefetching,
-            packed=packed,
-        )
-        recording = Recording(
-            worker,
-            model,
-            lambda: new_recorder(loaded, server_args.model_path),
-            loaded.memory,
-            pause=[its.pause for its in (prefetching, packed) if its is not None],
+        worker, recording = make_worker(loaded, model, config, server_args.model_path)
+        loop = Loop(
+            plans, sender, step_mark, worker, model, recording, drawing=lambda: draw(loaded)
         )
         sender.send(ready_message(loaded, model))
-        Loop(plans, sender, worker, model, recording, drawing=lambda: draw(loaded)).run()
+        loop.run()
         status = 0
     except ValueError as error:  # says itself what to change
         logger.error("%s", error)
@@ -121,6 +107,34 @@ def run_worker(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # copy threads and grammar compilers must not hold the process
+
+
+def make_worker(
+    loaded: Loaded, model: ModelRunner, config: EngineConfig, model_path: str
+) -> tuple[Worker, Recording]:
+    """What answers plans, and what records their routing. Raises ValueError for a predictor that does not exist or fit."""
+    times = StepTimes()  # no overlap: experts travel while their layer waits, on a GPU too
+    prefetching = model.prefetching = start_prefetching(
+        loaded, config, times, model_folder=Path(model_path)
+    )
+    packed = packed_planner(loaded, times)
+    worker = Worker(
+        memory=loaded.memory,
+        model=model,
+        max_running=loaded.max_running,
+        watch=step_watch(loaded, times),
+        planner=residency_planner(loaded, config, times),
+        prefetching=prefetching,
+        packed=packed,
+    )
+    recording = Recording(
+        worker,
+        model,
+        lambda: new_recorder(loaded, model_path),
+        loaded.memory,
+        pause=[its.pause for its in (prefetching, packed) if its is not None],
+    )
+    return worker, recording
 
 
 def draw(loaded: Loaded) -> MemoryMap:
@@ -266,6 +280,7 @@ class Loop:
         self,
         plans: Receiver[ToWorker],
         sender: Sender[FromWorker],
+        step_mark: StepMark,
         worker: Worker,
         model: ModelRunner,
         recording: Recording,
@@ -274,6 +289,7 @@ class Loop:
     ):
         self._plans = plans
         self._sender = sender
+        self._step_mark = step_mark
         self._worker = worker
         self._model = model
         self._profiler = Profiler()
@@ -295,6 +311,7 @@ class Loop:
     def _handle(self, message: StepPlan | AddRequests | WorkerCall) -> None:
         match message:
             case StepPlan():
+                self._step_mark.step_id = message.step_id
                 self._sender.send(self._worker.step(message))
                 self._heap.step_done()
             case AddRequests():

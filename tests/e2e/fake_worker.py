@@ -34,6 +34,7 @@ from sglmoe.protocol import (
     WorkerProgress,
     WorkerReady,
 )
+from sglmoe.step_mark import StepMark
 from sglmoe.transport import Receiver, Sender, plans_address, results_address
 
 LIMITS = Limits(
@@ -104,8 +105,9 @@ class Running:
 
 
 class FakeWorker:
-    def __init__(self, sender: Sender, plans: Receiver) -> None:  # type: ignore[type-arg]
+    def __init__(self, sender: Sender, plans: Receiver, step_mark: StepMark) -> None:  # type: ignore[type-arg]
         self._sender = sender
+        self._step_mark = step_mark
         self._plans = plans
         self._requests: dict[str, Running] = {}
 
@@ -118,6 +120,7 @@ class FakeWorker:
                 case AddRequests(requests):
                     self._add(requests)
                 case StepPlan() as plan:
+                    self._step_mark.step_id = plan.step_id
                     self._sender.send(self._step(plan))
                 case (
                     FlushCache(call_id)
@@ -187,13 +190,18 @@ class FakeWorker:
 
 
 def run_fake_worker(
-    server_args: object, config: object, gpu_id: int, nccl_port: int, socket_directory: str
+    server_args: object,
+    config: object,
+    gpu_id: int,
+    nccl_port: int,
+    socket_directory: str,
+    step_mark: StepMark,
 ) -> None:
     context: zmq.Context = zmq.Context()  # type: ignore[type-arg]
     directory = Path(socket_directory)
     sender: Sender = Sender(context, results_address(directory), bind=False)  # type: ignore[type-arg]
     plans: Receiver = Receiver(context, plans_address(directory), ToWorker, bind=False)  # type: ignore[type-arg]
-    worker = FakeWorker(sender, plans)
+    worker = FakeWorker(sender, plans, step_mark)
     sender.send(WorkerProgress("pretending to load", 1, 1))
     sender.send(WorkerReady(PROTOCOL_VERSION, LIMITS, worker.snapshot(0), 0.5, "a fake worker"))
     worker.run()

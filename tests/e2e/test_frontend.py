@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from checkpoints import make_checkpoint
 from fake_worker import DEAFEN_TOKEN, FIRST_TOKEN, KILL_TOKEN, LEAVES, LIMITS
@@ -319,11 +320,19 @@ def test_a_worker_that_closes_its_sockets_is_replaced(server: Server) -> None:
     assert "made no progress for 4 s" in state["restarts"]["cause"]
 
 
+def test_sglang_knows_the_scheduler_by_its_title(server: Server) -> None:
+    """At SIGTERM its launcher waits for whom it knows, and kills the others at once."""
+    from sglang.srt.utils.cudacore_pyspy_dump_utils import _is_sglang_scheduler_process
+
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert len([child for child in children if _is_sglang_scheduler_process(child)]) == 1
+
+
 def test_sigterm_lets_requests_finish_and_processes_leave(server: Server) -> None:
     """Last, because the server does not survive it."""
     answer = start_long_answer(server)
+    log_before = server.log.read_text()
     server.process.terminate()
     assert answer.result(timeout=20).json()["output_ids"] == tokens(600)
     assert server.process.wait(timeout=40) == 0
-    # SGLang knows its schedulers by their titles, and kills at once what has none.
-    assert LEAVES in server.log.read_text()
+    assert LEAVES in server.log.read_text().removeprefix(log_before)

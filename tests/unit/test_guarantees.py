@@ -153,6 +153,7 @@ class WorkerLine:
             planner=AnyLimit(rng),  # type: ignore[arg-type]
             packed=self.packing if packs else None,  # type: ignore[arg-type]
         )
+        self.last_begun = -1
         self._inbox: asyncio.Queue[ToWorker] = asyncio.Queue()
         self._on_step = on_step
         self.num_steps = self.num_rejected = 0

@@ -482,6 +482,22 @@ def test_a_request_that_ended_is_not_blamed() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize(("last_begun", "blamed"), [(0, "a"), (1, "a"), (2, "b")])
+def test_the_blame_is_for_the_step_that_was_begun_last(last_begun: int, blamed: str) -> None:
+    """Whether or not the answer to the one before has left the worker; of the next one, if it died between two."""
+
+    async def scene(stage: Stage) -> None:
+        a = await stage.add("a", 4)
+        b = await stage.add("b", 4)
+        await stage.answer(0, {"a": 50})
+        assert [plan.rows for plan in stage.plans[1:]] == [(Row("a", 1),), (Row("b", 4),)]
+        stage.channel.last_begun = last_begun
+        await die(stage)
+        assert {"a": a.num_deaths, "b": b.num_deaths} == {"a": 0, "b": 0, blamed: 1}
+
+    play(scene)
+
+
 def test_a_plan_without_rows_hides_nobody() -> None:
     async def scene(stage: Stage) -> None:
         await stage.add("a", 4, max_new_tokens=1)

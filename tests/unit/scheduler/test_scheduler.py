@@ -52,6 +52,7 @@ class Channel:
     """
 
     def __init__(self) -> None:
+        self.last_begun = -1
         self.plans: list[StepPlan] = []
         self.announced: list[NewRequest] = []
         self.calls: list[FlushCache | ShowMemory] = []
@@ -69,7 +70,7 @@ class Channel:
         born = await self.births.get()
         if isinstance(born, WorkerLost):
             raise born
-        self.plans, self.announced = [], []
+        self.plans, self.announced, self.last_begun = [], [], -1
         return born
 
     def send(self, message: ToWorker) -> None:

@@ -74,6 +74,7 @@ class LiteralWorker:
         self._is_dead = False
         self.may_die = lambda: True
         self.num_deaths = self.num_failed_starts = 0
+        self.last_begun = -1
 
     def send(self, message: ToWorker) -> None:
         self._inbox.put_nowait(message)
@@ -83,7 +84,7 @@ class LiteralWorker:
 
     async def replace(self, *, silence_seconds: float | None) -> WorkerReady:
         self._specs, self._num_outputs, self._computed = {}, {}, {}
-        self._inbox, self._outbox = asyncio.Queue(), []
+        self._inbox, self._outbox, self.last_begun = asyncio.Queue(), [], -1
         await self._take_time(20)
         if self._rng.random() < 0.2 and self.may_die():
             self.num_failed_starts += 1
@@ -102,6 +103,7 @@ class LiteralWorker:
                     for spec in requests:
                         self._add(spec)
                 case StepPlan() as plan:
+                    self.last_begun = plan.step_id
                     self._outbox.append(self._step(plan))
             if self._is_dead or self._struck_by_chance():  # its answer is lost
                 return self._die()

@@ -29,13 +29,16 @@ from sglmoe.protocol import (
 from sglmoe.scheduler.seams import WorkerLost
 from sglmoe.scheduler.worker_client import WorkerProcess
 from sglmoe.scheduler.worker_line import WorkerLine
+from sglmoe.step_mark import StepMark
 from sglmoe.transport import Receiver, Sender, plans_address, results_address
 
 NO_MEMORY = MemorySnapshot(*[0] * sum(f.required for f in msgspec.structs.fields(MemorySnapshot)))
 READY = WorkerReady(PROTOCOL_VERSION, Limits(80, 4, 8, 64, 100), NO_MEMORY, 0.0, "tiny")
 
 
-def run_tiny_worker(kind: str, config: Any, gpu_id: int, nccl_port: int, folder: str) -> None:
+def run_tiny_worker(
+    kind: str, config: Any, gpu_id: int, nccl_port: int, folder: str, step_mark: StepMark
+) -> None:
     """Answers calls if `kind` is "serving"; what others do, they do instead."""
     context: zmq.Context[Any] = zmq.Context()
     sender = Sender[Any](context, results_address(Path(folder)), bind=False)
@@ -47,6 +50,7 @@ def run_tiny_worker(kind: str, config: Any, gpu_id: int, nccl_port: int, folder:
         match plans.receive():
             case FlushCache(call_id):
                 if kind == "mortal":
+                    step_mark.step_id = 3
                     os.kill(os.getpid(), signal.SIGSEGV)
                 if kind == "stopping":
                     os.kill(os.getpid(), signal.SIGSTOP)
@@ -94,12 +98,14 @@ def test_a_dead_worker_says_so_and_the_next_one_answers() -> None:
         death = await ask(line, 1)
         assert isinstance(death, WorkerFailed)
         assert "SIGSEGV" in death.error
+        assert line.last_begun == 3
         for call_id in range(1000):  # nobody is there: neither blocks nor reaches the next one
             line.send(FlushCache(call_id))
         old = line.client
         assert await line.replace(silence_seconds=None) == READY
         assert old._sender._socket.closed
         assert old._receiver._socket.closed
+        assert line.last_begun == -1
         assert await ask(line, 7) == CallDone(7, success=True)
 
     play(scene, "mortal", "serving")
