@@ -101,7 +101,7 @@ class Advisor:
         self._picked = next(iter(predictors)) if len(predictors) == 1 else None
         self._speaks = self._first
         self._heard_steps = 0  # in which all were heard
-        self._keeps_score = True  # in this step
+        self.keeps_score = True  # of plans and probabilities, in this step: needs an `outlook` after each layer
         self._step = self._layer = -1
         self._times = LinkTimes(1.0, 1.0)
         self.horizon = Horizon(self._shape[0])
@@ -133,10 +133,10 @@ class Advisor:
         is_bulk = tokens.num_tokens > BULK_TOKENS  # how often each is used tells enough of it
         if self._picked is None and not is_bulk:
             self._pick_in_time()
-        self._keeps_score = self._picked is None or step % QUALITY_STEPS == 0
+        self.keeps_score = self._picked is None or step % QUALITY_STEPS == 0
         for its in self._heard().values():
             its.forecast.begin_step(tokens)
-            if is_bulk or not self._keeps_score:
+            if is_bulk or not self.keeps_score:
                 its.forget_plans()
         self._speaks = self._bulk if is_bulk else self._first
         if is_bulk:
@@ -151,7 +151,7 @@ class Advisor:
         if self._speaks is self._bulk:
             self._bulk.observe(routing)
             return
-        if self._keeps_score:
+        if self.keeps_score:
             self._measure(routing.layer, used, was_absent)
             for its in self._heard().values():
                 its.note_layer(routing.layer, used & was_absent)
@@ -169,7 +169,7 @@ class Advisor:
         is_here = self._frame_table != ABSENT
         probabilities = self._speaks.probabilities()
         wanted = self._plan(probabilities, is_here)
-        if self._speaks is not self._bulk and self._keeps_score:
+        if self._speaks is not self._bulk and self.keeps_score:
             for its in self._heard().values():
                 forecast = its.forecast
                 is_speaker = forecast is self._speaks

@@ -17,6 +17,7 @@ from sglmoe.predictor.messages import (
     Failed,
     LayerRouted,
     Ready,
+    Status,
     StepBegun,
     Wishes,
 )
@@ -87,8 +88,9 @@ class PredictorClient:
             match answer:
                 case Advice():
                     latest = answer
-                    self.wishes = answer.wishes
-                    self.report = answer.report or self.report
+                case Status(wishes, report):
+                    self.wishes = wishes
+                    self.report = report or self.report
                 case Failed(error):
                     self._fail(error)
                 case Ready():

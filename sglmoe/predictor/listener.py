@@ -6,12 +6,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sglmoe.memory.experts import ABSENT
-from sglmoe.prediction.advisor import Advisor
+from sglmoe.prediction.advisor import Advisor, Outlook
 from sglmoe.prediction.predictor import LayerRouting, StepTokens
 from sglmoe.predictor.messages import (
     Advice,
     AdvisorReport,
     LayerRouted,
+    Status,
     StepBegun,
     Wishes,
     array_bytes,
@@ -63,7 +64,8 @@ class Listener:
         self._shape = frame_table.shape[0], frame_table.shape[1]
         self._embeddings = embeddings
         self._wants_embeddings = True
-        self._is_report_due = True
+        self._wants_advice = True
+        self._is_status_due = self._is_report_due = True
 
     def hear(self, event: StepBegun | LayerRouted) -> None:
         match event:
@@ -74,25 +76,16 @@ class Listener:
             case _:
                 assert_never(event)
 
-    def advice(self) -> Advice:
-        """From what has been heard so far."""
-        advisor = self._advisor
-        outlook = advisor.outlook()
-        report = self._report() if self._is_report_due else None
-        self._is_report_due = False
-        return Advice(
-            step=outlook.step,
-            layer=outlook.layer,
-            probabilities=array_bytes(outlook.probabilities, np.float32),
-            wanted=outlook.wanted,
-            wishes=Wishes(
-                logits=advisor.wants_probabilities,
-                gate_input=advisor.wants_gate_input,
-                embeddings=self._wants_embeddings,
-                layers_ahead=advisor.horizon.layers,
-            ),
-            report=report,
-        )
+    def answers(self) -> list[Status | Advice]:
+        """To what has been heard so far."""
+        answers: list[Status | Advice] = []
+        if self._is_status_due:
+            answers.append(self._status())
+        if self._wants_advice:
+            answers.append(advice_of(self._advisor.outlook()))
+        elif self._advisor.keeps_score:
+            self._advisor.outlook()
+        return answers
 
     def _begin_step(self, event: StepBegun) -> None:
         for owner in event.ended:
@@ -110,6 +103,8 @@ class Listener:
             unused=event.unused,
         )
         self._wants_embeddings = self._embeddings.is_asked
+        self._wants_advice = event.wants_advice
+        self._is_status_due = True
         self._is_report_due |= event.step % REPORT_STEPS == 0
 
     def _routed(self, event: LayerRouted) -> None:
@@ -131,6 +126,18 @@ class Listener:
         first = 0 if len(table) == self._shape[0] else layer
         self._frame_table[first : first + len(table)] = table
 
+    def _status(self) -> Status:
+        advisor = self._advisor
+        report = self._report() if self._is_report_due else None
+        self._is_status_due = self._is_report_due = False
+        wishes = Wishes(
+            logits=advisor.wants_probabilities,
+            gate_input=advisor.wants_gate_input,
+            embeddings=self._wants_embeddings,
+            layers_ahead=advisor.horizon.layers,
+        )
+        return Status(wishes, report)
+
     def _report(self) -> AdvisorReport:
         advisor = self._advisor
         quality = advisor.quality()
@@ -146,6 +153,15 @@ class Listener:
                 advisor.quality(layer=layer).recall or 0.0 for layer in range(self._shape[0])
             ),
         )
+
+
+def advice_of(outlook: Outlook) -> Advice:
+    return Advice(
+        outlook.step,
+        outlook.layer,
+        array_bytes(outlook.probabilities, np.float32),
+        outlook.wanted,
+    )
 
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -29,6 +29,7 @@ class StepBegun(Message, frozen=True):
     times: LinkTimes
     late: int  # prefetches of the step before that were late, and those that were of no use
     unused: int
+    wants_advice: bool  # in this step; if not, predictors learn from it and that is all
 
 
 class LayerRouted(Message, frozen=True):
@@ -71,6 +72,13 @@ class AdvisorReport(msgspec.Struct, frozen=True):
     recall_by_layer: tuple[float, ...] = ()
 
 
+class Status(Message, frozen=True):
+    """Once a step."""
+
+    wishes: Wishes
+    report: AdvisorReport | None = None  # now and then
+
+
 class Advice(Message, frozen=True):
     """What is to come after a layer of a step, -1: before the first one (`advisor.Outlook`)."""
 
@@ -78,8 +86,6 @@ class Advice(Message, frozen=True):
     layer: int
     probabilities: bytes  # float32 [num_layers, num_experts]
     wanted: Sequence[Wanted]
-    wishes: Wishes
-    report: AdvisorReport | None = None  # now and then
 
 
 class Ready(Message, frozen=True):
@@ -92,7 +98,7 @@ class Failed(Message, frozen=True):
     error: str
 
 
-Answer: TypeAlias = Ready | Advice | Failed
+Answer: TypeAlias = Ready | Status | Advice | Failed
 
 
 def array_bytes(array: npt.NDArray[Any], dtype: npt.DTypeLike) -> bytes:

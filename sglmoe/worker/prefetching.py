@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -108,6 +107,7 @@ class Prefetching:
             times=self._now,
             late=self._late,
             unused=self._unused,
+            wants_advice=self._is_on,
         )
         self._ended = []
         self._predictor.tell(Said(event))
@@ -136,7 +136,11 @@ class Prefetching:
             return
         memory = self._memory
         memory.expect(layer, outlook.probabilities)
-        limit = loads_to_begin(memory.num_on_their_way, **msgspec.structs.asdict(self._now))
+        limit = loads_to_begin(
+            memory.num_on_their_way,
+            expert_seconds=self._now.expert_seconds,
+            layer_seconds=self._now.layer_seconds,
+        )
         if limit:
             is_next = layer + 1 == self._num_layers
             memory.prefetch(

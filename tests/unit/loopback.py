@@ -38,7 +38,7 @@ class Loopback:
         return True
 
     def go_on(self) -> None:
-        """Hear all there is, and answer once."""
+        """Hear all there is, and then answer."""
         while self._events:
             event = EVENTS.decode(self._events.popleft())
             if isinstance(event, Closed):
@@ -50,7 +50,8 @@ class Loopback:
                 self.say(Failed(str(error)))
                 self.end = "dead"
                 return
-        self.say(self.listener.advice())
+        for answer in self.listener.answers():
+            self.say(answer)
 
     def say(self, answer: Answer) -> None:
         self._answers.append(ENCODER.encode(answer))

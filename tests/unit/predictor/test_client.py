@@ -71,6 +71,7 @@ def begun(step: int, *ended: int) -> StepBegun:
         times=LinkTimes(0.1, 0.1),
         late=0,
         unused=0,
+        wants_advice=True,
     )
 
 

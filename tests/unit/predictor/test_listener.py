@@ -7,11 +7,13 @@ import pytest
 
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.prefetch import Wanted
-from sglmoe.prediction.advisor import Advisor, LinkTimes
+from sglmoe.prediction.advisor import QUALITY_STEPS, Advisor, LinkTimes
 from sglmoe.prediction.predictor import LayerRouting, Scores, StepTokens
 from sglmoe.predictor.listener import REPORT_STEPS, Listener, SentEmbeddings, softmax
 from sglmoe.predictor.messages import (
+    Advice,
     LayerRouted,
+    Status,
     StepBegun,
     Wishes,
     array_bytes,
@@ -64,6 +66,7 @@ class Bench:
         *,
         frames: tuple[tuple[int, int], ...] = (),
         embeddings: bytes = EMBEDDINGS.tobytes(),
+        wants_advice: bool = True,
     ) -> None:
         self.listener.hear(
             StepBegun(
@@ -77,6 +80,7 @@ class Bench:
                 times=LinkTimes(expert_seconds=0.001, layer_seconds=0.004),
                 late=1,
                 unused=2,
+                wants_advice=wants_advice,
             )
         )
 
@@ -88,6 +92,17 @@ class Bench:
             "frames": table(),
         }
         self.listener.hear(LayerRouted(layer=layer, num_tokens=2, **its | fields))
+
+    def status(self) -> Status:
+        """What it says of the step first."""
+        status = self.listener.answers()[0]
+        assert isinstance(status, Status)
+        return status
+
+    def advice(self) -> Advice:
+        advice = self.listener.answers()[-1]
+        assert isinstance(advice, Advice)
+        return advice
 
     def steps(self, count: int) -> None:
         """Both tokens choose expert 3, twice."""
@@ -139,18 +154,18 @@ def test_embeddings_that_were_not_sent_are_zeros() -> None:
     bench.begin(1)
     bench.begin(2, embeddings=b"")
     assert bench.predictor.looked_up == [EMBEDDINGS.tolist(), [[0, 0, 0]] * 2]
-    assert bench.listener.advice().wishes.embeddings, "somebody has asked"
+    assert bench.status().wishes.embeddings, "somebody has asked"
     bench.predictor._embed = None
     bench.begin(3)
-    assert not bench.listener.advice().wishes.embeddings, "in this step nobody has"
+    assert not bench.status().wishes.embeddings, "in this step nobody has"
 
 
-def test_advice_says_what_predictors_want_from_now_on() -> None:
+def test_each_step_is_told_what_predictors_want_from_now_on() -> None:
     asking, modest = Bench(), Bench(wants=False)
     for bench in (asking, modest):
         bench.begin(1)
-    assert asking.listener.advice().wishes == Wishes(True, True, True, layers_ahead=1)
-    assert modest.listener.advice().wishes == Wishes(False, False, False, layers_ahead=1)
+    assert asking.status().wishes == Wishes(True, True, True, layers_ahead=1)
+    assert modest.status().wishes == Wishes(False, False, False, layers_ahead=1)
 
 
 def test_the_advisor_hears_what_became_of_prefetches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,13 +181,13 @@ def test_residents_are_not_wanted_and_no_misses() -> None:
     bench = Bench()
     bench.steps(50)
     bench.begin(50, frames=((0, 3),))
-    assert bench.listener.advice().wanted == []
+    assert bench.advice().wanted == []
     bench.begin(51)
     bench.routed(0, frames=table((1, 3)))
-    assert bench.listener.advice().wanted == []
+    assert bench.advice().wanted == []
     bench.begin(51, frames=((1, 3),))
     bench.routed(0, frames=table((1, 0), (1, 1)))
-    advice = bench.listener.advice()
+    advice = bench.advice()
     assert (advice.step, advice.layer) == (51, 0)
     assert advice.wanted == [Wanted(1, 3, pytest.approx(1, abs=0.1))]
     probabilities = np.frombuffer(advice.probabilities, np.float32).reshape(2, 4)
@@ -185,25 +200,45 @@ def test_of_layers_that_nothing_is_said_of_the_last_word_holds() -> None:
     for frames, wanted in ((((1, 3),), []), ((), [(1, 3)])):
         bench.begin(50, frames=frames)
         bench.routed(0, frames=array_bytes(np.array([7, ABSENT, ABSENT, ABSENT]), np.int32))
-        assert [(its.layer, its.expert) for its in bench.listener.advice().wanted] == wanted
+        assert [(its.layer, its.expert) for its in bench.advice().wanted] == wanted
     assert bench.listener._frame_table.tolist() == [[7, -1, -1, -1], [-1, -1, -1, -1]]
-    assert bench.listener.advice().wishes.layers_ahead == 1
+    bench.begin(51)
+    assert bench.status().wishes.layers_ahead == 1
 
 
 def test_a_report_comes_now_and_then() -> None:
     bench = Bench()
     bench.begin(1)
-    first = bench.listener.advice().report
+    first = bench.status().report
     assert first is not None
     assert first.predictor == "noting"
     bench.routed(0)
-    assert bench.listener.advice().report is None
+    bench.begin(2)
+    assert bench.status().report is None
     bench.begin(REPORT_STEPS)
     bench.routed(0)  # it was behind, and says nothing of the step's begin
-    report = bench.listener.advice().report
+    report = bench.status().report
     assert report is not None
     assert (report.precision, report.recall) == (0.75, 1.0), "of all four, 0, 1 and 3 were used"
     assert len(report.recall_by_layer) == 2
+
+
+def test_where_no_advice_is_taken_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor worked out, but in the steps whose plans are judged."""
+    bench, outlooks = Bench(), []
+    plan = bench.listener._advisor.outlook
+    monkeypatch.setattr(
+        bench.listener._advisor, "outlook", lambda: outlooks.append(step) or plan()
+    )
+    for step in (QUALITY_STEPS - 1, QUALITY_STEPS):
+        bench.begin(step, wants_advice=False)
+        assert [type(its) for its in bench.listener.answers()] == [Status]
+        bench.routed(0)
+        assert bench.listener.answers() == []
+    assert outlooks == [QUALITY_STEPS] * 2
+    bench.begin(QUALITY_STEPS + 1)
+    assert [type(its) for its in bench.listener.answers()] == [Status, Advice]
+    assert [type(its) for its in bench.listener.answers()] == [Advice]
 
 
 def test_softmax_of_large_logits_and_of_none() -> None:

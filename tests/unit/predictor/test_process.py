@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import psutil
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from sglmoe.memory.experts import ABSENT
 from sglmoe.prediction.advisor import Advisor, LinkTimes, Outlook
@@ -41,6 +42,7 @@ def begun(step: int) -> Said:
             times=LinkTimes(0.001, 0.001),
             late=0,
             unused=0,
+            wants_advice=True,
         )
     )
 
@@ -168,6 +170,32 @@ def test_one_that_waits_dies_with_its_worker() -> None:
 class Failing(Frequency):
     def begin_step(self, tokens: StepTokens) -> None:
         raise RuntimeError("a bug")
+
+
+class Counting(Frequency):
+    """Arrives in a process whose libraries have two threads, as with two cores, and says how many they have then."""
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ = state
+        threadpool_limits(2)
+
+    def begin_step(self, tokens: StepTokens) -> None:
+        by_library = {its["filepath"]: its["num_threads"] for its in threadpool_info()}
+        assert by_library
+        raise RuntimeError(f"threads: {set(by_library.values())}")
+
+
+def test_it_leaves_the_other_cores_alone(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(Counting(PARTS))
+    bench.step(1)
+
+    def is_given_up() -> bool:
+        bench.client.outlook()
+        return bench.client.failed
+
+    eventually(is_given_up)
+    assert "threads: {1}" in caplog.text
+    bench.client.close()
 
 
 def test_one_that_fails_says_why(caplog: pytest.LogCaptureFixture) -> None:

@@ -154,7 +154,7 @@ class Bench:
         probabilities[:, 3] = 1
         wanted = [Wanted(0, 3, 1.0), Wanted(1, 3, 1.0)]
         self.client.outlook()  # what it has said already
-        self.line.say(Advice(step, layer, probabilities.tobytes(), wanted, Wishes()))
+        self.line.say(Advice(step, layer, probabilities.tobytes(), wanted))
 
     def done(self, *, num_decoding: int = 1, seconds: float = 0.5) -> None:
         requests = [WorkerRequest(new_request(f"r{n}")) for n in range(num_decoding)]
@@ -299,6 +299,18 @@ def test_predictors_rest_while_nothing_is_going_to_be_prefetched(bench: Bench) -
     bench.trial._hold_steps = 1  # the next trial is near
     bench.step()
     assert len(bench.predictor.routing) == told[1] + 2
+
+
+def test_advice_is_asked_for_where_it_is_taken(bench: Bench) -> None:
+    told = []
+    for is_on, is_paused in ((True, False), (False, False), (True, True)):
+        bench.trial.is_on = is_on
+        bench.prefetching.pause(is_paused)
+        bench.begin("a")
+        event = bench.line.told[-1]
+        assert isinstance(event, StepBegun)
+        told.append(event.wants_advice)
+    assert told == [True, False, False]
 
 
 def test_only_decode_steps_are_tried(bench: Bench) -> None:
