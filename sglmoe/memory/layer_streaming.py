@@ -84,7 +84,7 @@ class LayerStreaming:
         limit = self._idle_loads() - self._prefetches.num_on_their_way
         if not len(absent) or limit <= 0:
             return
-        values = self._order.values.now()[following, absent]
+        values = self._order.now()[following, absent]
         first = absent[(-values).argsort(kind="stable")].tolist()
         wanted = (Wanted(following, expert, coverage) for expert in first)
         self.num_streamed += self._prefetches.begin(wanted, limit)

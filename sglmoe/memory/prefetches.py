@@ -75,7 +75,7 @@ class Prefetches:
         """Begin at most so many that are absent and worth more than what gives way, in this order."""
         if self._background is None:
             return 0
-        table, values = self._table, self._order.values.now()
+        table, values = self._table, self._order.now()
         num_begun = 0
         for layer, expert in ((its.layer, its.expert) for its in wanted):
             if num_begun == limit:

@@ -101,7 +101,9 @@ class Advisor:
         self._picked = next(iter(predictors)) if len(predictors) == 1 else None
         self._speaks = self._first
         self._heard_steps = 0  # in which all were heard
-        self.keeps_score = True  # of plans and probabilities, in this step: needs an `outlook` after each layer
+        self.keeps_score = (
+            True  # of plans and probabilities, in this step: needs an `outlook` after each layer
+        )
         self._step = self._layer = -1
         self._times = LinkTimes(1.0, 1.0)
         self.horizon = Horizon(self._shape[0])

@@ -1,13 +1,14 @@
 """Which resident expert goes next: 2 layers of 4 experts, all resident at first."""
 
 import numpy as np
+import pytest
 
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Frames, Geometry
 from sglmoe.memory.eviction import Clock
 from sglmoe.memory.expert_order import NUM_CANDIDATES, ExpertOrder
 from sglmoe.memory.expert_values import values_for
-from sglmoe.memory.experts import ExpertTable, Load
+from sglmoe.memory.experts import ABSENT, ExpertTable, Load
 from sglmoe.memory.prices import Prices
 
 GEOMETRY = Geometry(
@@ -124,6 +125,28 @@ def test_more_experts_than_are_picked_at_once_go_in_order() -> None:
     for expert in order.tolist():
         experts.use(0, expert)
     assert experts.evict_all() == [(0, expert) for expert in order.tolist()]
+
+
+@pytest.mark.parametrize("policy", [MemoryPolicy.LRU, MemoryPolicy.LFU, MemoryPolicy.COST_AWARE])
+def test_whoever_was_picked_before_the_least_valuable_goes(policy: MemoryPolicy) -> None:
+    """As values drift, those that are worth less than the last ones picked are none, some, or more than are looked at."""
+    random = np.random.default_rng(0)
+    num_experts = 3 * NUM_CANDIDATES
+    experts = Experts(policy, num_experts=num_experts)
+    chances = random.random((2, num_experts)) ** 2
+    for _ in range(8):
+        experts.order.begin_step()
+        for layer in (0, 1):
+            experts.use(layer, *np.flatnonzero(random.random(num_experts) < chances[layer]))
+            evictable, values = experts.table.evictable(), experts.order.values.now()
+            least = np.where(evictable, values, np.inf)
+            for _ in range(int(random.integers(1, 2 * NUM_CANDIDATES))):
+                if (victim := experts.evict()) is None:
+                    break
+                assert victim == divmod(int(least.argmin()), num_experts)
+                least[victim] = np.inf
+            for gone in np.argwhere(experts.table.frame_table == ABSENT)[::2].tolist():
+                experts.place(*gone)
 
 
 def test_cleared_has_forgotten_all() -> None:

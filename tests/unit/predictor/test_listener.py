@@ -227,9 +227,7 @@ def test_where_no_advice_is_taken_none_is_given(monkeypatch: pytest.MonkeyPatch)
     """Nor worked out, but in the steps whose plans are judged."""
     bench, outlooks = Bench(), []
     plan = bench.listener._advisor.outlook
-    monkeypatch.setattr(
-        bench.listener._advisor, "outlook", lambda: outlooks.append(step) or plan()
-    )
+    monkeypatch.setattr(bench.listener._advisor, "outlook", lambda: outlooks.append(step) or plan())
     for step in (QUALITY_STEPS - 1, QUALITY_STEPS):
         bench.begin(step, wants_advice=False)
         assert [type(its) for its in bench.listener.answers()] == [Status]
