@@ -4,21 +4,17 @@ The memory: two POSIX semaphores, a table of NUM_PLACES places (start and size o
 bytes. The n-th message is at place n % NUM_PLACES. `sent` is posted when it can be read, `read` when its bytes may be
 written over: what a side has done before it posts, the other sees after it has taken (POSIX.1-2017, 4.12), on any
 processor. Nothing else is shared: each side counts for itself. A post is a system call only if the other side sleeps.
-
-The memory has no name: it is gone with the last process that has it, however that ends.
 """
 
 import ctypes
-import mmap
-import os
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
-from multiprocessing import reduction
 from typing import Any, Generic, TypeVar
 
 import msgspec
+
+from sglmoe.nameless_memory import NamelessMemory
 
 T = TypeVar("T")
 
@@ -65,30 +61,25 @@ class Ring:
     """The memory, with room for `num_bytes` of messages. May be handed to a process that is being started."""
 
     def __init__(self, num_bytes: int):
-        file = os.memfd_create("sglmoe-ring")
-        os.ftruncate(file, _BYTES + num_bytes)
-        self._map(file)
+        self._look_at(NamelessMemory(_BYTES + num_bytes))
         self.sent.initialise()
         self.read.initialise()
 
-    def _map(self, file: int) -> None:
-        memory = mmap.mmap(file, os.fstat(file).st_size)
-        self._file = file
-        weakref.finalize(self, os.close, file)
-        self._anchor = ctypes.c_char.from_buffer(memory)  # keeps it mapped
-        address = ctypes.addressof(self._anchor)
+    def _look_at(self, memory: NamelessMemory) -> None:
+        self._memory = memory
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory.bytes))
         self.sent, self.read = _Semaphore(address + _SENT), _Semaphore(address + _READ)
-        self.places = memoryview(memory)[_PLACES:_BYTES].cast("q")
-        self.bytes = memoryview(memory)[_BYTES:]
+        self.places = memory.bytes[_PLACES:_BYTES].cast("q")
+        self.bytes = memory.bytes[_BYTES:]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (reduction.DupFd(self._file),)
+        return _received, (self._memory,)
 
 
-def _received(file: Any) -> Ring:
+def _received(memory: NamelessMemory) -> Ring:
     """In the other process."""
     ring = Ring.__new__(Ring)
-    ring._map(file.detach())
+    ring._look_at(memory)
     return ring
 
 

@@ -27,11 +27,12 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "machine": {"config"},
     "protocol": {"units"},
     "transport": {"protocol"},
-    "step_mark": set(),
+    "nameless_memory": set(),
+    "step_mark": {"nameless_memory"},
     "kernels": {"units"},
     "memory": FOUNDATION | {"kernels"},
     "prediction": FOUNDATION | {"memory"},
-    "predictor": FOUNDATION | {"memory", "prediction", "start_up"},
+    "predictor": FOUNDATION | {"memory", "nameless_memory", "prediction", "start_up"},
     "scheduler": FOUNDATION | {"transport", "step_mark", "live_view"},
     "worker": FOUNDATION
     | {
@@ -66,6 +67,7 @@ FORBIDDEN = {  # packages that a part must not see
     "recipe": DEVICE | {"zmq", "sglang"},
     "protocol": DEVICE | {"zmq", "sglang", "pickle"},
     "transport": DEVICE | {"sglang", "pickle"},
+    "nameless_memory": DEVICE | {"zmq", "sglang", "pickle"},
     "step_mark": DEVICE | {"zmq", "sglang", "pickle"},
     "live_view": DEVICE | {"zmq", "sglang"},
     "top": DEVICE | {"zmq", "sglang"},

@@ -166,7 +166,7 @@ def test_who_waits_is_woken() -> None:
 
 def test_the_memory_has_no_name_that_could_stay() -> None:
     ring = Ring(100)
-    assert os.readlink(f"/proc/self/fd/{ring._file}") == "/memfd:sglmoe-ring (deleted)"
+    assert os.readlink(f"/proc/self/fd/{ring._memory._file}") == "/memfd:sglmoe (deleted)"
     before = len(os.listdir("/proc/self/fd"))
     del ring
     assert len(os.listdir("/proc/self/fd")) == before - 2, "its file, and the mapping's"
