@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from socket import socketpair
+from socket import SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, getaddrinfo, socket, socketpair
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from sglmoe.config import (
@@ -27,7 +27,7 @@ from sglmoe.config import (
     parse_ttft_target,
 )
 from sglmoe.demo_model import DEMO_MODEL
-from sglmoe.errors.options import did_not_start, not_a_size, usage
+from sglmoe.errors.options import cannot_listen, did_not_start, not_a_size, usage
 from sglmoe.start_up import keep_start_method, leave_after, start_importing
 from sglmoe.units import parse_bytes
 
@@ -65,11 +65,23 @@ def or_leave(function: Callable[P, T], *args: P.args, **keywords: P.kwargs) -> T
 def read_command_line(argv: list[str], options: Options) -> tuple[Any, EngineConfig]:
     """sglang's ServerArgs and ours, checked. Raises ValueError, saying what to change."""
     server_args = read_server_args(argv)
+    check_address(server_args.host, server_args.port)
     from sglmoe.preparation import prepare
 
     config = prepare(server_args, options)
     print(plan_of(server_args, config), file=sys.stderr)
     return server_args, config
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises ValueError if the server will not be able to listen there: sglang finds that out when the model is loaded."""
+    try:
+        family, *_, address = getaddrinfo(host, port, type=SOCK_STREAM)[0]
+        with socket(family) as listener:
+            listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)  # as the server itself does
+            listener.bind(address)
+    except OSError as error:
+        raise cannot_listen(host=host, port=port, why=error.strerror or str(error)) from None
 
 
 def plan_of(server_args: Any, config: EngineConfig) -> str:

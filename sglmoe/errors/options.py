@@ -122,6 +122,13 @@ def refused_flags(*, reasons: Sequence[str]) -> UserError:
     return UserError("\n  ".join(reasons))
 
 
+def cannot_listen(*, host: str, port: int, why: str) -> UserError:
+    return UserError(
+        f"port {port} of {host} can not be listened to: {why}; choose another one with --port (or --host), or end the "
+        "server that has it"
+    )
+
+
 def did_not_start() -> UserError:
     return UserError("the server did not start; the reason is in the log above")
 

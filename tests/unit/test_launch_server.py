@@ -1,9 +1,11 @@
 """The command line, as far as it can be read without sglang."""
 
+import socket
+
 import pytest
 
 from sglmoe.config import Options
-from sglmoe.launch_server import read_options
+from sglmoe.launch_server import check_address, read_options
 
 
 def test_our_flags_are_found_among_sglangs() -> None:
@@ -58,3 +60,19 @@ def test_abbreviations_are_left_to_sglang() -> None:
 def test_nonsense_is_refused_by_flag_before_anything_starts(argv: list[str]) -> None:
     with pytest.raises(ValueError, match=argv[0]):
         read_options(argv)
+
+
+def test_a_port_that_is_taken_is_told_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ValueError, match=f"port {port} of 127.0.0.1 .* already in use; .*--port"
+        ):
+            check_address("127.0.0.1", port)
+    check_address("127.0.0.1", port)
+    check_address("localhost", port)
+
+
+def test_a_host_that_is_another_machine_is_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"192\.0\.2\.1 can not be listened to: .*--host"):
+        check_address("192.0.2.1", 0)
