@@ -65,10 +65,10 @@ def or_leave(function: Callable[P, T], *args: P.args, **keywords: P.kwargs) -> T
 def read_command_line(argv: list[str], options: Options) -> tuple[Any, EngineConfig]:
     """sglang's ServerArgs and ours, checked. Raises ValueError, saying what to change."""
     server_args = read_server_args(argv)
-    check_address(server_args.host, server_args.port)
     from sglmoe.preparation import prepare
 
     config = prepare(server_args, options)
+    check_address(server_args.host, server_args.port)
     print(plan_of(server_args, config), file=sys.stderr)
     return server_args, config
 

@@ -1,5 +1,6 @@
 """Every flag of the installed sglang has been thought about, and what can't work is refused at start-up."""
 
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import make_checkpoint
 from forking import run_in_fork
-from serving import run_as_a_user
+from serving import free_port, run_as_a_user
 
 from sglmoe import flags
 
@@ -98,8 +99,15 @@ def test_tied_embeddings_are_refused(model: Path) -> None:
 
 
 def test_honoured_flags_are_served(model: Path) -> None:
-    given = "--schedule-policy lpm --page-size 4 --memory-budget 50% --enable-metrics --port 1"
+    given = f"--schedule-policy lpm --page-size 4 --memory-budget 50% --enable-metrics --port {free_port()}"
     assert refusal("--model-path", str(model), *given.split()) == ""
+
+
+def test_a_port_that_is_taken_is_refused(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = refusal("--model-path", str(model), f"--port={port}")
+    assert f"port {port} of 127.0.0.1 can not be listened to" in message
 
 
 @pytest.mark.slow
