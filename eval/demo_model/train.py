@@ -266,10 +266,14 @@ def main() -> None:
         "num_threads": options.num_threads,
         "minutes": round((time.monotonic() - started) / 60, 1),
         "validation_nats_a_token": validate(training.model, corpus, tokenizer, recipe),
-        "losses": training.losses[::10],
+        "losses": [rounded(its) for its in training.losses[::10]],
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "training.json").write_text(json.dumps(report) + "\n")
+
+
+def rounded(losses: dict[str, float]) -> dict[str, float]:
+    return {name: round(its, 4) for name, its in losses.items()}
 
 
 if __name__ == "__main__":
