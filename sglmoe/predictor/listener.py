@@ -76,15 +76,20 @@ class Listener:
             case _:
                 assert_never(event)
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether `answers` should be taken after each of the step's layers."""
+        return self._wants_advice or self._advisor.keeps_score
+
     def answers(self) -> list[Status | Advice]:
         """To what has been heard so far."""
         answers: list[Status | Advice] = []
         if self._is_status_due:
             answers.append(self._status())
-        if self._wants_advice:
-            answers.append(advice_of(self._advisor.outlook()))
-        elif self._advisor.keeps_score:
-            self._advisor.outlook()
+        if self.is_asked:
+            outlook = self._advisor.outlook()
+            if self._wants_advice:
+                answers.append(advice_of(outlook))
         return answers
 
     def _begin_step(self, event: StepBegun) -> None:

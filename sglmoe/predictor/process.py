@@ -37,9 +37,11 @@ START_SECONDS = 60.0
 EXIT_SECONDS = 2.0
 # While it starts, and only then, it is asked so often whether it is there.
 POLL_SECONDS = 0.005
-# Arbitrary, these three. In the midst of a step it looks for the next event so often, and then at most so many times:
-# the time of 8 layers. Then it sleeps until it is woken, which is the sender's expense.
+# Arbitrary, these four. In the midst of a step it looks for the next event so often, or, where nothing is asked of it, once
+# in so many layers: the ring has room for four. At most so many times, which is the time of 8 layers or more; then it
+# sleeps until it is woken, which is the sender's expense.
 LOOKS_PER_LAYER = 8
+LAYERS_PER_LOOK = 2
 NUM_LOOKS = 64
 LEAST_LOOK_SECONDS = 5e-5
 
@@ -132,13 +134,16 @@ def listen(listener: Listener, events: RingReceiver[Event], answers: RingSender[
         if following is None:  # else what it would say is out of date
             for answer in listener.answers():
                 answers.try_send(answer)
-            following = events.receive(num_looks=NUM_LOOKS, look_seconds=look_seconds(pace))
+            following = events.receive(
+                num_looks=NUM_LOOKS, look_seconds=look_seconds(pace, is_asked=listener.is_asked)
+            )
         event = following
 
 
-def look_seconds(pace: LinkTimes) -> float:
+def look_seconds(pace: LinkTimes, *, is_asked: bool) -> float:
     """How long to wait until looking again for what comes once in a layer's time."""
-    return max(LEAST_LOOK_SECONDS, pace.layer_seconds / LOOKS_PER_LAYER)
+    num_layers = 1 / LOOKS_PER_LAYER if is_asked else LAYERS_PER_LOOK
+    return max(LEAST_LOOK_SECONDS, pace.layer_seconds * num_layers)
 
 
 def compute_in_one_thread() -> None:

@@ -230,11 +230,13 @@ def test_where_no_advice_is_taken_none_is_given(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bench.listener._advisor, "outlook", lambda: outlooks.append(step) or plan())
     for step in (QUALITY_STEPS - 1, QUALITY_STEPS):
         bench.begin(step, wants_advice=False)
+        assert bench.listener.is_asked == (step == QUALITY_STEPS)
         assert [type(its) for its in bench.listener.answers()] == [Status]
         bench.routed(0)
         assert bench.listener.answers() == []
     assert outlooks == [QUALITY_STEPS] * 2
     bench.begin(QUALITY_STEPS + 1)
+    assert bench.listener.is_asked
     assert [type(its) for its in bench.listener.answers()] == [Status, Advice]
     assert [type(its) for its in bench.listener.answers()] == [Advice]
 
