@@ -142,10 +142,18 @@ class Model:
         for before, step in pairwise(steps):
             keeps = torch.from_numpy(random.random(shape) < REPEAT_RATIO)
             step[keeps] = before[keeps]
-        self._logits = [(self.logits + step).float() for step in steps]
-        self._ids = [its.topk(options.top_k, dim=-1).indices.int() for its in self._logits]
-        self._experts = [[np.unique(ids) for ids in step.numpy()] for step in self._ids]
-        self._hidden = torch.rand(options.batch, HIDDEN)
+        hidden = torch.rand(options.batch, HIDDEN)
+        self._routed: list[list[Routed]] = []  # of each step and layer
+        for step in steps:
+            logits = (self.logits + step).float()
+            ids = logits.topk(options.top_k, dim=-1).indices.int()
+            self._routed.append(
+                [
+                    Routed(layer, *its, hidden)
+                    for layer, its in enumerate(zip(ids, logits, strict=True))
+                ]
+            )
+        self._experts = [[np.unique(its.ids) for its in step] for step in self._routed]
         self.memory = MemoryManager(
             plan_geometry(
                 arena_bytes=options.layers * options.experts // 2 * EXPERT_BYTES,
@@ -193,8 +201,7 @@ class Model:
         before = self.main_seconds[-1] if prefetching is not None else 0.0
         work()
         if prefetching is not None:
-            ids, logits = self._ids[step][layer], self._logits[step][layer]
-            routed = Routed(layer, ids, logits, self._hidden)
+            routed = self._routed[step][layer]
             self._call(lambda: prefetching.routed(layer, routed))
         for _ in self.memory.waves(layer, self._experts[step][layer]):
             if prefetching is not None:
