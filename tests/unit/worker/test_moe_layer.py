@@ -90,13 +90,19 @@ def make_experts(
     return experts, memory
 
 
-def run(experts: PagedExperts, num_tokens: int) -> torch.Tensor:
+def routed_batch(num_tokens: int) -> tuple[Routed, torch.Tensor]:
+    """And the weights of its experts."""
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(num_tokens, HIDDEN, generator=generator).bfloat16()
     scores = torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
     weights, ids = scores.topk(TOP_K)
-    experts.note_router(Routed(0, ids, scores, hidden))
-    return experts.forward(0, hidden, weights, ids, config=None, activation=silu_and_mul)
+    return Routed(0, ids, scores, hidden), weights
+
+
+def run(experts: PagedExperts, num_tokens: int) -> torch.Tensor:
+    experts.num_tokens = num_tokens
+    routing, weights = routed_batch(num_tokens)
+    return experts.compute(routing, weights, config=None, activation=silu_and_mul)
 
 
 @pytest.mark.parametrize("its", [PLAIN, FP8], ids=["plain", "fp8"])
@@ -120,6 +126,62 @@ def test_experts_that_come_while_others_compute_change_no_bit(num_frames: int) -
     for _ in range(3):
         assert torch.equal(run(paged, num_tokens=5), run(resident, num_tokens=5))
         assert memory.violations() == []
+
+
+class Observing:
+    """Notes the routing that predictors and traces are told of."""
+
+    def __init__(self) -> None:
+        self.seen: list[Routed] = []
+
+    def routed(self, layer: int, routing: Routed) -> None:
+        self.seen.append(routing)
+
+    def look_ahead(self) -> None:
+        pass
+
+
+def padded_batch(num_tokens: int, num_rows: int) -> tuple[Routed, torch.Tensor]:
+    """What a captured layer hands over: further rows hold what a step before left there, or no numbers."""
+    routing, weights = routed_batch(num_tokens)
+    padding = num_rows - num_tokens
+    ids = F.pad(routing.ids, (0, 0, 0, padding), value=NUM_EXPERTS + 3)
+    logits = F.pad(routing.logits, (0, 0, 0, padding), value=float("nan"))
+    hidden = F.pad(routing.hidden, (0, 0, 0, padding), value=float("nan"))
+    return Routed(0, ids, logits, hidden), F.pad(weights, (0, 0, 0, padding), value=1.0)
+
+
+@pytest.mark.parametrize("num_rows", [5, 6, 16])
+def test_rows_that_pad_a_captured_batch_change_no_bit_and_are_seen_by_nobody(num_rows: int) -> None:
+    alone, memory_alone = make_experts(num_frames=5)
+    expected = run(alone, num_tokens=5)
+    padded, memory = make_experts(num_frames=5)
+    padded.observer = observer = Observing()
+    padded.record_routing(True, with_logits=True)
+    padded.num_tokens = 5
+    routing, weights = padded_batch(5, num_rows)
+    output = padded.compute(routing, weights, config=None, activation=silu_and_mul)
+    assert torch.equal(output[:5], expected)
+    assert torch.equal(output[5:], torch.zeros(num_rows - 5, HIDDEN))
+    (seen,) = observer.seen
+    assert [len(its) for its in (seen.ids, seen.logits, seen.hidden)] == [5, 5, 5]
+    ids, probabilities = padded.trace()
+    assert torch.equal(ids[:, 0], routing.ids[:5].to(torch.int32))
+    assert probabilities.shape == (5, 1, NUM_EXPERTS)
+    assert np.array_equal(memory.frame_table, memory_alone.frame_table)
+    assert memory.snapshot(0).expert_misses == memory_alone.snapshot(0).expert_misses
+
+
+def test_a_pass_of_nothing_but_padding_pages_no_expert_in() -> None:
+    """As SGLang's own are, which try a model out and capture it before anything is served."""
+    experts, memory = make_experts(num_frames=5)
+    experts.observer = observer = Observing()
+    before = memory.snapshot(0)
+    routing, weights = padded_batch(5, 5)
+    output = experts.compute(routing, weights, config=None, activation=silu_and_mul)
+    assert torch.equal(output, torch.zeros(5, HIDDEN))
+    assert memory.snapshot(0) == before
+    assert observer.seen == []
 
 
 class Meddler:

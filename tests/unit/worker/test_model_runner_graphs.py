@@ -1,0 +1,87 @@
+"""What captured decode steps take, and what is done before SGLang captures them. That runs in `tests/e2e/test_graphs.py`."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglmoe.worker import model_runner_graphs
+from sglmoe.worker.model_runner_graphs import (
+    DecodeGraphs,
+    capture_graphs,
+    graph_bytes,
+    keep_to_one_stream,
+)
+
+MIB = 2**20
+
+
+class Runner:
+    """SGLang's, which finds that graphs took so many MiB."""
+
+    def __init__(self, taken_mib: float):
+        self.model = torch.nn.Linear(1, 1)
+        self.graph_memory_usage = {"decode": taken_mib / 1024}
+        self.done: list[str] = []
+
+    def init_cuda_graphs(self) -> None:
+        self.done.append("captured")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done, in order."""
+    done: list[str] = []
+    monkeypatch.setattr(
+        model_runner_graphs, "keep_logits_of_graphs", lambda: done.append("logits kept")
+    )
+    monkeypatch.setattr(
+        model_runner_graphs, "keep_to_one_stream", lambda model: done.append("one stream")
+    )
+    return done
+
+
+def test_a_row_takes_its_share_its_logits_twice_and_a_context_of_ids() -> None:
+    assert graph_bytes(1, context_tokens=0, vocab_size=0) == 2 * MIB
+    # Qwen3-30B-A3B, 32 rows: 64 MiB, 37 of logits, 10 of ids.
+    taken_bytes = graph_bytes(32, context_tokens=40_960, vocab_size=151_936)
+    assert taken_bytes == 64 * MIB + 32 * 8 * 151_936 + 32 * 8 * 40_960
+
+
+def test_without_graphs_sglangs_runners_start_and_nothing_else_changes(steps: list[str]) -> None:
+    runner = Runner(0)
+    capture_graphs(runner, DecodeGraphs(), on_progress=lambda *_: steps.append("told"))
+    assert runner.done == ["captured"]
+    assert steps == []
+
+
+def test_before_capturing_what_a_break_needs_is_arranged(steps: list[str]) -> None:
+    runner = Runner(0)
+    runner.done = steps
+    capture_graphs(runner, DecodeGraphs(8, MIB), on_progress=lambda *_: steps.append("told"))
+    assert steps == ["told", "logits kept", "one stream", "captured"]
+
+
+@pytest.mark.usefixtures("steps")
+def test_graphs_that_take_more_than_was_set_aside_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    capture_graphs(Runner(64), DecodeGraphs(8, 64 * MIB), on_progress=lambda *_: None)
+    assert caplog.messages == []
+    capture_graphs(Runner(80), DecodeGraphs(8, 64 * MIB), on_progress=lambda *_: None)
+    (message,) = caplog.messages
+    assert "took 80.00 MiB of the device, where 64.00 MiB" in message
+    assert "lower --cuda-graph-max-bs-decode, or --memory-budget by 16.00 MiB" in message
+
+
+def test_experts_are_computed_on_the_stream_that_is_captured() -> None:
+    """Qwen2-MoE's shared experts would else make the others run on a second one, where no graph can break."""
+    model = torch.nn.Module()
+    model.block, model.attention = torch.nn.Module(), torch.nn.Module()
+    model.block.experts = torch.nn.Module()
+    model.block.alt_stream = model.attention.alt_stream = SimpleNamespace()
+    keep_to_one_stream(model)
+    assert model.block.alt_stream is None
+    assert model.attention.alt_stream is not None
