@@ -14,7 +14,6 @@ import msgspec
 import torch
 
 from sglmoe.errors.budgets import graphs_beside_budget
-from sglmoe.units import show_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +75,6 @@ def capture_graphs(
             taken_bytes=taken_bytes, reserved_bytes=graphs.reserved_bytes, over_bytes=over_bytes
         )
         logger.warning("%s", message)
-    else:
-        logger.info(
-            "CUDA graphs of up to %d requests took %s, with %s set aside for them",
-            graphs.max_rows,
-            show_bytes(taken_bytes),
-            show_bytes(graphs.reserved_bytes),
-        )
 
 
 def keep_logits_of_graphs() -> None:

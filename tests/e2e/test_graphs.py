@@ -7,6 +7,7 @@ under it; what is not shown here is a GPU's (`tests/gpu/test_graphs.py`).
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -133,22 +134,13 @@ def spoil_padding(pool: Any) -> None:
         buffer[0] = torch.nan
 
 
-def tokens_of(decoded: Decoded) -> list[list[int | None]]:
-    return [[row.token_id for row in step] for step in decoded.rows]
-
-
-def logprobs_of(decoded: Decoded) -> np.ndarray:
-    return np.array([[row.logprobs.top_logprobs for row in step] for step in decoded.rows])
-
-
-def counters(decoded: Decoded) -> dict[str, int]:
+def counters(decoded: Decoded) -> dict[str, Any]:
     """What memory did, but for times."""
-    names = ("expert_hits", "expert_misses", "num_waves", "experts_evicted", "kv_frames")
-    names += ("free_frames", "expert_frames", "total_pages", "locked_pages", "cached_pages")
-    return {name: getattr(decoded.memory, name) for name in names}
+    its = msgspec.structs.asdict(decoded.memory)
+    return {name: value for name, value in its.items() if not name.endswith("_seconds")}
 
 
-@pytest.mark.parametrize("num_requests", [1, 2, 4])
+@pytest.mark.parametrize("num_requests", [1, 2, 4, 5])
 def test_replayed_steps_have_the_bits_of_eager_ones(budgets: Budgets, num_requests: int) -> None:
     eager = run_in_fork(decode, budgets, num_requests, None)
     captured = run_in_fork(decode, budgets, num_requests, SIZES)
@@ -158,31 +150,28 @@ def test_replayed_steps_have_the_bits_of_eager_ones(budgets: Budgets, num_reques
     assert captured.geometry.num_frames == eager.geometry.num_frames == NUM_FRAMES
     assert captured.geometry.padding_pages == 1
     assert captured.violations == []
+    is_captured = num_requests <= max(SIZES)
+    assert captured.num_segments == is_captured * STEPS * (captured.num_layers + 1)
     assert eager.num_segments == 0
-    assert captured.num_segments == STEPS * (captured.num_layers + 1)
 
 
 def test_rows_that_pad_a_step_are_seen_by_nobody(budgets: Budgets) -> None:
     eager = run_in_fork(decode, budgets, 3, None)
     padded = run_in_fork(decode, budgets, 3, SIZES)
-    assert padded.num_segments > 0
-    assert tokens_of(padded) == tokens_of(eager)
+    assert padded.num_segments == STEPS * (padded.num_layers + 1)
+    for step, expected in zip(padded.rows, eager.rows, strict=True):
+        assert [row.token_id for row in step] == [row.token_id for row in expected]
+        assert [row.routed_experts for row in step] == [row.routed_experts for row in expected]
     # Dense layers compute four rows instead of three, which may move last bits, here as with SGLang.
     np.testing.assert_allclose(logprobs_of(padded), logprobs_of(eager), atol=1e-5)
-    assert [row.routed_experts for row in padded.rows[0]] == [
-        row.routed_experts for row in eager.rows[0]
-    ]
     assert counters(padded) == counters(eager)
     assert padded.violations == []
     spoiled = run_in_fork(decode, budgets, 3, SIZES, spoils_padding=True)
     assert spoiled.rows == padded.rows
 
 
-def test_more_rows_than_any_captured_step_has_run_eagerly(budgets: Budgets) -> None:
-    eager = run_in_fork(decode, budgets, 5, None)
-    captured = run_in_fork(decode, budgets, 5, SIZES)
-    assert captured.rows == eager.rows
-    assert captured.num_segments == 0
+def logprobs_of(decoded: Decoded) -> np.ndarray:
+    return np.array([[row.logprobs.top_logprobs for row in step] for step in decoded.rows])
 
 
 def test_a_step_that_fails_in_a_break_leaves_graphs_that_can_be_replayed(budgets: Budgets) -> None:

@@ -1,6 +1,5 @@
 """What captured decode steps take, and what is done before SGLang captures them. That runs in `tests/e2e/test_graphs.py`."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -17,29 +16,22 @@ from sglmoe.worker.model_runner_graphs import (
 MIB = 2**20
 
 
-class Runner:
-    """SGLang's, which finds that graphs took so many MiB."""
-
-    def __init__(self, taken_mib: float):
-        self.model = torch.nn.Linear(1, 1)
-        self.graph_memory_usage = {"decode": taken_mib / 1024}
-        self.done: list[str] = []
-
-    def init_cuda_graphs(self) -> None:
-        self.done.append("captured")
-
-
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was done, in order."""
     done: list[str] = []
-    monkeypatch.setattr(
-        model_runner_graphs, "keep_logits_of_graphs", lambda: done.append("logits kept")
-    )
-    monkeypatch.setattr(
-        model_runner_graphs, "keep_to_one_stream", lambda model: done.append("one stream")
-    )
+    for name in ("keep_logits_of_graphs", "keep_to_one_stream"):
+        monkeypatch.setattr(model_runner_graphs, name, lambda *_, name=name: done.append(name))
     return done
+
+
+def runner(steps: list[str], taken_mib: float = 0) -> SimpleNamespace:
+    """SGLang's, which finds that graphs took so many MiB."""
+    return SimpleNamespace(
+        model=None,
+        graph_memory_usage={"decode": taken_mib / 1024},
+        init_cuda_graphs=lambda: steps.append("captured"),
+    )
 
 
 def test_a_row_takes_its_share_its_logits_twice_and_a_context_of_ids() -> None:
@@ -49,28 +41,21 @@ def test_a_row_takes_its_share_its_logits_twice_and_a_context_of_ids() -> None:
     assert taken_bytes == 64 * MIB + 32 * 8 * 151_936 + 32 * 8 * 40_960
 
 
-def test_without_graphs_sglangs_runners_start_and_nothing_else_changes(steps: list[str]) -> None:
-    runner = Runner(0)
-    capture_graphs(runner, DecodeGraphs(), on_progress=lambda *_: steps.append("told"))
-    assert runner.done == ["captured"]
-    assert steps == []
-
-
 def test_before_capturing_what_a_break_needs_is_arranged(steps: list[str]) -> None:
-    runner = Runner(0)
-    runner.done = steps
-    capture_graphs(runner, DecodeGraphs(8, MIB), on_progress=lambda *_: steps.append("told"))
-    assert steps == ["told", "logits kept", "one stream", "captured"]
+    capture_graphs(runner(steps), DecodeGraphs(), on_progress=lambda *_: steps.append("told"))
+    assert steps == ["captured"]  # nothing, in truth: nothing else changes
+    steps.clear()
+    capture_graphs(runner(steps), DecodeGraphs(8), on_progress=lambda *_: steps.append("told"))
+    assert steps == ["told", "keep_logits_of_graphs", "keep_to_one_stream", "captured"]
 
 
-@pytest.mark.usefixtures("steps")
 def test_graphs_that_take_more_than_was_set_aside_are_told(
-    caplog: pytest.LogCaptureFixture,
+    steps: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING)
-    capture_graphs(Runner(64), DecodeGraphs(8, 64 * MIB), on_progress=lambda *_: None)
-    assert caplog.messages == []
-    capture_graphs(Runner(80), DecodeGraphs(8, 64 * MIB), on_progress=lambda *_: None)
+    for taken_mib in (64, 80):
+        assert caplog.messages == []
+        graphs = DecodeGraphs(8, 64 * MIB)
+        capture_graphs(runner(steps, taken_mib), graphs, on_progress=lambda *_: None)
     (message,) = caplog.messages
     assert "took 80.00 MiB of the device, where 64.00 MiB" in message
     assert "lower --cuda-graph-max-bs-decode, or --memory-budget by 16.00 MiB" in message
