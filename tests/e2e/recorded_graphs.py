@@ -2,8 +2,7 @@
 
 What matters to us it has of a CUDA graph: replayed, it runs no Python, and results go where they went before; captured, it
 knows no values, so asking for one fails and a break sees garbage; and what a segment has made is garbage as soon as no later
-one reads it, as SGLang's pool gives memory to others. SGLang's runner and backend run on it. In a fork only (`forking`): it
-patches what it finds.
+one reads it, as SGLang's pool gives memory to others. SGLang's runner and backend run on it. In a fork only (`forking`).
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ NEEDS_THE_HOST = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select",
 
 
 class Call(NamedTuple):
-    """An operation, and the tensors that it has made of which."""
+    """An operation, and what it has made of which tensors."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -54,23 +53,19 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if self._in_one:
-            return func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        if name in NEEDS_THE_HOST:
-            raise RuntimeError(f"{name} is not permitted when the stream is capturing")
-        made = func(*args, **kwargs)
-        self._calls.append(Call(func, args, kwargs, made))
+        made = func(*args, **(kwargs or {}))
+        if not self._in_one:
+            name = func.overloadpacket.__name__
+            if name in NEEDS_THE_HOST:
+                raise RuntimeError(f"{name} is not permitted when the stream is capturing")
+            self._calls.append(Call(func, args, kwargs or {}, made))
         return made
 
     def as_one(self, function: Callable[[], torch.Tensor], reads: tuple[Any, ...]) -> torch.Tensor:
         """What `function` does with `reads`, which it may look into, as a kernel would."""
         self._in_one = True
-        try:
-            made = function()
-        finally:
-            self._in_one = False
+        made = function()
+        self._in_one = False
         self._calls.append(Call(lambda *_: function(), reads, {}, made))
         return made
 
@@ -79,16 +74,15 @@ class RecordedGraph:
     """In the place of `torch.cuda.CUDAGraph`: a segment."""
 
     captured: ClassVar[list["RecordedGraph"]] = []
-    recorder: Recorder | None = None  # while one is captured
-    replayed: "RecordedGraph | None" = None  # the last
+    recorder: ClassVar[Recorder | None] = None  # while one is captured
+    replayed: ClassVar["RecordedGraph | None"] = None  # the last
     num_replays = 0
 
-    def __init__(self, **options: Any):
+    def __init__(self) -> None:
         self.calls: list[Call] = []
         self._dead: list[torch.UntypedStorage] | None = None
 
-    def capture_begin(self, **options: Any) -> None:
-        assert RecordedGraph.recorder is None
+    def capture_begin(self, **_: Any) -> None:
         RecordedGraph.recorder = Recorder(self.calls)
         RecordedGraph.recorder.__enter__()
 
@@ -117,11 +111,10 @@ class RecordedGraph:
 
     def _own(self) -> list[torch.UntypedStorage]:
         """What it has made: not what it was given, such as weights and KV."""
-        given: dict[int, torch.UntypedStorage] = {}
+        given: set[int] = set()
         own: dict[int, torch.UntypedStorage] = {}
         for call in self.calls:
-            read = storages([call.args, call.kwargs])
-            given |= {key: its for key, its in read.items() if key not in own}
+            given |= storages([call.args, call.kwargs]).keys() - own.keys()
             made = storages([call.made])
             own |= {key: its for key, its in made.items() if key not in given}
         return list(own.values())
@@ -134,10 +127,7 @@ def spoil(own: Iterable[torch.UntypedStorage]) -> None:
 
 
 def capture_on_cpu(sizes: list[int]) -> None:
-    """Have SGLang's runner and breakable backend capture decode steps of these sizes, where no server flag lets them.
-
-    Behind `start_process`, before the model is loaded.
-    """
+    """Have SGLang capture decode steps of these sizes, which no flag does here: between `start_process` and `load_model`."""
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.model_executor.runner import decode_cuda_graph_runner
     from sglang.srt.runtime_context import get_exec
@@ -173,19 +163,13 @@ def make_attention() -> type:
             return 1
 
         def forward_decode(
-            self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True
+            self, q: Any, k: Any, v: Any, layer: Any, batch: Any, *flags: Any
         ) -> Any:
-            def attend() -> torch.Tensor:
-                output: torch.Tensor = super(RecordedAttention, self).forward_decode(
-                    q, k, v, layer, batch, save_kv_cache
-                )
-                return output
-
-            recorder = RecordedGraph.recorder
-            if recorder is None:
-                return attend()
-            pool = self.token_to_kv_pool
-            kv = (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id))
-            return recorder.as_one(attend, (q, k, v, *kv))
+            decode = super().forward_decode
+            if (recorder := RecordedGraph.recorder) is None:
+                return decode(q, k, v, layer, batch, **flags)
+            pool, number = self.token_to_kv_pool, layer.layer_id
+            kv = (pool.get_key_buffer(number), pool.get_value_buffer(number))
+            return recorder.as_one(lambda: decode(q, k, v, layer, batch, **flags), (q, k, v, *kv))
 
     return RecordedAttention

@@ -1,6 +1,7 @@
 """A layer's output has the same bits whichever frames its experts are in, in any number of waves."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,19 +129,6 @@ def test_experts_that_come_while_others_compute_change_no_bit(num_frames: int) -
         assert memory.violations() == []
 
 
-class Observing:
-    """Notes the routing that predictors and traces are told of."""
-
-    def __init__(self) -> None:
-        self.seen: list[Routed] = []
-
-    def routed(self, layer: int, routing: Routed) -> None:
-        self.seen.append(routing)
-
-    def look_ahead(self) -> None:
-        pass
-
-
 def padded_batch(num_tokens: int, num_rows: int) -> tuple[Routed, torch.Tensor]:
     """What a captured layer hands over: further rows hold what a step before left there, or no numbers."""
     routing, weights = routed_batch(num_tokens)
@@ -156,15 +144,15 @@ def test_rows_that_pad_a_captured_batch_change_no_bit_and_are_seen_by_nobody(num
     alone, memory_alone = make_experts(num_frames=5)
     expected = run(alone, num_tokens=5)
     padded, memory = make_experts(num_frames=5)
-    padded.observer = observer = Observing()
+    seen: list[Routed] = []
+    padded.observer = SimpleNamespace(routed=lambda _, its: seen.append(its), look_ahead=int)
     padded.record_routing(True, with_logits=True)
     padded.num_tokens = 5
     routing, weights = padded_batch(5, num_rows)
     output = padded.compute(routing, weights, config=None, activation=silu_and_mul)
     assert torch.equal(output[:5], expected)
     assert torch.equal(output[5:], torch.zeros(num_rows - 5, HIDDEN))
-    (seen,) = observer.seen
-    assert [len(its) for its in (seen.ids, seen.logits, seen.hidden)] == [5, 5, 5]
+    assert [len(its) for its in (seen[0].ids, seen[0].logits, seen[0].hidden)] == [5, 5, 5]
     ids, probabilities = padded.trace()
     assert torch.equal(ids[:, 0], routing.ids[:5].to(torch.int32))
     assert probabilities.shape == (5, 1, NUM_EXPERTS)
@@ -175,13 +163,13 @@ def test_rows_that_pad_a_captured_batch_change_no_bit_and_are_seen_by_nobody(num
 def test_a_pass_of_nothing_but_padding_pages_no_expert_in() -> None:
     """As SGLang's own are, which try a model out and capture it before anything is served."""
     experts, memory = make_experts(num_frames=5)
-    experts.observer = observer = Observing()
+    experts.record_routing(True)
     before = memory.snapshot(0)
     routing, weights = padded_batch(5, 5)
     output = experts.compute(routing, weights, config=None, activation=silu_and_mul)
     assert torch.equal(output, torch.zeros(5, HIDDEN))
     assert memory.snapshot(0) == before
-    assert observer.seen == []
+    assert experts._routing == {}
 
 
 class Meddler:
