@@ -163,7 +163,7 @@ def make_attention() -> type:
             return 1
 
         def forward_decode(
-            self, q: Any, k: Any, v: Any, layer: Any, batch: Any, *flags: Any
+            self, q: Any, k: Any, v: Any, layer: Any, batch: Any, **flags: Any
         ) -> Any:
             decode = super().forward_decode
             if (recorder := RecordedGraph.recorder) is None:

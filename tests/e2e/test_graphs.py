@@ -73,16 +73,16 @@ def budgets(
 def decode(
     budgets: Budgets,
     num_requests: int,
-    sizes: list[int] | None,
     *,
+    is_captured: bool = True,
     spoils_padding: bool = False,
     fails: bool = False,
 ) -> Decoded:
     """Prompts are computed one by one, then all requests decode together; with `fails`, in vain in the middle of it."""
     worker = LoadedWorker(
         budgets.model_dir,
-        budget=str(budgets.captured if sizes else budgets.eager),
-        before_loading=(lambda: capture_on_cpu(sizes)) if sizes else None,
+        budget=str(budgets.captured if is_captured else budgets.eager),
+        before_loading=(lambda: capture_on_cpu(SIZES)) if is_captured else None,
         dtype="float32",
         max_running_requests=MAX_RUNNING,
     )
@@ -115,13 +115,12 @@ def decode(
 def fail_once(worker: LoadedWorker, rids: list[str]) -> None:
     """A step in which no expert can be read, and none is there."""
     worker.loaded.memory.clear()
-    store = worker.loaded.experts.store
 
     def unreadable(*_: Any, **__: Any) -> int:
         raise ExpertReadError("the disk is gone")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "read", unreadable)
+        patch.setattr(worker.loaded.experts.store, "read", unreadable)
         result = worker.step(*(Row(rid, 1) for rid in rids))
     assert [failure.rid for failure in result.failed] == rids
     assert worker.loaded.memory.violations() == []
@@ -140,10 +139,10 @@ def counters(decoded: Decoded) -> dict[str, Any]:
     return {name: value for name, value in its.items() if not name.endswith("_seconds")}
 
 
-@pytest.mark.parametrize("num_requests", [1, 2, 4, 5])
+@pytest.mark.parametrize("num_requests", [1, 4, 5])
 def test_replayed_steps_have_the_bits_of_eager_ones(budgets: Budgets, num_requests: int) -> None:
-    eager = run_in_fork(decode, budgets, num_requests, None)
-    captured = run_in_fork(decode, budgets, num_requests, SIZES)
+    eager = run_in_fork(decode, budgets, num_requests, is_captured=False)
+    captured = run_in_fork(decode, budgets, num_requests)
     assert captured.rows == eager.rows  # tokens, log probabilities, routing
     assert counters(captured) == counters(eager)
     assert captured.memory.expert_misses > 0
@@ -156,8 +155,8 @@ def test_replayed_steps_have_the_bits_of_eager_ones(budgets: Budgets, num_reques
 
 
 def test_rows_that_pad_a_step_are_seen_by_nobody(budgets: Budgets) -> None:
-    eager = run_in_fork(decode, budgets, 3, None)
-    padded = run_in_fork(decode, budgets, 3, SIZES)
+    eager = run_in_fork(decode, budgets, 3, is_captured=False)
+    padded = run_in_fork(decode, budgets, 3)
     assert padded.num_segments == STEPS * (padded.num_layers + 1)
     for step, expected in zip(padded.rows, eager.rows, strict=True):
         assert [row.token_id for row in step] == [row.token_id for row in expected]
@@ -166,7 +165,7 @@ def test_rows_that_pad_a_step_are_seen_by_nobody(budgets: Budgets) -> None:
     np.testing.assert_allclose(logprobs_of(padded), logprobs_of(eager), atol=1e-5)
     assert counters(padded) == counters(eager)
     assert padded.violations == []
-    spoiled = run_in_fork(decode, budgets, 3, SIZES, spoils_padding=True)
+    spoiled = run_in_fork(decode, budgets, 3, spoils_padding=True)
     assert spoiled.rows == padded.rows
 
 
@@ -175,7 +174,7 @@ def logprobs_of(decoded: Decoded) -> np.ndarray:
 
 
 def test_a_step_that_fails_in_a_break_leaves_graphs_that_can_be_replayed(budgets: Budgets) -> None:
-    eager = run_in_fork(decode, budgets, 2, None)
-    captured = run_in_fork(decode, budgets, 2, SIZES, fails=True)
+    eager = run_in_fork(decode, budgets, 2, is_captured=False)
+    captured = run_in_fork(decode, budgets, 2, fails=True)
     assert captured.rows == eager.rows
     assert captured.violations == []
