@@ -130,13 +130,14 @@ def test_experts_that_come_while_others_compute_change_no_bit(num_frames: int) -
 
 
 def padded_batch(num_tokens: int, num_rows: int) -> tuple[Routed, torch.Tensor]:
-    """What a captured layer hands over: further rows hold what a step before left there, or no numbers."""
+    """What a captured layer hands over: what pads has no numbers in it, and experts that do not exist."""
     routing, weights = routed_batch(num_tokens)
-    padding = num_rows - num_tokens
-    ids = F.pad(routing.ids, (0, 0, 0, padding), value=NUM_EXPERTS + 3)
-    logits = F.pad(routing.logits, (0, 0, 0, padding), value=float("nan"))
-    hidden = F.pad(routing.hidden, (0, 0, 0, padding), value=float("nan"))
-    return Routed(0, ids, logits, hidden), F.pad(weights, (0, 0, 0, padding), value=1.0)
+
+    def pad(tensor: torch.Tensor, value: float) -> torch.Tensor:
+        return F.pad(tensor, (0, 0, 0, num_rows - num_tokens), value=value)
+
+    ids, logits = pad(routing.ids, NUM_EXPERTS + 3), pad(routing.logits, torch.nan)
+    return Routed(0, ids, logits, pad(routing.hidden, torch.nan)), pad(weights, 1.0)
 
 
 @pytest.mark.parametrize("num_rows", [5, 6, 16])
@@ -165,7 +166,7 @@ def test_a_pass_of_nothing_but_padding_pages_no_expert_in() -> None:
     experts, memory = make_experts(num_frames=5)
     experts.record_routing(True)
     before = memory.snapshot(0)
-    routing, weights = padded_batch(5, 5)
+    routing, weights = padded_batch(0, 5)
     output = experts.compute(routing, weights, config=None, activation=silu_and_mul)
     assert torch.equal(output, torch.zeros(5, HIDDEN))
     assert memory.snapshot(0) == before
