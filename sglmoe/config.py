@@ -35,7 +35,7 @@ PREDICTORS = (
     *("routing_path", "hybrid", "random", "contrary"),
 )
 
-# Arbitrary. The rest is for activations, graphs and workspaces on a GPU ...
+# Arbitrary. The rest is for activations and workspaces on a GPU ...
 GPU_BUDGET_RATIO = 0.85
 # ... and on a CPU for the four processes and the page cache that holds the checkpoint, the tier below the arena.
 CPU_BUDGET_RATIO = 0.5

@@ -56,7 +56,8 @@ OURS = _names(
     """
     abort_on_priority_when_disabled base_gpu_id chunked_prefill_size
     constrained_json_disable_any_whitespace constrained_json_max_whitespace_cnt
-    decode_log_interval disable_priority_preemption enable_metrics
+    cuda_graph_bs_decode cuda_graph_max_bs_decode
+    decode_log_interval disable_cuda_graph_padding disable_priority_preemption enable_metrics
     enable_mixed_chunk enable_priority_scheduling enable_return_routed_experts max_prefill_tokens
     max_queued_requests max_running_requests page_size priority_scheduling_preemption_threshold
     schedule_conservativeness schedule_low_priority_values_first skip_tokenizer_init stream_interval
@@ -76,7 +77,7 @@ HONOURED = FRONT_END | MODEL | OURS | ALREADY_SO
 
 # Honoured at these values only. The default, whatever it is, is always among them.
 VALUES: dict[str, tuple[object, ...]] = {
-    "cuda_graph_backend_decode": ("disabled",),
+    "cuda_graph_backend_decode": ("disabled", "breakable"),
     "cuda_graph_backend_prefill": ("disabled",),
     "device": ("cpu", "cuda"),
     "grammar_backend": ("xgrammar", "none"),
@@ -89,7 +90,9 @@ VALUES: dict[str, tuple[object, ...]] = {
 
 BUDGET = "KV cache and experts share one budget; use --memory-budget"
 PARALLEL = "sglmoe drives one device for now; leave it out, or start one server for each device"
-GRAPHS = "steps run without CUDA graphs for now; leave it out"
+GRAPHS = (
+    "decode steps alone can be captured, with --cuda-graph-backend-decode=breakable; leave it out"
+)
 SPECULATIVE = "speculative decoding does not work yet; leave it out"
 LORA = "LoRA adapters do not work yet; merge them into the checkpoint"
 MULTIMODAL = "only text goes in and out for now; leave it out"
@@ -197,7 +200,8 @@ _REASONS_BY_FLAGS = {
     "only CPUs and CUDA devices are served; use cpu or cuda": "device",
     "use fcfs, lpm, lof or random; --enable-priority-scheduling goes with any": "schedule_policy",
     "processes are not bound to NUMA nodes; start the server under numactl": "numa_node",
-    "there are no CUDA graphs to capture meanwhile; leave it out": "startup_weight_load_mode",
+    "the host reads each layer's routing; use breakable, or disabled": "cuda_graph_backend_decode",
+    "weights are there before graphs are captured; leave it out": "startup_weight_load_mode",
 }
 REASONS = {name: why for why, names in _REASONS_BY_FLAGS.items() for name in _names(names)}
 UNKNOWN = "sglmoe does not honour it yet; leave it out"

@@ -16,17 +16,22 @@ from sglmoe.config import EngineConfig, Options, plan_config
 from sglmoe.errors.models import not_understood
 from sglmoe.errors.options import (
     accelerator_beside_cpu,
+    graph_sizes_without_graphs,
+    graphs_on_a_cpu,
     itl_target_with_determinism,
     itl_target_with_whole_prompts,
     no_cuda_device,
     page_without_tokens,
 )
 from sglmoe.errors.options import refused_flags as flags_are_refused
-from sglmoe.flags import refused_environment, refused_flags
+from sglmoe.flags import flag_name, refused_environment, refused_flags
 from sglmoe.machine import measure_machine
 from sglmoe.plan.families import inner_size_of, num_experts_of
 from sglmoe.start_up import ChildEntry
 from sglmoe.supported_models import ModelFacts, Quantisation, quantisation_of, refused_model
+
+# Arbitrary: of a captured decode step, where no flag says how many. Larger steps run eagerly; they spend their time on experts.
+MAX_CAPTURED_ROWS = 32
 
 
 def prepare(server_args: Any, options: Options) -> EngineConfig:
@@ -36,6 +41,7 @@ def prepare(server_args: Any, options: Options) -> EngineConfig:
     """
     refuse_flags(server_args)
     server_args.device = choose_device(server_args.device)
+    settle_graphs(server_args)
     if server_args.device == "cuda":
         settle_for_paging(server_args)
     page_tokens = take_page_tokens(server_args)
@@ -120,9 +126,23 @@ def choose_device(device: str | None) -> str:
     raise no_cuda_device(device=str(device))
 
 
+def settle_graphs(server_args: Any) -> None:
+    """Check what is to be captured. Raises ValueError for what would be ignored."""
+    sizes = ("cuda_graph_bs_decode", "cuda_graph_max_bs_decode", "disable_cuda_graph_padding")
+    given = [flag_name(name) for name in sizes if getattr(server_args, name)]
+    if server_args.cuda_graph_backend_decode != "breakable":
+        if given:
+            raise graph_sizes_without_graphs(flag=given[0])
+    elif server_args.device != "cuda":
+        raise graphs_on_a_cpu()
+    elif not (server_args.cuda_graph_bs_decode or server_args.cuda_graph_max_bs_decode):
+        running = server_args.max_running_requests or MAX_CAPTURED_ROWS
+        server_args.cuda_graph_max_bs_decode = min(running, MAX_CAPTURED_ROWS)
+
+
 def settle_for_paging(server_args: Any) -> None:
-    """Choose what paged experts need on a GPU: the host reads each layer's routing, so no graph can hold it."""
-    server_args.disable_cuda_graph = True
+    """Choose what paged experts need on a GPU: no graphs, as the host reads each layer's routing, but breakable ones."""
+    server_args.disable_cuda_graph = True  # less than --cuda-graph-backend-decode
     server_args.disable_shared_experts_fusion = True
     server_args.moe_runner_backend = "triton"
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 class Struct(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -126,6 +126,7 @@ class Limits(Struct, frozen=True):
     arena_bytes: int = 0  # the rest of the budget, cut into frames
     expert_bytes: int = 0  # of all experts in the checkpoint, as the device holds them
     floor_frames: int = 0  # never taken by KV
+    graph_bytes: int = 0  # of the budget, set aside for CUDA graphs
 
 
 class ResidencyPlan(Struct, frozen=True):

@@ -5,10 +5,11 @@ from sglmoe.units import show_bytes
 
 
 def dense_weights_fill_budget(
-    *, dense_bytes: int, budget_bytes: int, decoding_bytes: int = 0
+    *, dense_bytes: int, budget_bytes: int, decoding_bytes: int = 0, graph_bytes: int = 0
 ) -> UserError:
-    """`decoding_bytes`: what decoding packed experts takes of a device."""
+    """`decoding_bytes`, `graph_bytes`: what decoding packed experts, and CUDA graphs, take of a device."""
     beside = f", and decoding {show_bytes(decoding_bytes)}," if decoding_bytes else ""
+    beside += f", and CUDA graphs {show_bytes(graph_bytes)}," if graph_bytes else ""
     return UserError(
         f"the dense weights alone take {show_bytes(dense_bytes)}{beside} of the {show_bytes(budget_bytes)} budget; "
         "raise --memory-budget"
@@ -38,6 +39,13 @@ def too_few_frames(
     return UserError(
         f"the memory budget holds {num_frames} frames of {show_bytes(frame_bytes)}, but {floor_frames} are needed for "
         f"experts and 1 for KV cache: raise --memory-budget by at least {show_bytes(missing_bytes)}"
+    )
+
+
+def graphs_beside_budget(*, taken_bytes: int, reserved_bytes: int, over_bytes: int) -> UserError:
+    return UserError(
+        f"CUDA graphs took {show_bytes(taken_bytes)} of the device, where {show_bytes(reserved_bytes)} of the budget were set "
+        f"aside for them: lower --cuda-graph-max-bs-decode, or --memory-budget by {show_bytes(over_bytes)}"
     )
 
 

@@ -112,6 +112,18 @@ def no_cuda_device(*, device: str) -> UserError:
     return UserError(f"--device={device}: torch finds no CUDA device; use --device=cpu without one")
 
 
+def graphs_on_a_cpu() -> UserError:
+    return UserError(
+        "--cuda-graph-backend-decode=breakable: there is no CUDA device to capture on; leave it out"
+    )
+
+
+def graph_sizes_without_graphs(*, flag: str) -> UserError:
+    return UserError(
+        f"{flag} is about decode steps that are captured: add --cuda-graph-backend-decode=breakable, or leave it out"
+    )
+
+
 def usage(*, why: str) -> UserError:
     """`why`: argparse's words, with the argument's name."""
     return UserError(f"{why} (see --help)")

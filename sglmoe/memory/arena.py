@@ -23,11 +23,12 @@ NUM_TOKEN_IDS = 2**31  # SGLang's req_to_token is int32
 
 
 class Geometry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """How the arena is cut. Page p lies at byte ``p * page_bytes``; frame f holds the pages from
-    ``f * pages_per_frame``.
+    """How the arena is cut: `padding_pages`, then frames. Frame f holds the pages from
+    ``f * pages_per_frame``, and page p lies `page_bytes` behind page p - 1.
 
-    Token o of page p has id ``p * page_rows + o``: a row is what one token keeps of one layer's K,
-    or V, or MLA latent.
+    Token o of page p has id ``(padding_pages + p) * page_rows + o``: a row is what one token keeps of
+    one layer's K, or V, or MLA latent. Smaller ids are no request's: rows that pad a captured batch
+    write their KV to id 0.
     """
 
     num_frames: int
@@ -37,23 +38,42 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     page_tokens: int
     pages_per_frame: int
     page_rows: int
+    padding_pages: int = 0
+
+    @property
+    def padding_bytes(self) -> int:
+        """Where frame 0 begins."""
+        return self.padding_pages * self.page_bytes
 
     @property
     def arena_bytes(self) -> int:
-        return self.num_frames * self.frame_bytes
+        return self.padding_bytes + self.num_frames * self.frame_bytes
+
+    @property
+    def first_id(self) -> int:
+        """The least KV id that a request may have."""
+        return self.padding_pages * self.page_rows
 
     def kv_tokens(self, floor_frames: int) -> int:
         """That fit where so many frames are kept for experts."""
         return (self.num_frames - floor_frames) * self.pages_per_frame * self.page_tokens
 
 
-def arena_bytes_within(budget_bytes: int, dense_bytes: int, decoding_bytes: int = 0) -> int:
-    """What the dense weights leave of the budget, and decoding packed experts. Raises ValueError where that is nothing."""
-    if dense_bytes + decoding_bytes >= budget_bytes:
+def arena_bytes_within(
+    budget_bytes: int, dense_bytes: int, *, decoding_bytes: int = 0, graph_bytes: int = 0
+) -> int:
+    """What the dense weights leave of the budget, decoding packed experts, and CUDA graphs.
+
+    Raises ValueError where that is nothing.
+    """
+    if dense_bytes + decoding_bytes + graph_bytes >= budget_bytes:
         raise budgets.dense_weights_fill_budget(
-            dense_bytes=dense_bytes, budget_bytes=budget_bytes, decoding_bytes=decoding_bytes
+            dense_bytes=dense_bytes,
+            budget_bytes=budget_bytes,
+            decoding_bytes=decoding_bytes,
+            graph_bytes=graph_bytes,
         )
-    return budget_bytes - dense_bytes - decoding_bytes
+    return budget_bytes - dense_bytes - decoding_bytes - graph_bytes
 
 
 def plan_geometry(
@@ -63,14 +83,15 @@ def plan_geometry(
     token_bytes: int,
     token_rows: int,
     page_tokens: int | None,
+    pads_batches: bool = False,
     tensor_alignment: int = 256,
 ) -> Geometry:
     """Cut `arena_bytes` into frames of one expert each, rounded up to whole pages.
 
     `token_bytes` is a token's KV in all layers, as `token_rows` rows: ``2 * layers`` for K and V,
-    ``layers`` for MLA. `expert_bytes` is 0 for a dense model. Frames start at multiples of
-    `tensor_alignment` bytes. Raises ValueError when the arena can't hold one expert and one frame
-    of KV.
+    ``layers`` for MLA. `expert_bytes` is 0 for a dense model. With `pads_batches` there are padding
+    pages. Frames start at multiples of `tensor_alignment` bytes. Raises ValueError when the arena
+    can't hold one expert and one frame of KV.
     """
     if page_tokens is None:
         page_tokens = _choose_page_tokens(expert_bytes, token_bytes, tensor_alignment)
@@ -78,15 +99,19 @@ def plan_geometry(
     pages_per_frame = _pages_per_frame(expert_bytes, page_bytes, tensor_alignment)
     frame_bytes = pages_per_frame * page_bytes
     page_rows = page_tokens * token_rows
+    padding_pages = _aligned_pages(page_bytes, tensor_alignment) if pads_batches else 0
+    arena_bytes -= padding_pages * page_bytes
     _check_arena(arena_bytes, expert_bytes=expert_bytes, frame_bytes=frame_bytes)
+    num_pages = NUM_TOKEN_IDS // page_rows - padding_pages
     return Geometry(
-        num_frames=min(arena_bytes // frame_bytes, NUM_TOKEN_IDS // (page_rows * pages_per_frame)),
+        num_frames=min(arena_bytes // frame_bytes, num_pages // pages_per_frame),
         frame_bytes=frame_bytes,
         expert_bytes=expert_bytes,
         page_bytes=page_bytes,
         page_tokens=page_tokens,
         pages_per_frame=pages_per_frame,
         page_rows=page_rows,
+        padding_pages=padding_pages,
     )
 
 
@@ -106,9 +131,14 @@ def _choose_page_tokens(expert_bytes: int, token_bytes: int, tensor_alignment: i
 
 
 def _pages_per_frame(expert_bytes: int, page_bytes: int, tensor_alignment: int) -> int:
-    aligned_pages = math.lcm(page_bytes, tensor_alignment) // page_bytes
+    aligned_pages = _aligned_pages(page_bytes, tensor_alignment)
     num_pages = ceil_div(expert_bytes or DENSE_FRAME_BYTES, page_bytes)
     return ceil_div(num_pages, aligned_pages) * aligned_pages
+
+
+def _aligned_pages(page_bytes: int, tensor_alignment: int) -> int:
+    """The fewest pages behind which a tensor may start."""
+    return math.lcm(page_bytes, tensor_alignment) // page_bytes
 
 
 def _check_arena(arena_bytes: int, *, expert_bytes: int, frame_bytes: int) -> None:

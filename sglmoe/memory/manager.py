@@ -188,7 +188,8 @@ class MemoryManager:
     def token_id(self, rid: str, position: int) -> int:
         """The KV token id of one position."""
         page, offset = divmod(position, self._geometry.page_tokens)
-        return self._requests[rid].pages[page] * self._geometry.page_rows + offset
+        first_id = self._geometry.first_id
+        return first_id + self._requests[rid].pages[page] * self._geometry.page_rows + offset
 
     def token_ids(self, rid: str, start: int, stop: int) -> npt.NDArray[np.int32]:
         """The KV token ids of positions [start, stop): int32 ``[stop - start]``."""
@@ -196,6 +197,7 @@ class MemoryManager:
         first_page = start // page_tokens
         pages = self._requests[rid].pages[first_page : ceil_div(stop, page_tokens)]
         first_ids = np.frombuffer(pages, np.int32) * self._geometry.page_rows
+        first_ids += self._geometry.first_id
         ids = (first_ids[:, np.newaxis] + self._page_offsets).ravel()
         return ids[start - first_page * page_tokens : stop - first_page * page_tokens]
 
@@ -363,6 +365,9 @@ class MemoryManager:
             held.extend(request.pages[request.num_tree_pages :])
             if request.pages[: request.num_tree_pages] != path_pages(request.node):
                 found.append(f"the shared pages of {rid} are not those of its path in the tree")
+            num_tokens = len(request.pages) * self._geometry.page_tokens
+            if np.any(self.token_ids(rid, 0, num_tokens) < self._geometry.first_id):
+                found.append(f"{rid} has KV ids that are for rows that pad a batch")
         return [
             *found,
             *self._frames.violations(),

@@ -15,7 +15,7 @@ class FrameViews:
     def __init__(
         self, arena: torch.Tensor, geometry: Geometry, layout: ExpertLayout, its: ExpertFormat
     ):
-        """`arena`: uint8 `[num_frames * frame_bytes]`; `its`: the format that `layout` is of."""
+        """`arena`: its frames, uint8 `[num_frames * frame_bytes]`; `its`: the format that `layout` is of."""
         self.format = its
         self.tensors: dict[str, torch.Tensor] = {}
         for tensor in layout.tensors:
@@ -24,7 +24,7 @@ class FrameViews:
             self.tensors[tensor.name] = flat.as_strided(
                 (geometry.num_frames, *tensor.shape),
                 (stride, tensor.shape[1], 1),
-                storage_offset=tensor.offset // flat.itemsize,
+                storage_offset=flat.storage_offset() + tensor.offset // flat.itemsize,
             )
 
     def matrices(self, frame: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -102,6 +102,7 @@ class ModelRunner:
         returns_routing = any(row.request.next_routed is not None for row in order)
         traces = self.recorder is not None
         self._experts.record_routing(returns_routing or traces, with_logits=traces)
+        self._experts.num_tokens = len(batch.input_ids)
         started = time.perf_counter()
         output = self._runner.forward(batch).logits_output
         if self.recorder is not None:

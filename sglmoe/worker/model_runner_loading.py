@@ -33,6 +33,7 @@ from sglmoe.memory.read_rate import ReadRate
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import parse_bytes
+from sglmoe.worker.model_runner_graphs import DecodeGraphs, capture_graphs, plan_decode_graphs
 from sglmoe.worker.moe_layer import PagedExperts
 from sglmoe.worker.moe_layer_method import install
 from sglmoe.worker.packed_experts import plan_packing, use_packed
@@ -53,6 +54,7 @@ class Loaded(msgspec.Struct, frozen=True):
     tier: HostTier
     packing: Packing
     geometry: Geometry
+    graphs: DecodeGraphs
     dense_bytes: int
     floor_frames: int
     max_running: int
@@ -126,27 +128,27 @@ def load_model(
     use_packed(store, config.packed_experts, server_args.model_path)
     dense_bytes = model_bytes(runner.model)
     runner.alloc_memory_pool()
+    graphs = plan_decode_graphs(runner)
     kv = KvLayout.of(runner.token_to_kv_pool)
-    geometry = plan_geometry(
-        arena_bytes=arena_bytes_within(
-            config.memory_budget_bytes, dense_bytes, decoding_bytes(store, server_args.device)
-        ),
-        expert_bytes=experts.layout.num_bytes if experts.layout else 0,
-        token_bytes=kv.token_bytes,
-        token_rows=kv.token_rows,
-        page_tokens=config.page_tokens,
+    arena_bytes = arena_bytes_within(
+        config.memory_budget_bytes,
+        dense_bytes,
+        decoding_bytes=decoding_bytes(store, server_args.device),
+        graph_bytes=graphs.reserved_bytes,
     )
+    geometry = kv.geometry(arena_bytes, experts, config, graphs)
     arena = torch.empty(geometry.arena_bytes, dtype=torch.uint8, device=runner.device)
+    frames = arena[geometry.padding_bytes :]
     # One token's experts: below that a decode step of a single request would need several waves.
     floor = runner.model_config.hf_text_config.num_experts_per_tok if experts.shape else 0
-    memory, tier, packing = manage(arena, geometry, experts, floor_frames=floor, config=config)
+    memory, tier, packing = manage(frames, geometry, experts, floor_frames=floor, config=config)
     kv.move_to(arena, geometry.page_tokens)
     if experts.shape:
-        experts.attach(arena, geometry, frame_table=memory.frame_table, waves=memory.waves)
+        experts.attach(frames, geometry, frame_table=memory.frame_table, waves=memory.waves)
     fit_token_table(runner, geometry, floor)
     on_progress("starting attention backends", 0, 0)
     runner.init_attention_backends()
-    runner.init_cuda_graphs()
+    capture_graphs(runner, graphs, on_progress)
     return Loaded(
         runner=runner,
         experts=experts,
@@ -155,6 +157,7 @@ def load_model(
         packing=packing,
         dense_bytes=dense_bytes,
         geometry=geometry,
+        graphs=graphs,
         floor_frames=floor,
         max_running=runner.req_to_token_pool.size,
         context_tokens=runner.model_config.context_len,
@@ -233,8 +236,21 @@ class KvLayout(msgspec.Struct, frozen=True):
         buffer = self.layers[0][0]
         return self.token_rows * math.prod(self.row_shape) * int(buffer.element_size())
 
+    def geometry(
+        self, arena_bytes: int, experts: PagedExperts, config: EngineConfig, graphs: DecodeGraphs
+    ) -> Geometry:
+        """Of an arena for such tokens and these experts; see `plan_geometry`."""
+        return plan_geometry(
+            arena_bytes=arena_bytes,
+            expert_bytes=experts.layout.num_bytes if experts.layout else 0,
+            token_bytes=self.token_bytes,
+            token_rows=self.token_rows,
+            page_tokens=config.page_tokens,
+            pads_batches=graphs.max_rows > 0,
+        )
+
     def move_to(self, arena: torch.Tensor, page_tokens: int) -> None:
-        """Make the pool's tensors views of the arena (`uint8`), so that token o of page p has id `p * token_rows * P + o`."""
+        """Make the pool's tensors views of the arena (`uint8`), so that a token's id is its row (`Geometry`)."""
         rows = arena.view(self.layers[0][0].dtype).view(-1, *self.row_shape)
         views = [rows[index * page_tokens :] for index in range(self.token_rows)]
         if len(self.layers[0]) == 1:
@@ -244,17 +260,20 @@ class KvLayout(msgspec.Struct, frozen=True):
 
 
 def manage(
-    arena: torch.Tensor,
+    frames: torch.Tensor,
     geometry: Geometry,
     experts: PagedExperts,
     *,
     floor_frames: int,
     config: EngineConfig,
 ) -> tuple[MemoryManager, HostTier, Packing]:
-    """The owner of the arena, and below it host memory, which fills in the background from now on."""
+    """The owner of the arena, and below it host memory, which fills in the background from now on.
+
+    `frames`: the arena's, uint8 `[num_frames * frame_bytes]`.
+    """
     num_layers = len(experts.layer_ids)
     num_experts = experts.shape.num_experts if experts.shape else 0
-    is_cpu = arena.device.type == "cpu"
+    is_cpu = frames.device.type == "cpu"
     store = experts.store
     as_stored = store.is_packed if is_cpu else can_decode(store, geometry.frame_bytes)
     blocks = make_blocks(
@@ -266,7 +285,7 @@ def manage(
     tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts, as_stored=as_stored)
     demand = LinkGate()
     prefetch = LinkGate(above=demand)
-    copiers = expert_copiers(arena, geometry, store, tier)
+    copiers = expert_copiers(frames, geometry, store, tier)
     packing = plan_packing(
         store, config.packed_share, copiers.decode_ratio, frame_bytes=geometry.frame_bytes
     )
@@ -308,24 +327,24 @@ class Copiers(NamedTuple):
 
 
 def expert_copiers(
-    arena: torch.Tensor, geometry: Geometry, store: ExpertStore, tier: HostTier
+    frames: torch.Tensor, geometry: Geometry, store: ExpertStore, tier: HostTier
 ) -> Copiers:
     """Those of this device."""
-    if arena.device.type == "cpu":
+    if frames.device.type == "cpu":
         copier = HostCopier(
-            arena.numpy(),
+            frames.numpy(),
             frame_bytes=geometry.frame_bytes,
             store=TieredStore(tier, store),
             num_threads=os.cpu_count() or 1,
         )
         return Copiers(copier.load, copier.copy_in_background, lambda: None, copier.decode_ratio)
-    frames = {"arena": arena, "frame_bytes": geometry.frame_bytes, "store": store, "tier": tier}
-    rows = arena.view(-1, geometry.frame_bytes)
+    where = {"arena": frames, "frame_bytes": geometry.frame_bytes, "store": store, "tier": tier}
+    rows = frames.view(-1, geometry.frame_bytes)
     if not tier.as_stored:
-        demand, ahead = DeviceCopier(**frames), StreamCopier(**frames)
+        demand, ahead = DeviceCopier(**where), StreamCopier(**where)
     else:
-        demand = DeviceCopier(**frames, into=DecodedFrames(rows, store))
-        ahead = StreamCopier(**frames, new_into=lambda: DecodedFrames(rows, store, num_staged=1))
+        demand = DeviceCopier(**where, into=DecodedFrames(rows, store))
+        ahead = StreamCopier(**where, new_into=lambda: DecodedFrames(rows, store, num_staged=1))
     return Copiers(demand.load, ahead.copy, ahead.mark, DecodeRatio())
 
 

@@ -65,6 +65,7 @@ class PagedExperts:
         self._on_tensor = on_tensor
         self.waves: Waves | None = None  # asked for a layer's experts; None before `attach`
         self.observer: Observer | None = None
+        self.num_tokens = 0  # of the running pass: rows behind these pad a captured batch
         self._frame_table = np.empty((0, 0), dtype=np.int32)
         self._views: FrameViews | None = None  # None before `attach`
         self._grouped: GroupedExperts | None = None  # on CUDA
@@ -170,6 +171,29 @@ class PagedExperts:
             self._router_logits[routing.layer] = routing.logits.to(torch.float32, copy=True)
         if self.observer is not None:
             self.observer.routed(routing.layer, routing)
+
+    def compute(
+        self, routing: Routed, weights: torch.Tensor, *, config: Any, activation: Activation
+    ) -> torch.Tensor:
+        """The layer's output `[rows, hidden]`: `forward` for the pass's tokens, zeros for rows that pad a captured batch.
+
+        Those were routed as any token is, and nobody gets to know; all are such in the passes with which SGLang tries a
+        model out at start-up. `weights`: `[rows, top_k]`; others as of `forward`.
+        """
+        if padding := len(routing.hidden) - self.num_tokens:
+            output = torch.zeros_like(routing.hidden)
+            if self.num_tokens:
+                routing, weights = routing.first(self.num_tokens), weights[: self.num_tokens]
+                output[:-padding] = self._note_and_forward(routing, weights, config, activation)
+            return output
+        return self._note_and_forward(routing, weights, config, activation)
+
+    def _note_and_forward(
+        self, routing: Routed, weights: torch.Tensor, config: Any, activation: Activation
+    ) -> torch.Tensor:
+        self.note_router(routing)
+        layer, hidden, ids = routing.layer, routing.hidden, routing.ids
+        return self.forward(layer, hidden, weights, ids, config=config, activation=activation)
 
     def forward(
         self,

@@ -44,6 +44,7 @@ def block_fp8(method: Any, dtype: torch.dtype) -> ExpertFormat:
 
 def make_paged_method(base: type, experts: PagedExperts, format_of: FormatOf) -> type:
     """A subclass of sglang's method (its isinstance checks go on to hold) whose weights are `experts`."""
+    from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import eager_on_graph
 
     class PagedFusedMoEMethod(base):
         def create_weights(
@@ -88,16 +89,14 @@ def make_paged_method(base: type, experts: PagedExperts, format_of: FormatOf) ->
 
             weights, ids, router_logits = dispatch_output.topk_output
             hidden = dispatch_output.hidden_states
-            experts.note_router(Routed(self.layer_index, ids, router_logits, hidden))
-            output = experts.forward(
-                self.layer_index,
-                hidden,
-                weights,
-                ids,
-                config=layer.moe_runner_config,
-                activation=self.activation,
-            )
+            output = self.compute(hidden, weights, ids, router_logits, layer.moe_runner_config)
             return StandardCombineInput(hidden_states=output)
+
+        # A captured graph breaks here: the host reads the routing, whenever it is replayed.
+        @eager_on_graph
+        def compute(self, hidden: Any, weights: Any, ids: Any, logits: Any, config: Any) -> Any:
+            routing = Routed(self.layer_index, ids, logits, hidden)
+            return experts.compute(routing, weights, config=config, activation=self.activation)
 
     return PagedFusedMoEMethod
 

@@ -260,6 +260,7 @@ def ready_message(loaded: Loaded, model: ModelRunner) -> WorkerReady:
             arena_bytes=loaded.arena_bytes,
             expert_bytes=expert_bytes,
             floor_frames=loaded.floor_frames,
+            graph_bytes=loaded.graphs.reserved_bytes,
         ),
         snapshot=snapshot,
         load_seconds=loaded.load_seconds,

@@ -17,6 +17,10 @@ class Routed(msgspec.Struct, frozen=True, eq=False):
     logits: torch.Tensor  # [T, experts]
     hidden: torch.Tensor  # [T, hidden], the router's input
 
+    def first(self, num_tokens: int) -> "Routed":
+        rows = slice(num_tokens)
+        return Routed(self.layer, self.ids[rows], self.logits[rows], self.hidden[rows])
+
     def to_host(
         self, frames: bytes, *, with_logits: bool, with_gate_input: bool
     ) -> "RoutingOnItsWay":

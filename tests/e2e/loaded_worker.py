@@ -1,19 +1,27 @@
 """Our worker without its process: a model loaded in this one, which has to be a fork (`forking`)."""
 
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from serving import free_port
 
-from sglmoe.protocol import NewRequest, Row, StepPlan
+from sglmoe.protocol import LogprobSpec, NewRequest, Row, StepPlan, StepResult
 
 
 class LoadedWorker:
     """A model on our memory, and the worker that computes steps with it. One a process."""
 
-    def __init__(self, model_dir: Path, **flags: Any):
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        budget: str = "64MB",
+        before_loading: Callable[[], None] | None = None,
+        **flags: Any,
+    ):
         from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import ServerArgs
 
@@ -26,13 +34,14 @@ class LoadedWorker:
         load_plugins()
         server_args = ServerArgs(
             model_path=str(model_dir),
-            max_running_requests=4,
             random_seed=0,
             log_level="warning",
-            **flags,
+            **{"max_running_requests": 4} | flags,
         )
-        config = prepare(server_args, Options(memory_budget="64MB"))
+        config = prepare(server_args, Options(memory_budget=budget))
         start_process(server_args, 0, process_name="WORKER")
+        if before_loading is not None:
+            before_loading()
         self.loaded = load_model(
             server_args,
             gpu_id=0,
@@ -45,25 +54,39 @@ class LoadedWorker:
             memory=self.loaded.memory, model=self._model, max_running=self.loaded.max_running
         )
 
-    def prefill(self, token_ids: list[int]) -> int:
-        """Compute a prompt in one step; the token that follows, greedily."""
+    def add(
+        self,
+        rid: str,
+        token_ids: list[int],
+        *,
+        num_tokens: int = 1,
+        logprobs: LogprobSpec | None = None,
+        routed_experts_start: int | None = None,
+    ) -> None:
+        """A request that wants so many tokens, greedily."""
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_new_tokens=1)
+        sampling = SamplingParams(temperature=0, max_new_tokens=num_tokens, ignore_eos=True)
         sampling.normalize(None)
         request = NewRequest(
-            rid="prompt",
+            rid=rid,
             prompt_ids=array("i", token_ids).tobytes(),
             output_ids=b"",
             sampling=msgspec.msgpack.encode(sampling),
-            max_new_tokens=1,
+            max_new_tokens=num_tokens,
             namespace="",
-            logprobs=None,
-            routed_experts_start=None,
+            logprobs=logprobs,
+            routed_experts_start=routed_experts_start,
             requires_reasoning=False,
         )
         self._model.add(self._worker.add(request))
-        result = self._worker.step(StepPlan(0, rows=(Row("prompt", len(token_ids)),)))
-        (row,) = result.rows
+
+    def step(self, *rows: Row) -> StepResult:
+        return self._worker.step(StepPlan(0, rows=rows))
+
+    def prefill(self, token_ids: list[int]) -> int:
+        """Compute a prompt in one step; the token that follows, greedily."""
+        self.add("prompt", token_ids)
+        (row,) = self.step(Row("prompt", len(token_ids))).rows
         assert row.token_id is not None
         return row.token_id

@@ -85,6 +85,10 @@ def model(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
         ("--itl-target 1 --chunked-prefill-size -1", "prompts are computed in one piece"),
         ("--packed-experts maybe", "--packed-experts: 'maybe' is none of off, on, auto"),
         ("--packed-share half", "--packed-share: 'half' is none of off, auto and a share"),
+        ("--cuda-graph-backend-decode full", "use breakable, or disabled"),
+        ("--cuda-graph-backend-decode breakable", "there is no CUDA device to capture on"),
+        ("--cuda-graph-backend-prefill breakable", "decode steps alone can be captured"),
+        ("--cuda-graph-max-bs-decode 8", "add --cuda-graph-backend-decode=breakable"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ],
 )
@@ -129,3 +133,27 @@ def test_answers_that_have_to_be_the_same_bits_are_not_cut_by_measured_times() -
         check_prompts_can_be_cut(flags)
     flags.enable_deterministic_inference = False
     check_prompts_can_be_cut(flags)
+
+
+@pytest.mark.usefixtures("preloaded")
+@pytest.mark.parametrize(
+    ("given", "max_rows"),
+    [
+        ({}, 32),
+        ({"max_running_requests": 5}, 5),
+        ({"disable_cuda_graph_padding": True}, 32),
+        ({"cuda_graph_bs_decode": [1, 3]}, None),
+    ],
+)
+def test_small_steps_are_captured_unless_a_flag_says_which(
+    given: dict[str, object], max_rows: int | None
+) -> None:
+    """On a GPU, where there is one."""
+    from sglmoe.preparation import settle_graphs
+
+    none = ("cuda_graph_bs_decode", "cuda_graph_max_bs_decode", "max_running_requests")
+    its = dict.fromkeys(none) | {"disable_cuda_graph_padding": False}
+    its |= {"device": "cuda", "cuda_graph_backend_decode": "breakable"} | given
+    flags = SimpleNamespace(**its)
+    settle_graphs(flags)
+    assert flags.cuda_graph_max_bs_decode == max_rows

@@ -2,7 +2,13 @@
 
 import pytest
 
-from sglmoe.memory.arena import FrameKind, Frames, Geometry, plan_geometry
+from sglmoe.memory.arena import (
+    FrameKind,
+    Frames,
+    Geometry,
+    arena_bytes_within,
+    plan_geometry,
+)
 
 
 def test_frame_is_one_expert_in_whole_pages() -> None:
@@ -73,14 +79,42 @@ def test_dense_model_has_frames_of_about_a_mebibyte() -> None:
     assert geometry.frame_bytes == 86 * 16 * 768
 
 
-def test_token_ids_stay_within_int32() -> None:
+@pytest.mark.parametrize("pads_batches", [False, True])
+def test_token_ids_stay_within_int32(pads_batches: bool) -> None:
     # 64 GiB of 16-byte rows would be 2**32 ids: the arena is cut where they run out.
     geometry = plan_geometry(
-        arena_bytes=2**36, expert_bytes=2**20, token_bytes=64, token_rows=4, page_tokens=16
+        arena_bytes=2**36,
+        expert_bytes=2**20,
+        token_bytes=64,
+        token_rows=4,
+        page_tokens=16,
+        pads_batches=pads_batches,
     )
-    assert geometry.arena_bytes == 2**35
+    assert geometry.num_frames == 2**15 - pads_batches
     num_pages = geometry.num_frames * geometry.pages_per_frame
-    assert num_pages * geometry.page_rows == 2**31
+    assert 2**31 - 2**16 <= geometry.first_id + num_pages * geometry.page_rows <= 2**31
+
+
+def test_rows_that_pad_a_batch_have_pages_in_front_of_the_frames() -> None:
+    # A page of 96 bytes: behind 8 of them a frame is aligned again. They are no part of any frame.
+    geometry = plan_geometry(
+        arena_bytes=768 + 5 * 1536 + 1535,
+        expert_bytes=1000,
+        token_bytes=96,
+        token_rows=2,
+        page_tokens=1,
+        pads_batches=True,
+    )
+    assert (geometry.padding_pages, geometry.padding_bytes, geometry.num_frames) == (8, 768, 5)
+    assert geometry.arena_bytes == 768 + 5 * 1536
+    # Where page 0 begins, in rows of 48 bytes; SGLang's padding writes to row 0.
+    assert geometry.first_id * 48 == geometry.padding_bytes
+
+
+def test_what_graphs_take_is_of_the_budget() -> None:
+    assert arena_bytes_within(1000, 300, decoding_bytes=20, graph_bytes=7) == 673
+    with pytest.raises(ValueError, match=r"and CUDA graphs 700 B, of the 1000 B budget"):
+        arena_bytes_within(1000, 300, graph_bytes=700)
 
 
 @pytest.mark.parametrize("expert_bytes", [2**20, 0])

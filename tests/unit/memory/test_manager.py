@@ -27,7 +27,7 @@ def prompt(first: int, num_tokens: int) -> bytes:
 class Memory(MemoryManager):
     """A manager with small numbers that keeps what it was told to load."""
 
-    def __init__(self, *, floor_frames: int = 2, num_frames: int = 8):
+    def __init__(self, *, floor_frames: int = 2, num_frames: int = 8, padding_pages: int = 0):
         self.loads: list[list[tuple[int, int]]] = []
         self.fail_loads = False
         geometry = Geometry(
@@ -38,6 +38,7 @@ class Memory(MemoryManager):
             page_tokens=4,
             pages_per_frame=2,
             page_rows=PAGE_ROWS,
+            padding_pages=padding_pages,
         )
         super().__init__(
             geometry,
@@ -104,6 +105,20 @@ def test_token_ids_are_scaled_by_the_rows_of_a_page(memory: Memory) -> None:
     assert memory.token_ids("a", 3, 5).tolist() == [3, PAGE_ROWS]
     assert memory.token_ids("a", 5, 5).tolist() == []
     assert memory.token_id("a", 5) == PAGE_ROWS + 1
+
+
+def test_no_request_has_the_kv_ids_of_rows_that_pad_a_batch() -> None:
+    memory = Memory(padding_pages=1)
+    memory.admit("a", prompt(1, 6), "")
+    assert memory.extend("a", 6)
+    assert memory.pages("a") == [0, 1]  # pages are counted from frame 0 on, as without
+    first = PAGE_ROWS
+    assert memory.token_ids("a", 3, 6).tolist() == [first + 3, 2 * first, 2 * first + 1]
+    assert memory.token_id("a", 5) == 2 * first + 1
+    assert memory.snapshot(0).total_pages == Memory().snapshot(0).total_pages
+    assert memory.violations() == []
+    memory._requests["a"].pages[0] = -1  # the padding
+    assert "a has KV ids that are for rows that pad a batch" in memory.violations()
 
 
 def test_decoding_takes_a_page_only_when_the_last_is_full(memory: Memory) -> None:

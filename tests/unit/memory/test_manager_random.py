@@ -39,6 +39,9 @@ from sglmoe.memory.store import Bytes, ExpertReadError, ExpertStore
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 PAGE_TOKENS = 4
 PAGE_ROWS = 2 * 3 * PAGE_TOKENS
+PADDING_PAGES = (
+    2  # not in `arena` below: what is written there by no request's id is not seen by any
+)
 
 ALL_EXPERTS = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
 
@@ -202,6 +205,7 @@ class MemoryMachine(RuleBasedStateMachine):
             page_tokens=PAGE_TOKENS,
             pages_per_frame=pages_per_frame,
             page_rows=PAGE_ROWS,
+            padding_pages=PADDING_PAGES,
         )
         self.disk = Disk(geometry.expert_bytes)
         blocks = np.zeros((num_blocks, geometry.expert_bytes), np.uint8)
@@ -276,6 +280,8 @@ class MemoryMachine(RuleBasedStateMachine):
         ids = self.memory.token_ids(rid, start, stop)
         assert ids.tolist() == [self.memory.token_id(rid, at) for at in range(start, stop)]
         pages, offsets = np.divmod(ids, PAGE_ROWS)
+        pages -= PADDING_PAGES
+        assert (pages >= 0).all()
         frames, pages = np.divmod(pages, self.pages_per_frame)
         assert (offsets < PAGE_TOKENS).all()
         return frames, pages * PAGE_TOKENS + offsets

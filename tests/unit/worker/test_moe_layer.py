@@ -1,6 +1,7 @@
 """A layer's output has the same bits whichever frames its experts are in, in any number of waves."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,13 +91,19 @@ def make_experts(
     return experts, memory
 
 
-def run(experts: PagedExperts, num_tokens: int) -> torch.Tensor:
+def routed_batch(num_tokens: int) -> tuple[Routed, torch.Tensor]:
+    """And the weights of its experts."""
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(num_tokens, HIDDEN, generator=generator).bfloat16()
     scores = torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
     weights, ids = scores.topk(TOP_K)
-    experts.note_router(Routed(0, ids, scores, hidden))
-    return experts.forward(0, hidden, weights, ids, config=None, activation=silu_and_mul)
+    return Routed(0, ids, scores, hidden), weights
+
+
+def run(experts: PagedExperts, num_tokens: int) -> torch.Tensor:
+    experts.num_tokens = num_tokens
+    routing, weights = routed_batch(num_tokens)
+    return experts.compute(routing, weights, config=None, activation=silu_and_mul)
 
 
 @pytest.mark.parametrize("its", [PLAIN, FP8], ids=["plain", "fp8"])
@@ -120,6 +127,53 @@ def test_experts_that_come_while_others_compute_change_no_bit(num_frames: int) -
     for _ in range(3):
         assert torch.equal(run(paged, num_tokens=5), run(resident, num_tokens=5))
         assert memory.violations() == []
+
+
+def padded_batch(num_tokens: int, num_rows: int) -> tuple[Routed, torch.Tensor]:
+    """What a captured layer hands over: what pads has no numbers in it, and experts that do not exist."""
+    routing, weights = routed_batch(num_tokens)
+
+    def pad(tensor: torch.Tensor, value: float) -> torch.Tensor:
+        return F.pad(tensor, (0, 0, 0, num_rows - num_tokens), value=value)
+
+    ids, logits = pad(routing.ids.int(), NUM_EXPERTS + 3), pad(routing.logits, torch.nan)
+    return Routed(0, ids, logits, pad(routing.hidden, torch.nan)), pad(weights, 1.0)
+
+
+@pytest.mark.parametrize("num_rows", [5, 6, 16])
+def test_rows_that_pad_a_captured_batch_change_no_bit_and_are_seen_by_nobody(num_rows: int) -> None:
+    alone, memory_alone = make_experts(num_frames=5)
+    expected = run(alone, num_tokens=5)
+    padded, memory = make_experts(num_frames=5)
+    seen: list[Routed] = []
+    padded.observer = SimpleNamespace(routed=lambda _, its: seen.append(its), look_ahead=int)
+    padded.record_routing(True, with_logits=True)
+    padded.num_tokens = 5
+    routing, weights = padded_batch(5, num_rows)
+    output = padded.compute(routing, weights, config=None, activation=silu_and_mul)
+    assert torch.equal(output[:5], expected)
+    assert torch.equal(output[5:], torch.zeros(num_rows - 5, HIDDEN))
+    assert [len(its) for its in (seen[0].ids, seen[0].logits, seen[0].hidden)] == [5, 5, 5]
+    chosen, logits = routing.ids[:5].clone(), routing.logits[:5].clone()
+    for its in (routing.ids, routing.logits):  # memory of the next segment
+        its.zero_()
+    ids, probabilities = padded.trace()
+    assert torch.equal(ids[:, 0], chosen)
+    assert torch.equal(probabilities[:, 0], logits.softmax(dim=-1).half())
+    assert np.array_equal(memory.frame_table, memory_alone.frame_table)
+    assert memory.snapshot(0).expert_misses == memory_alone.snapshot(0).expert_misses
+
+
+def test_a_pass_of_nothing_but_padding_pages_no_expert_in() -> None:
+    """As SGLang's own are, which try a model out and capture it before anything is served."""
+    experts, memory = make_experts(num_frames=5)
+    experts.record_routing(True)
+    before = memory.snapshot(0)
+    routing, weights = padded_batch(0, 5)
+    output = experts.compute(routing, weights, config=None, activation=silu_and_mul)
+    assert torch.equal(output, torch.zeros(5, HIDDEN))
+    assert memory.snapshot(0) == before
+    assert experts._routing == {}
 
 
 class Meddler:

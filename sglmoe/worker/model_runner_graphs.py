@@ -1,0 +1,117 @@
+"""Decode steps as CUDA graphs that break at each MoE layer: SGLang captures and replays the rest, experts are paged in between.
+
+Rows that pad a captured batch cost what any row does, but for experts: they get none (`PagedExperts.compute`). Their KV goes
+to the arena's padding pages, where SGLang's padding points: KV id 0, row 0 of the token table. No GPU has run this.
+
+One of the files that know sglang.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+
+from sglmoe.errors.budgets import graphs_beside_budget
+
+logger = logging.getLogger(__name__)
+
+# What SGLang sets aside for a row of the largest captured step: `reserve_for_graph_mb`. Not measured with breaks.
+ROW_BYTES = 2 * 2**20
+
+
+class DecodeGraphs(msgspec.Struct, frozen=True):
+    """Which steps are captured, and what of the budget is set aside for that."""
+
+    max_rows: int = 0  # of the largest batch; 0: none is captured
+    reserved_bytes: int = 0
+
+
+def plan_decode_graphs(runner: Any) -> DecodeGraphs:
+    """What SGLang's flags ask for, and no batches of more requests than may run."""
+    from sglang.srt.model_executor.cuda_graph_config import (
+        Backend,
+        Phase,
+        check_cuda_graph_backend,
+    )
+    from sglang.srt.runtime_context import get_exec
+
+    if not check_cuda_graph_backend(Phase.DECODE, Backend.BREAKABLE):
+        return DecodeGraphs()
+    sizes = get_exec().graph.cuda_graph_config.decode.bs
+    max_rows = min(max(sizes), runner.req_to_token_pool.size)
+    config = runner.model_config
+    reserved_bytes = graph_bytes(
+        max_rows, context_tokens=config.context_len, vocab_size=config.vocab_size
+    )
+    return DecodeGraphs(max_rows, reserved_bytes)
+
+
+def graph_bytes(max_rows: int, *, context_tokens: int, vocab_size: int) -> int:
+    """What steps of up to so many rows are taken to need: SGLang's rule of thumb, and beside it two buffers of float32 logits,
+    and what attention kernels read KV ids from, int64 at most, for whole contexts."""
+    return max_rows * (ROW_BYTES + 2 * 4 * vocab_size + 8 * context_tokens)
+
+
+def capture_graphs(
+    runner: Any, graphs: DecodeGraphs, on_progress: Callable[[str, int, int], None]
+) -> None:
+    """Start SGLang's runners, and capture what is planned. The arena is in place: graphs keep its address.
+
+    SGLang computes every size thrice with nothing in it, which pages no expert in and leaves KV in the padding pages.
+    """
+    if not graphs.max_rows:
+        runner.init_cuda_graphs()
+        return
+    on_progress("capturing CUDA graphs", 0, 0)
+    keep_logits_of_graphs()
+    keep_to_one_stream(runner.model)
+    runner.init_cuda_graphs()
+    taken_bytes = int(runner.graph_memory_usage["decode"] * 2**30)
+    over_bytes = taken_bytes - graphs.reserved_bytes
+    if over_bytes > 0:
+        message = graphs_beside_budget(
+            taken_bytes=taken_bytes, reserved_bytes=graphs.reserved_bytes, over_bytes=over_bytes
+        )
+        logger.warning("%s", message)
+
+
+def keep_logits_of_graphs() -> None:
+    """Have sglang's breakable backend keep a decode step's logits; it fails at what holds them (its pull request 36749)."""
+    from sglang.srt.model_executor.runner_backend import breakable_cuda_graph_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    stock = breakable_cuda_graph_backend.BreakableCudaGraphBackend
+    name = f"{stock.__module__}.{stock.__name__}"
+    HookRegistry.register(name, make_logits_backend(stock), HookType.REPLACE)
+    HookRegistry.apply_hooks()
+
+
+def make_logits_backend(base: type) -> type:
+    """A subclass of sglang's breakable backend, for which a graph's output is a tensor."""
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+
+    class LogitsBackend(base):
+        def capture_one(
+            self, shape_key: Any, forward_fn: Callable[[], Any], *others: Any, **options: Any
+        ) -> None:
+            def logits() -> torch.Tensor:
+                output: torch.Tensor = forward_fn().next_token_logits
+                return output
+
+            super().capture_one(shape_key, logits, *others, **options)
+
+        def replay(self, shape_key: Any, static_forward_batch: Any, **options: Any) -> Any:
+            logits = super().replay(shape_key, static_forward_batch, **options)
+            return LogitsProcessorOutput(next_token_logits=logits)
+
+    return LogitsBackend
+
+
+def keep_to_one_stream(model: torch.nn.Module) -> None:
+    """Have blocks of experts compute shared experts before the others, not beside them (Qwen2-MoE): a graph can break only on
+    the stream that it is captured on."""
+    for module in model.modules():
+        if hasattr(module, "experts") and hasattr(module, "alt_stream"):
+            module.alt_stream = None

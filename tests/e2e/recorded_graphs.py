@@ -1,0 +1,175 @@
+"""CUDA graphs on a CPU: a stand-in for torch's that records operations, and runs them again on the same tensors.
+
+What matters to us it has of a CUDA graph: replayed, it runs no Python, and results go where they went before; captured, it
+knows no values, so asking for one fails and a break sees garbage; and what a segment has made is garbage as soon as no later
+one reads it, as SGLang's pool gives memory to others. SGLang's runner and backend run on it. In a fork only (`forking`).
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# What CUDA can't capture: the host would have to wait for a value, or for the size of a result.
+NEEDS_THE_HOST = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "equal")
+
+
+class Call(NamedTuple):
+    """An operation, and what it has made of which tensors."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    made: Any
+
+    def again(self) -> None:
+        made = self.function(*self.args, **self.kwargs)
+        for place, value in zip(tensors(self.made), tensors(made), strict=True):
+            if place.data_ptr() != value.data_ptr():
+                place.copy_(value)
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def storages(trees: Iterable[Any]) -> dict[int, torch.UntypedStorage]:
+    found = (tensor.untyped_storage() for tree in trees for tensor in tensors(tree))
+    return {storage.data_ptr(): storage for storage in found if storage.nbytes()}
+
+
+class Recorder(TorchDispatchMode):
+    """Between the two ends of a segment."""
+
+    def __init__(self, calls: list[Call]):
+        super().__init__()
+        self._calls = calls
+        self._in_one = False  # operation that is recorded as a whole
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not self._in_one:
+            name = func.overloadpacket.__name__
+            if name in NEEDS_THE_HOST:
+                raise RuntimeError(f"{name} is not permitted when the stream is capturing")
+            self._calls.append(Call(func, args, kwargs or {}, made))
+        return made
+
+    def as_one(self, function: Callable[[], torch.Tensor], reads: tuple[Any, ...]) -> torch.Tensor:
+        """What `function` does with `reads`, which it may look into, as a kernel would."""
+        self._in_one = True
+        made = function()
+        self._in_one = False
+        self._calls.append(Call(lambda *_: function(), reads, {}, made))
+        return made
+
+
+class RecordedGraph:
+    """In the place of `torch.cuda.CUDAGraph`: a segment."""
+
+    captured: ClassVar[list["RecordedGraph"]] = []
+    recorder: ClassVar[Recorder | None] = None  # while one is captured
+    replayed: ClassVar["RecordedGraph | None"] = None  # the last
+    num_replays = 0
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._dead: list[torch.UntypedStorage] | None = None
+
+    def capture_begin(self, **_: Any) -> None:
+        RecordedGraph.recorder = Recorder(self.calls)
+        RecordedGraph.recorder.__enter__()
+
+    def capture_end(self) -> None:
+        assert RecordedGraph.recorder is not None
+        RecordedGraph.recorder.__exit__(None, None, None)
+        RecordedGraph.recorder = None
+        RecordedGraph.captured.append(self)
+        spoil(self._own())
+
+    def replay(self) -> None:
+        if RecordedGraph.replayed is not None:
+            RecordedGraph.replayed.forget()
+        for call in self.calls:
+            call.again()
+        RecordedGraph.replayed = self
+        RecordedGraph.num_replays += 1
+
+    def forget(self) -> None:
+        """Spoil what no later segment reads."""
+        if self._dead is None:
+            later = RecordedGraph.captured[RecordedGraph.captured.index(self) + 1 :]
+            read = storages((call.args, call.kwargs) for graph in later for call in graph.calls)
+            self._dead = [its for its in self._own() if its.data_ptr() not in read]
+        spoil(self._dead)
+
+    def _own(self) -> list[torch.UntypedStorage]:
+        """What it has made: not what it was given, such as weights and KV."""
+        given: set[int] = set()
+        own: dict[int, torch.UntypedStorage] = {}
+        for call in self.calls:
+            given |= storages([call.args, call.kwargs]).keys() - own.keys()
+            made = storages([call.made])
+            own |= {key: its for key, its in made.items() if key not in given}
+        return list(own.values())
+
+
+def spoil(own: Iterable[torch.UntypedStorage]) -> None:
+    """As floats or as ids: no numbers, and no experts."""
+    for storage in own:
+        torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)  # type: ignore[call-overload]
+
+
+def capture_on_cpu(sizes: list[int]) -> None:
+    """Have SGLang capture decode steps of these sizes, which no flag does here: between `start_process` and `load_model`."""
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.model_executor.runner import decode_cuda_graph_runner
+    from sglang.srt.runtime_context import get_exec
+
+    decode = get_exec().graph.cuda_graph_config.decode
+    decode.backend, decode.bs, decode.max_bs = "breakable", sizes, max(sizes)
+    torch.cuda.CUDAGraph = RecordedGraph  # type: ignore[assignment, misc]
+    torch.cpu.graph_pool_handle = lambda: (0, 0)  # type: ignore[attr-defined]
+    torch.cpu.is_current_stream_capturing = lambda: False  # type: ignore[attr-defined]
+    decode_cuda_graph_runner.graph_capture = lambda stream: nullcontext(
+        SimpleNamespace(stream=stream)
+    )
+    start_runners = ModelRunner.init_cuda_graphs
+
+    def init_cuda_graphs(self: Any) -> None:
+        start_runners(self)
+        self.decode_cuda_graph_runner = decode_cuda_graph_runner.DecodeCudaGraphRunner(
+            self, attn_backend=make_attention()(self)
+        )
+
+    ModelRunner.init_cuda_graphs = init_cuda_graphs
+
+
+def make_attention() -> type:
+    """SGLang's on a CPU, which looks into lengths and KV ids: here one operation, as on a GPU."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    class RecordedAttention(TorchNativeAttnBackend):
+        def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+            pass
+
+        def get_cuda_graph_seq_len_fill_value(self) -> int:
+            return 1
+
+        def forward_decode(
+            self, q: Any, k: Any, v: Any, layer: Any, batch: Any, **flags: Any
+        ) -> Any:
+            decode = super().forward_decode
+            if (recorder := RecordedGraph.recorder) is None:
+                return decode(q, k, v, layer, batch, **flags)
+            pool, number = self.token_to_kv_pool, layer.layer_id
+            kv = (pool.get_key_buffer(number), pool.get_value_buffer(number))
+            return recorder.as_one(lambda: decode(q, k, v, layer, batch, **flags), (q, k, v, *kv))
+
+    return RecordedAttention

@@ -1,0 +1,71 @@
+"""What captured decode steps take, and what is done before SGLang captures them. That runs in `tests/e2e/test_graphs.py`."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglmoe.worker import model_runner_graphs
+from sglmoe.worker.model_runner_graphs import (
+    DecodeGraphs,
+    capture_graphs,
+    graph_bytes,
+    keep_to_one_stream,
+)
+
+MIB = 2**20
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done, in order."""
+    done: list[str] = []
+    for name in ("keep_logits_of_graphs", "keep_to_one_stream"):
+        monkeypatch.setattr(model_runner_graphs, name, lambda *_, name=name: done.append(name))
+    return done
+
+
+def runner(steps: list[str], taken_mib: float = 0) -> SimpleNamespace:
+    """SGLang's, which finds that graphs took so many MiB."""
+    return SimpleNamespace(
+        model=None,
+        graph_memory_usage={"decode": taken_mib / 1024},
+        init_cuda_graphs=lambda: steps.append("captured"),
+    )
+
+
+def test_a_row_takes_its_share_its_logits_twice_and_a_context_of_ids() -> None:
+    """32 rows of Qwen3-30B-A3B: 64 MiB, 37 of logits, 10 of ids."""
+    taken_bytes = graph_bytes(32, context_tokens=40_960, vocab_size=151_936)
+    assert taken_bytes == 64 * MIB + 32 * 8 * 151_936 + 32 * 8 * 40_960
+
+
+def test_before_capturing_what_a_break_needs_is_arranged(steps: list[str]) -> None:
+    capture_graphs(runner(steps), DecodeGraphs(), on_progress=lambda *_: steps.append("told"))
+    assert steps == ["captured"]  # nothing, in truth: nothing else changes
+    steps.clear()
+    capture_graphs(runner(steps), DecodeGraphs(8), on_progress=lambda *_: steps.append("told"))
+    assert steps == ["told", "keep_logits_of_graphs", "keep_to_one_stream", "captured"]
+
+
+def test_graphs_that_take_more_than_was_set_aside_are_told(
+    steps: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for taken_mib in (64, 80):
+        assert caplog.messages == []
+        graphs = DecodeGraphs(8, 64 * MIB)
+        capture_graphs(runner(steps, taken_mib), graphs, on_progress=lambda *_: None)
+    (message,) = caplog.messages
+    assert "took 80.00 MiB of the device, where 64.00 MiB" in message
+    assert "lower --cuda-graph-max-bs-decode, or --memory-budget by 16.00 MiB" in message
+
+
+def test_experts_are_computed_on_the_stream_that_is_captured() -> None:
+    """Qwen2-MoE's shared experts would else make the others run on a second one, where no graph can break."""
+    model = torch.nn.Module()
+    model.block, model.attention = torch.nn.Module(), torch.nn.Module()
+    model.block.experts = torch.nn.Module()
+    model.block.alt_stream = model.attention.alt_stream = SimpleNamespace()
+    keep_to_one_stream(model)
+    assert model.block.alt_stream is None
+    assert model.attention.alt_stream is not None
