@@ -26,22 +26,22 @@ from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier, page_lock
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.host_tier import HostTier, TieredStore, make_blocks
 from sglmoe.memory.link_gate import LinkGate, LoadExperts
+from sglmoe.memory.load_timer import LoadTimer, device_decoding_seconds
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.packed_order import Packing
 from sglmoe.memory.promoter import Promoter
-from sglmoe.memory.read_rate import ReadRate
+from sglmoe.memory.read_rate import READ_RATE, ReadRate
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import parse_bytes
 from sglmoe.worker.moe_layer import PagedExperts
 from sglmoe.worker.moe_layer_method import install
-from sglmoe.worker.packed_experts import plan_packing, use_packed
+from sglmoe.worker.packed_experts import decoding_seconds, plan_packing, use_packed
 
 logger = logging.getLogger(__name__)
 
 # Arbitrary: requests that may run at once, where --max-running-requests does not say.
 DEFAULT_MAX_RUNNING = 256
-READ_RATE = "SGLMOE_READ_RATE"
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -266,9 +266,13 @@ def manage(
     tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts, as_stored=as_stored)
     demand = LinkGate()
     prefetch = LinkGate(above=demand)
-    copiers = expert_copiers(arena, geometry, store, tier)
+    copiers = expert_copiers(arena, geometry, store, tier, packs=config.packed_share != 0.0)
     packing = plan_packing(
-        store, config.packed_share, copiers.decode_ratio, frame_bytes=geometry.frame_bytes
+        store,
+        config.packed_share,
+        copiers.decode_ratio,
+        frame_bytes=geometry.frame_bytes,
+        time_decoding=copiers.time_decoding,
     )
     background = None
     if num_experts:
@@ -305,12 +309,14 @@ class Copiers(NamedTuple):
     ahead: Copy
     mark: Callable[[], Mark]  # see `BackgroundCopier`
     decode_ratio: DecodeRatio  # measured by `load`
+    # What decoding an expert takes, while frames have no tenants; None: nothing can be decoded into them.
+    time_decoding: Callable[[], float] | None
 
 
 def expert_copiers(
-    arena: torch.Tensor, geometry: Geometry, store: ExpertStore, tier: HostTier
+    arena: torch.Tensor, geometry: Geometry, store: ExpertStore, tier: HostTier, *, packs: bool
 ) -> Copiers:
-    """Those of this device."""
+    """Those of this device. `packs`: whether some may be decoded from the arena."""
     if arena.device.type == "cpu":
         copier = HostCopier(
             arena.numpy(),
@@ -318,15 +324,25 @@ def expert_copiers(
             store=TieredStore(tier, store),
             num_threads=os.cpu_count() or 1,
         )
-        return Copiers(copier.load, copier.copy_in_background, lambda: None, copier.decode_ratio)
+        return Copiers(
+            copier.load,
+            copier.copy_in_background,
+            lambda: None,
+            copier.decode_ratio,
+            lambda: decoding_seconds(store),
+        )
     frames = {"arena": arena, "frame_bytes": geometry.frame_bytes, "store": store, "tier": tier}
     rows = arena.view(-1, geometry.frame_bytes)
+    ratio = DecodeRatio()
     if not tier.as_stored:
         demand, ahead = DeviceCopier(**frames), StreamCopier(**frames)
-    else:
-        demand = DeviceCopier(**frames, into=DecodedFrames(rows, store))
-        ahead = StreamCopier(**frames, new_into=lambda: DecodedFrames(rows, store, num_staged=1))
-    return Copiers(demand.load, ahead.copy, ahead.mark, DecodeRatio())
+        return Copiers(demand.load, ahead.copy, ahead.mark, ratio, None)
+    into = DecodedFrames(rows, store)
+    demand = DeviceCopier(**frames, into=into, timer=LoadTimer(ratio) if packs else None)
+    ahead = StreamCopier(**frames, new_into=lambda: DecodedFrames(rows, store, num_staged=1))
+    return Copiers(
+        demand.load, ahead.copy, ahead.mark, ratio, lambda: device_decoding_seconds(into, store)
+    )
 
 
 def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:
