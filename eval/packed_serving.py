@@ -182,12 +182,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument("--budget", default="75%", help="as eval.serving's")
     parser.add_argument("--kv-tokens", type=int, default=2048, help="beside that budget's experts")
-    parser.add_argument("--read-rates", default=f"400MB,{PAGE_CACHE}", help="bytes a second")
+    parser.add_argument("--read-rates", default=f"{PAGE_CACHE},200MB", help="bytes a second")
     parser.add_argument("--shares", default="off,50%,auto", help="what each is compared to first")
     parser.add_argument("--concurrency", default="1,4,16,64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
-    parser.add_argument("--output-len", type=int, default=48, help="tokens")
+    parser.add_argument("--prompt-characters", type=int, default=100)
+    parser.add_argument("--output-len", type=int, default=32, help="tokens")
     options = parser.parse_args(arguments)
     systems = systems_of(options)
     import sglang.benchmark.serving  # noqa: F401 - once, before the forks
@@ -196,7 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "text.jsonl"
-        write_dataset(prompts, all_domains(4 * 96))
+        texts = all_domains(4 * 96)
+        write_dataset(prompts, [text[: options.prompt_characters] for text in texts])
         for rate in options.read_rates.split(","):
             for its in run_rate(rate, systems, prompts, options):
                 cells.append(its)

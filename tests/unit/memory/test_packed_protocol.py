@@ -242,6 +242,17 @@ def test_times_are_read_when_the_device_has_got_there() -> None:
     assert server.ratio() == pytest.approx(0.25)
 
 
+def test_times_are_in_seconds() -> None:
+    server = PackedServer(Random(0))
+    server.ratio.note(0.004, is_decoded=False)  # by a clock of the host's
+    timer = LoadTimer(server.ratio, server.device.Event)
+    with timer.span(1, is_decoded=True):
+        pass
+    server.device.finish()
+    timer.collect()
+    assert server.ratio() == pytest.approx(0.25)
+
+
 def test_what_failed_is_not_timed() -> None:
     server = PackedServer(Random(0))
     timer = LoadTimer(server.ratio, server.device.Event)
