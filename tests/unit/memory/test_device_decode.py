@@ -15,6 +15,7 @@ from test_packed_store import EXPERT_BYTES, TENSOR_BYTES, Bench
 
 from sglmoe.kernels.exponent_codec.layout import read_layout
 from sglmoe.kernels.exponent_codec.reference import decode_reference
+from sglmoe.memory.decode_ratio import DecodeRatio
 from sglmoe.memory.device_decode import (
     DecodedFrames,
     PlainFrames,
@@ -25,7 +26,7 @@ from sglmoe.memory.device_decode import (
 from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier
 from sglmoe.memory.experts import Load, PackedCell
 from sglmoe.memory.host_tier import HostTier, make_blocks
-from sglmoe.memory.load_timer import device_decoding_seconds
+from sglmoe.memory.load_timer import LoadTimer, device_decoding_seconds
 from sglmoe.memory.promotion import Promotion
 from sglmoe.memory.store import ExpertReadError, ExpertStore
 
@@ -270,6 +271,16 @@ class Clock:
         return ClockTimer(self)
 
 
+class Tick:
+    """A timer that leaves a 0 among the launches."""
+
+    def __init__(self, launches: list[int]):
+        self._launches = launches
+
+    def record(self) -> None:
+        self._launches.append(0)
+
+
 class ClockTimer:
     def __init__(self, clock: Clock):
         self._clock = clock
@@ -352,10 +363,11 @@ def test_what_is_packed_in_the_arena_comes_from_there_behind_the_others(bench: B
     bench.original.write_bytes(b"")
     device.arena[0] = 170
     device.decoder.launches.clear()
+    device.copier._timer = LoadTimer(DecodeRatio(), lambda: Tick(device.decoder.launches))
     filled = PackedCell(cell.runs, is_filled=True)
     device.copier.load([Load(0, 0, 0, filled), Load(1, 0, 1)])
     assert (device.frame(0), device.frame(1)) == (bench.expert(0), bench.expert(1))
-    assert device.decoder.launches == [1] * 6
+    assert device.decoder.launches == [0, 1, 1, 1, 0, 0, 1, 1, 1, 0], "each is timed by itself"
     counters = device.tier.counters()
     assert (counters["host_hits"], counters["disk_reads"]) == (1, 1)
 
