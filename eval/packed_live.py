@@ -32,7 +32,7 @@ from sglmoe.memory.transfer import HostCopier
 from sglmoe.memory.use_counter import UseCounter
 from sglmoe.prediction.trace import Trace, load_trace
 from sglmoe.units import parse_bytes
-from sglmoe.worker.packed_experts import plan_packing, use_packed
+from sglmoe.worker.packed_experts import decoding_seconds, plan_packing, use_packed
 from sglmoe.worker.packed_planner import PackedPlanner
 from sglmoe.worker.step_watch import Price, StepKind, StepWatch
 
@@ -87,7 +87,13 @@ class Bench:
             store=TieredStore(tier, store),
             num_threads=os.cpu_count() or 1,
         )
-        packing = plan_packing(store, share, copier.decode_ratio, frame_bytes=expert_bytes)
+        packing = plan_packing(
+            store,
+            share,
+            copier.decode_ratio,
+            frame_bytes=expert_bytes,
+            time_decoding=lambda: decoding_seconds(store),
+        )
         self.decode_ratio = copier.decode_ratio
         self.memory = MemoryManager(
             geometry,

@@ -15,7 +15,6 @@ from sglmoe.errors.options import (
     not_a_size,
     not_seconds,
     not_seconds_above_0,
-    packed_share_on_a_gpu,
     packed_share_without_values,
     together_more_than_there_is,
     ttft_target_without_filling,
@@ -139,7 +138,7 @@ def plan_config(options: Options, machine: Machine, *, page_tokens: int | None) 
         ttft_target_seconds=parse_ttft_target(options.ttft_target, options.fill_passes),
         itl_target_seconds=parse_target("--itl-target", options.itl_target),
         packed_experts=parse_packed_experts(options.packed_experts),
-        packed_share=_packed_share(options, machine, memory_policy),
+        packed_share=_packed_share(options, memory_policy),
     )
 
 
@@ -253,15 +252,10 @@ def parse_packed_share(text: str | None) -> float | None:
     return float(match[1]) / 100
 
 
-def _packed_share(options: Options, machine: Machine, policy: MemoryPolicy) -> float | None:
+def _packed_share(options: Options, policy: MemoryPolicy) -> float | None:
     share = parse_packed_share(options.packed_share)
-    if share == 0.0:
-        return share
-    given = str(options.packed_share)
-    if machine.has_gpu:
-        raise packed_share_on_a_gpu(given=given)
-    if policy is not MemoryPolicy.COST_AWARE:
-        raise packed_share_without_values(given=given, policy=policy.value)
+    if share != 0.0 and policy is not MemoryPolicy.COST_AWARE:
+        raise packed_share_without_values(given=str(options.packed_share), policy=policy.value)
     return share
 
 

@@ -229,7 +229,7 @@ def add_packed_flags(group: argparse._ArgumentGroup) -> None:
         metavar="off|auto|SHARE",
         help="How much of the memory that KV cache leaves should hold packed experts, 1.4 times as many as it would "
         "ready ones, each to be decoded when it is used: auto plans that by what loads and decoding take, here and now, which "
-        "may be nothing; 30%% holds so much in any case. Needs packed experts; on a CPU only so far. Default: off.",
+        "may be nothing; 30%% holds so much in any case. Needs packed experts; no GPU has run it. Default: off.",
     )
 
 

@@ -44,12 +44,6 @@ def unknown_packed_share(*, given: str) -> UserError:
     return UserError(f"--packed-share: {given!r} is none of off, auto and a share such as 30%")
 
 
-def packed_share_on_a_gpu(*, given: str) -> UserError:
-    return UserError(
-        f"--packed-share={given}: packed experts stay in the arena on a CPU only so far; leave it out"
-    )
-
-
 def packed_share_without_values(*, given: str, policy: str) -> UserError:
     return UserError(
         f"--packed-share={given}: with --memory-policy={policy} nothing says what packed experts are worth; leave out either"

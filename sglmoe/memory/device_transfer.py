@@ -9,7 +9,7 @@ the whole device. Tested on streams that are simulated (tests/unit/memory/test_d
 
 import queue
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from sglmoe.memory.device_decode import Frames, PlainFrames
 from sglmoe.memory.experts import Load
 from sglmoe.memory.host_tier import HostTier, block_bytes, block_reader, page_locked
 from sglmoe.memory.link_gate import Finish
+from sglmoe.memory.load_timer import LoadTimer
 from sglmoe.memory.store import CHUNK_BYTES, Bytes, ExpertStore
 
 NUM_STAGING = 2  # one is read into while the other is copied, or by another thread
@@ -151,7 +152,7 @@ class DeviceCopier:
     """Copies for layers that wait, on a stream of their own: residents compute meanwhile.
 
     `arena` is uint8 ``[num_frames * frame_bytes]`` on the device; the tier's blocks are page-locked. `compute` and
-    `on_stream` as above.
+    `on_stream` as above. `timer` is told what loads take.
     """
 
     def __init__(
@@ -167,7 +168,9 @@ class DeviceCopier:
         on_stream: OnStream = torch.cuda.stream,
         new_event: Callable[[], Event] = torch.cuda.Event,
         lock_pages: Callable[[Bytes], None] = page_lock,
+        timer: LoadTimer | None = None,
     ):
+        self._timer = timer
         self._into = into or PlainFrames(arena.view(-1, frame_bytes))
         self._store = store
         self._tier = tier
@@ -197,8 +200,7 @@ class DeviceCopier:
         try:
             with self._on_stream(self._stream):
                 try:
-                    for load in loads:
-                        self._queue(load, pinned)
+                    self._queue_all(loads, pinned)
                 finally:
                     self._into.flush()
                     copied.record()
@@ -213,6 +215,24 @@ class DeviceCopier:
         """Nothing that is queued from now on runs before; how long that takes the host does not see."""
         self._compute.wait_event(copied)
         return 0.0
+
+    def _queue_all(self, loads: Sequence[Load], pinned: list[int]) -> None:
+        """Those from below first, then those that are packed in the arena."""
+        packed = [load for load in loads if load.is_packed]
+        with self._span(len(loads) - len(packed), is_decoded=False):
+            for load in loads:
+                if not load.is_packed:
+                    self._queue(load, pinned)
+            self._into.flush()
+        with self._span(len(packed), is_decoded=True):
+            for load in packed:
+                self._into.unpack(load)
+            self._into.flush()
+
+    def _span(self, num_experts: int, *, is_decoded: bool) -> AbstractContextManager[None]:
+        if self._timer is None:
+            return nullcontext()
+        return self._timer.span(num_experts, is_decoded=is_decoded)
 
     def _queue(self, load: Load, pinned: list[int]) -> None:
         block = self._tier.pin(load.layer, load.expert)
@@ -235,6 +255,8 @@ class DeviceCopier:
         free.record()
 
     def _unpin_copied(self) -> None:
+        if self._timer is not None:
+            self._timer.collect()
         while self._copying and self._copying[0][0].query():
             for block in self._copying.pop(0)[1]:
                 self._tier.unpin(block)

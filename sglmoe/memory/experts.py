@@ -33,6 +33,11 @@ class Load(msgspec.Struct, frozen=True, gc=False):
     expert: int
     cell: PackedCell | None = None
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether its bytes are in the arena."""
+        return self.cell is not None and self.cell.is_filled
+
 
 class ExpertTable:
     """The residents, which of them are pinned: experts of one layer at a time, and those on their way.

@@ -4,6 +4,9 @@ import threading
 import time
 from collections.abc import Callable
 
+# In the environment of a server that is to have one: such as 200MB (a second).
+READ_RATE = "SGLMOE_READ_RATE"
+
 
 class ReadRate:
     """Any number of threads may ask; each is kept waiting until its bytes would have come."""

@@ -104,11 +104,11 @@ class HostCopier:
                 self._will_read(ahead)
             started = time.perf_counter()
             num_bytes += self._read(load)
-            self.decode_ratio.note(time.perf_counter() - started, is_decoded=is_packed(load))
+            self.decode_ratio.note(time.perf_counter() - started, is_decoded=load.is_packed)
         return num_bytes, time.perf_counter()
 
     def _will_read(self, load: Load) -> None:
-        if not is_packed(load):
+        if not load.is_packed:
             self._store.will_read(load.layer, load.expert)
 
     def _read(self, load: Load) -> int:
@@ -120,8 +120,3 @@ class HostCopier:
         if load.cell.is_filled:
             return self._store.unpack(layer, expert, pieces, target)
         return self._store.read_and_keep(layer, expert, target, pieces)
-
-
-def is_packed(load: Load) -> bool:
-    """Whether its bytes are in the arena."""
-    return load.cell is not None and load.cell.is_filled

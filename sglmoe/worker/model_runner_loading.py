@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import setproctitle
@@ -19,20 +19,19 @@ from sglmoe.config import EngineConfig
 from sglmoe.errors import models
 from sglmoe.errors.budgets import experts_held_beside_budget
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_geometry
-from sglmoe.memory.background_copier import BackgroundCopier, Copy, Mark
-from sglmoe.memory.decode_ratio import DecodeRatio
-from sglmoe.memory.device_decode import NUM_STAGED, DecodedFrames, can_decode, staged_bytes
-from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier, page_lock
+from sglmoe.memory.background_copier import BackgroundCopier
+from sglmoe.memory.device_decode import NUM_STAGED, can_decode, staged_bytes
+from sglmoe.memory.device_transfer import page_lock
 from sglmoe.memory.experts import ABSENT
-from sglmoe.memory.host_tier import HostTier, TieredStore, make_blocks
-from sglmoe.memory.link_gate import LinkGate, LoadExperts
+from sglmoe.memory.host_tier import HostTier, make_blocks
+from sglmoe.memory.link_gate import LinkGate
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.packed_order import Packing
 from sglmoe.memory.promoter import Promoter
-from sglmoe.memory.read_rate import ReadRate
+from sglmoe.memory.read_rate import READ_RATE, ReadRate
 from sglmoe.memory.store import ExpertStore
-from sglmoe.memory.transfer import HostCopier
 from sglmoe.units import parse_bytes
+from sglmoe.worker.expert_copiers import expert_copiers
 from sglmoe.worker.model_runner_graphs import DecodeGraphs, capture_graphs, plan_decode_graphs
 from sglmoe.worker.moe_layer import PagedExperts
 from sglmoe.worker.moe_layer_method import install
@@ -42,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 # Arbitrary: requests that may run at once, where --max-running-requests does not say.
 DEFAULT_MAX_RUNNING = 256
-READ_RATE = "SGLMOE_READ_RATE"
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -285,9 +283,13 @@ def manage(
     tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts, as_stored=as_stored)
     demand = LinkGate()
     prefetch = LinkGate(above=demand)
-    copiers = expert_copiers(frames, geometry, store, tier)
+    copiers = expert_copiers(frames, geometry, store, tier, packs=config.packed_share != 0.0)
     packing = plan_packing(
-        store, config.packed_share, copiers.decode_ratio, frame_bytes=geometry.frame_bytes
+        store,
+        config.packed_share,
+        copiers.decode_ratio,
+        frame_bytes=geometry.frame_bytes,
+        time_decoding=copiers.time_decoding,
     )
     background = None
     if num_experts:
@@ -315,37 +317,6 @@ def manage(
             residents=lambda: memory.frame_table != ABSENT,
         ).start()
     return memory, tier, packing
-
-
-class Copiers(NamedTuple):
-    """What copies experts into frames, for layers that wait and for those ahead."""
-
-    load: LoadExperts
-    ahead: Copy
-    mark: Callable[[], Mark]  # see `BackgroundCopier`
-    decode_ratio: DecodeRatio  # measured by `load`
-
-
-def expert_copiers(
-    frames: torch.Tensor, geometry: Geometry, store: ExpertStore, tier: HostTier
-) -> Copiers:
-    """Those of this device."""
-    if frames.device.type == "cpu":
-        copier = HostCopier(
-            frames.numpy(),
-            frame_bytes=geometry.frame_bytes,
-            store=TieredStore(tier, store),
-            num_threads=os.cpu_count() or 1,
-        )
-        return Copiers(copier.load, copier.copy_in_background, lambda: None, copier.decode_ratio)
-    where = {"arena": frames, "frame_bytes": geometry.frame_bytes, "store": store, "tier": tier}
-    rows = frames.view(-1, geometry.frame_bytes)
-    if not tier.as_stored:
-        demand, ahead = DeviceCopier(**where), StreamCopier(**where)
-    else:
-        demand = DeviceCopier(**where, into=DecodedFrames(rows, store))
-        ahead = StreamCopier(**where, new_into=lambda: DecodedFrames(rows, store, num_staged=1))
-    return Copiers(demand.load, ahead.copy, ahead.mark, DecodeRatio())
 
 
 def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from sglmoe.errors import checkpoints
 from sglmoe.errors.options import nothing_packed
 from sglmoe.errors.user_error import UserError
 from sglmoe.memory.decode_ratio import DecodeRatio
+from sglmoe.memory.device_decode import staged_bytes
 from sglmoe.memory.mapped_files import Extent
 from sglmoe.memory.packed_extent import PackedPlace, load_decoder
 from sglmoe.memory.packed_order import NO_PACKING, Packing
@@ -56,27 +58,37 @@ def use_packed(store: ExpertStore, wanted: str, model_path: str) -> None:
 
 
 def plan_packing(
-    store: ExpertStore, share: float | None, ratio: DecodeRatio, *, frame_bytes: int
+    store: ExpertStore,
+    share: float | None,
+    ratio: DecodeRatio,
+    *,
+    frame_bytes: int,
+    time_decoding: Callable[[], float] | None,
 ) -> Packing:
-    """What memory needs to know to hold packed experts in frames. `share`: `EngineConfig.packed_share`.
+    """What memory needs to know to hold packed experts in frames. `share`: `EngineConfig.packed_share`. `time_decoding` says
+    what decoding an expert takes; None: nothing can be decoded into frames.
 
     Raises ValueError, saying what to do, where a share is asked for and packed experts are no smaller than a frame.
     """
     if share == 0.0:
         return NO_PACKING
-    packed_bytes = store.stored_expert_bytes()
+    packed_bytes = staged_bytes(store)
+    why = ""
     if not packed_bytes or plan_slab_class(packed_bytes, frame_bytes) is None:
         why = f"the largest expert takes {packed_bytes} bytes as it is read, a frame {frame_bytes}"
+    elif time_decoding is None:
+        why = f"tensors or frames, of {frame_bytes} bytes, begin where a GPU does not decode to"
+    if why or time_decoding is None:
         if share is not None:
             raise nothing_packed(given=f"{share:.0%}", why=why)
         logger.info("no packed experts in the arena: %s", why)
         return NO_PACKING
-    ratio.note(decoding_seconds(store), is_decoded=True)
+    ratio.note(time_decoding(), is_decoded=True)
     return Packing(packed_bytes, ratio, share)
 
 
 def decoding_seconds(store: ExpertStore) -> float:
-    """What decoding an expert takes from memory: the least of three times."""
+    """What decoding an expert takes from memory, on a CPU: the least of three times."""
     layer, expert = store.experts()[0]
     stored = np.empty(store.stored_expert_bytes(), np.uint8)
     target = np.empty(store.expert_bytes(), np.uint8)

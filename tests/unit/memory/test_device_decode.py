@@ -15,10 +15,18 @@ from test_packed_store import EXPERT_BYTES, TENSOR_BYTES, Bench
 
 from sglmoe.kernels.exponent_codec.layout import read_layout
 from sglmoe.kernels.exponent_codec.reference import decode_reference
-from sglmoe.memory.device_decode import DecodedFrames, PlainFrames, can_decode
+from sglmoe.memory.decode_ratio import DecodeRatio
+from sglmoe.memory.device_decode import (
+    DecodedFrames,
+    PlainFrames,
+    can_decode,
+    pieces_of,
+    staged_bytes,
+)
 from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier
-from sglmoe.memory.experts import Load
+from sglmoe.memory.experts import Load, PackedCell
 from sglmoe.memory.host_tier import HostTier, make_blocks
+from sglmoe.memory.load_timer import LoadTimer, device_decoding_seconds
 from sglmoe.memory.promotion import Promotion
 from sglmoe.memory.store import ExpertReadError, ExpertStore
 
@@ -140,6 +148,167 @@ def test_only_frames_that_the_kernel_can_write_to_are_decoded_into(bench: Bench)
     assert not can_decode(plain, FRAME_BYTES)
 
 
+# ------------------------------------------------------------------------------ cells of the arena
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "pieces"),
+    [
+        (0, 10, [(30, 34), (10, 16)]),
+        (0, 4, [(30, 34)]),
+        (4, 9, [(10, 15)]),
+        (3, 5, [(33, 34), (10, 11)]),
+        (5, 5, []),
+    ],
+)
+def test_a_part_of_a_cell_is_where_its_runs_are(
+    start: int, stop: int, pieces: list[tuple[int, int]]
+) -> None:
+    assert pieces_of([(30, 34), (10, 16)], start, stop) == pieces
+
+
+def test_runs_that_are_neighbours_are_one_piece() -> None:
+    assert pieces_of([(30, 34), (34, 40)], 1, 10) == [(31, 40)]
+
+
+class Cells:
+    """Frame 0 is what experts are loaded into. The first tensor of the cell lies in frames 2 and 1, others in 1; or, as
+    neighbours, in frames 1 and 2."""
+
+    def __init__(self, bench: Bench, *, are_neighbours: bool = False, num_staged: int = 2):
+        self.bench = bench
+        self.arena = torch.full((NUM_FRAMES, FRAME_BYTES), 170, dtype=torch.uint8)
+        self.decoder = Decoder()
+        self.frames = DecodedFrames(
+            self.arena, bench.store, num_staged=num_staged, decode=self.decoder
+        )
+        rest = staged_bytes(bench.store) - 4800
+        first, second = (1, 2) if are_neighbours else (2, 1)
+        stop = (first + 1) * FRAME_BYTES
+        self.runs = ((stop - 4800, stop), (second * FRAME_BYTES, second * FRAME_BYTES + rest))
+
+    def load(self, expert: int, *, is_filled: bool) -> Load:
+        return Load(0, 0, expert, PackedCell(self.runs, is_filled))
+
+    def frame(self) -> bytes:
+        return self.arena[0, :EXPERT_BYTES].numpy().tobytes()
+
+    def untouched(self) -> torch.Tensor:
+        """Everything outside of the cell and the expert's bytes."""
+        is_other = torch.ones(self.arena.numel(), dtype=torch.bool)
+        is_other[:EXPERT_BYTES] = False
+        for start, stop in self.runs:
+            is_other[start:stop] = False
+        return self.arena.view(-1)[is_other]
+
+
+@pytest.mark.parametrize("expert", [0, 1])
+@pytest.mark.parametrize("are_neighbours", [False, True])
+def test_an_expert_is_kept_as_it_comes_and_decoded_from_its_cell(
+    bench: Bench, expert: int, are_neighbours: bool
+) -> None:
+    cells = Cells(bench, are_neighbours=are_neighbours)
+    put(cells.frames, bench.store, cells.load(expert, is_filled=False))
+    cells.frames.flush()
+    assert cells.frame() == bench.expert(expert)
+    cells.arena[0] = 170
+    bench.packed.write_bytes(b"")
+    bench.original.write_bytes(b"")
+    cells.frames._staging[:] = 0
+    cells.frames.unpack(cells.load(expert, is_filled=True))
+    cells.frames.flush()
+    assert cells.frame() == bench.expert(expert)
+    assert cells.untouched().eq(170).all()
+    assert cells.decoder.launches == [1] * 6
+
+
+def test_only_what_lies_in_two_frames_takes_room_in_the_staging_area(bench: Bench) -> None:
+    cells = Cells(bench, num_staged=1)
+    put(cells.frames, bench.store, cells.load(0, is_filled=False))
+    cells.frames.flush()
+    cells.decoder.launches.clear()
+    cells.frames.unpack(cells.load(0, is_filled=True))
+    cells.frames.unpack(cells.load(0, is_filled=True))  # no row is free: the first is decoded
+    assert cells.decoder.launches == [1, 1, 1]
+    whole = Cells(bench, are_neighbours=True, num_staged=1)
+    put(whole.frames, bench.store, whole.load(0, is_filled=False))
+    whole.frames.flush()
+    whole.decoder.launches.clear()
+    for _ in range(3):
+        whole.frames.unpack(whole.load(0, is_filled=True))
+    whole.frames.flush()
+    assert whole.decoder.launches == [3, 3, 3]
+
+
+def test_what_is_forgotten_is_not_kept_either(bench: Bench) -> None:
+    cells = Cells(bench)
+    put(cells.frames, bench.store, cells.load(0, is_filled=False))
+    cells.frames.forget()
+    cells.frames.flush()
+    assert cells.arena.eq(170).all()
+
+
+def test_a_tensor_that_is_not_packed_is_copied_from_the_cell(bench: Bench) -> None:
+    bench.store._parts[0, 0, "w3"] = np.arange(TENSOR_BYTES, dtype=np.uint32).astype(np.uint8)
+    cells = Cells(bench)
+    put(cells.frames, bench.store, cells.load(0, is_filled=False))
+    cells.frames.flush()
+    cells.arena[0] = 170
+    cells.frames.unpack(cells.load(0, is_filled=True))
+    cells.frames.flush()
+    target = np.zeros(EXPERT_BYTES, np.uint8)
+    bench.store.read(0, 0, target)
+    assert cells.frame() == target.tobytes()
+
+
+class Clock:
+    """Timers that are recorded at times that are told; `record` reads the next one, in ms."""
+
+    def __init__(self, *times: float):
+        self.times = list(times)
+
+    def new_timer(self) -> "ClockTimer":
+        return ClockTimer(self)
+
+
+class Tick:
+    """A timer that leaves a 0 among the launches."""
+
+    def __init__(self, launches: list[int]):
+        self._launches = launches
+
+    def record(self) -> None:
+        self._launches.append(0)
+
+
+class ClockTimer:
+    def __init__(self, clock: Clock):
+        self._clock = clock
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = self._clock.times.pop(0)
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "ClockTimer") -> float:
+        return end.at - self.at
+
+
+def test_decoding_is_timed_before_anything_is_served(bench: Bench) -> None:
+    """The least of 5, 2 and 3 ms; the first decoding of all, which compiles, is not among them."""
+    cells = Cells(bench)
+    clock = Clock(0, 5, 10, 12, 20, 23)
+    assert device_decoding_seconds(cells.frames, bench.store, clock.new_timer) == 0.002
+    assert cells.decoder.launches == [1] * 12
+    assert cells.arena[1, :EXPERT_BYTES].numpy().tobytes() == bench.expert(0)
+    assert cells.arena[2].eq(170).all()
+
+
 # ------------------------------------------------------------------------------- with the copiers
 
 
@@ -182,6 +351,25 @@ class Device:
 
     def frame(self, number: int) -> bytes:
         return self.arena[number, :EXPERT_BYTES].numpy().tobytes()
+
+
+def test_what_is_packed_in_the_arena_comes_from_there_behind_the_others(bench: Bench) -> None:
+    """Expert 1 from host memory, then expert 0, which is packed in frame 2, without a look at disk or host memory."""
+    device = Device(bench)
+    cell = PackedCell(((2 * FRAME_BYTES, 2 * FRAME_BYTES + staged_bytes(bench.store)),), False)
+    device.copier.load([Load(0, 0, 0, cell)])
+    assert device.frame(0) == bench.expert(0)
+    bench.packed.write_bytes(b"")
+    bench.original.write_bytes(b"")
+    device.arena[0] = 170
+    device.decoder.launches.clear()
+    device.copier._timer = LoadTimer(DecodeRatio(), lambda: Tick(device.decoder.launches))
+    filled = PackedCell(cell.runs, is_filled=True)
+    device.copier.load([Load(0, 0, 0, filled), Load(1, 0, 1)])
+    assert (device.frame(0), device.frame(1)) == (bench.expert(0), bench.expert(1))
+    assert device.decoder.launches == [0, 1, 1, 1, 0, 0, 1, 1, 1, 0], "each is timed by itself"
+    counters = device.tier.counters()
+    assert (counters["host_hits"], counters["disk_reads"]) == (1, 1)
 
 
 def test_a_layers_experts_are_decoded_at_once_wherever_they_come_from(bench: Bench) -> None:

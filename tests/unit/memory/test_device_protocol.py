@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from random import Random
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -25,9 +26,10 @@ from sglmoe.memory import background_copier, device_transfer, host_tier, link_ga
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.background_copier import BackgroundCopier
 from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier
-from sglmoe.memory.host_tier import HostTier
+from sglmoe.memory.host_tier import HostTier, block_bytes
 from sglmoe.memory.link_gate import LinkGate
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.packed_order import NO_PACKING
 from sglmoe.memory.prefetch import Wanted
 from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.promotion import Promotion, TierSnapshot
@@ -64,9 +66,12 @@ class Disk(ExpertStore):
         *,
         before_chunk: Callable[[], None] | None = None,
     ) -> int:
+        self.fail_or_not()
+        return super().read(layer, expert, target, before_chunk=before_chunk)
+
+    def fail_or_not(self) -> None:
         if self._fails():
             raise ExpertReadError("the disk is gone")
-        return super().read(layer, expert, target, before_chunk=before_chunk)
 
 
 def expert_number(layer: int, expert: int) -> int:
@@ -82,17 +87,30 @@ class Server:
         self.random = random
         self.turns = TakenTurns(random)
         self.device = Device(self.turns, random.randrange, make_stream, make_event)
+        self.disk = Disk(lambda: random.random() < 0.1)
+        self.packing = NO_PACKING
         self.wrong: list[str] = []
         self.seen: Counter[str] = Counter()
         self._rids: dict[str, int] = {}
 
+    def demand_frames(self, arena: torch.Tensor) -> dict[str, Any]:
+        """What else the copiers get."""
+        return {}
+
+    def prefetch_frames(self, arena: torch.Tensor) -> dict[str, Any]:
+        return {}
+
+    def between_steps(self) -> None:
+        pass
+
     def build(self) -> None:
-        device, random = self.device, self.random
+        device, disk = self.device, self.disk
         self.raw = torch.zeros(GEOMETRY.arena_bytes, dtype=torch.uint8)
-        disk = Disk(lambda: random.random() < 0.1)
-        blocks = np.zeros((3, GEOMETRY.expert_bytes), np.uint8)
+        blocks = np.zeros((3, block_bytes(disk, as_stored=disk.is_packed)), np.uint8)
         device.lock_pages(blocks)
-        self.tier = HostTier(blocks, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS)
+        self.tier = HostTier(
+            blocks, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, as_stored=disk.is_packed
+        )
         demand = LinkGate()
         prefetch = LinkGate(above=demand)
         shared = {
@@ -105,9 +123,15 @@ class Server:
         }
         arena = device.tensor(self.raw)
         loads = DeviceCopier(
-            arena, stream=device.Stream("demand"), compute=device.default, **shared
+            arena,
+            stream=device.Stream("demand"),
+            compute=device.default,
+            **shared,
+            **self.demand_frames(arena),
         )
-        copier = StreamCopier(arena, stream=device.Stream("prefetch"), **shared)
+        copier = StreamCopier(
+            arena, stream=device.Stream("prefetch"), **shared, **self.prefetch_frames(arena)
+        )
         self.background = BackgroundCopier(
             copier.copy, demand=demand, prefetch=prefetch, mark=copier.mark
         )
@@ -119,6 +143,7 @@ class Server:
             load_experts=demand.guard(loads.load),
             background=self.background,
             policy=MemoryPolicy.COST_AWARE,  # streams layers, too
+            packing=self.packing,
         )
         self.promoter = Promoter(
             self.tier,
@@ -131,6 +156,7 @@ class Server:
 
     def serve(self, num_steps: int) -> None:
         for _ in range(num_steps):
+            self.between_steps()
             self.memory.begin_step(self.random.choice([1, 1000]))
             self.attend()
             for layer in range(NUM_LAYERS):
@@ -233,8 +259,8 @@ def stand_ins(server: Server) -> Generator[None, None, None]:
         yield
 
 
-def run(seed: int, **faults: type) -> Server:
-    server = Server(Random(seed), **faults)
+def run(seed: int, kind: type[Server] = Server, **faults: type) -> Server:
+    server = kind(Random(seed), **faults)
     with stand_ins(server):
         server.build()
         server.serve(num_steps=5)

@@ -1,6 +1,7 @@
 """Which packed experts a server uses: those of its own checkpoint, whole and sound, if it is to."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from sglmoe.memory.decode_ratio import DecodeRatio
 from sglmoe.memory.packed_order import NO_PACKING, Packing
 from sglmoe.memory.store import PARTS, ExpertStore
 from sglmoe.packed_checkpoint import FOLDER, layer_path
-from sglmoe.worker.packed_experts import plan_packing, use_packed
+from sglmoe.worker.packed_experts import decoding_seconds, plan_packing, use_packed
 
 ALL_BYTES = 2 * 2 * 3 * TENSOR_BYTES
 LAYER_BYTES = ALL_BYTES // 2
@@ -153,20 +154,41 @@ def test_another_dtype_than_the_checkpoints_has_nothing_packed(
 # ------------------------------------------------------------------------------- packed in the arena
 
 
+def plan(
+    store: ExpertStore,
+    share: float | None,
+    ratio: DecodeRatio,
+    *,
+    time_decoding: Callable[[], float] | None = lambda: 0.001,
+) -> Packing:
+    return plan_packing(
+        store, share, ratio, frame_bytes=3 * TENSOR_BYTES, time_decoding=time_decoding
+    )
+
+
 def test_packed_experts_may_stay_in_frames_where_they_are_smaller(model: Path) -> None:
     store, ratio = load(model), DecodeRatio()
     use_packed(store, "on", str(model))
     for share in (None, 0.3):
-        packing = plan_packing(store, share, ratio, frame_bytes=3 * TENSOR_BYTES)
+        packing = plan(store, share, ratio)
         assert packing == Packing(store.stored_expert_bytes(), ratio, share)
     ratio.note(1000.0, is_decoded=False)
-    assert 0 < ratio() < 1e-3, "how long decoding takes is known before anything is served"
-    assert plan_packing(store, 0.0, ratio, frame_bytes=3 * TENSOR_BYTES) == NO_PACKING
+    assert ratio() == pytest.approx(1e-6), "decoding is timed before anything is served"
+    assert 0 < decoding_seconds(store) < 1
+    assert plan(store, 0.0, ratio) == NO_PACKING
 
 
 def test_without_packed_experts_a_share_is_refused_and_auto_is_none(model: Path) -> None:
     store, ratio = load(model), DecodeRatio()
-    assert plan_packing(store, None, ratio, frame_bytes=3 * TENSOR_BYTES).expert_bytes == 0
+    assert plan(store, None, ratio) == NO_PACKING
     message = r"--packed-share=30%: the largest expert takes 24576 bytes as it is read, a frame 24576; pack them with"
     with pytest.raises(ValueError, match=message):
-        plan_packing(store, 0.3, ratio, frame_bytes=3 * TENSOR_BYTES)
+        plan(store, 0.3, ratio)
+
+
+def test_nor_where_a_device_can_not_decode_into_frames(model: Path) -> None:
+    store, ratio = load(model), DecodeRatio()
+    use_packed(store, "on", str(model))
+    assert plan(store, None, ratio, time_decoding=None) == NO_PACKING
+    with pytest.raises(ValueError, match="of 24576 bytes, begin where a GPU does not decode to"):
+        plan(store, 0.3, ratio, time_decoding=None)
