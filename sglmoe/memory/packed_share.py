@@ -29,6 +29,11 @@ KEEP_MARGIN = 1.25
 # Arbitrary. Longer runs are harder to find; 5 frames hold 7 experts at the codec's 0.706, which wastes one in a hundred.
 MAX_RUN_FRAMES = 8
 
+# With fewer requests at a time nothing is packed. One stays with its experts for some steps: frames then hit more often than
+# uses that are independent of each other would, which is what is reckoned with. Waits of a lone request were 1.5 and 1.8
+# times as long as without (docs/measuring.md, Packed in the arena).
+MIN_RUNNING = 1.5
+
 Seconds = TypeVar("Seconds", float, npt.NDArray[np.float64])
 
 
@@ -120,14 +125,16 @@ def plan_slab_class(
 def plan_packed_share(now: PackedSnapshot) -> PackedPlan:
     """The number of packed frames, a step closer to the fewest that nearly have the shortest predicted stall.
 
-    The present number stays unless that makes steps shorter by MIN_GAIN_RATIO; but it never stays where nothing packed
-    is predicted to be better, and nowhere through a share that is worse. It changes by MAX_CHANGE_RATIO of the frames at most:
-    experts have to move.
+    With one request it is none, see MIN_RUNNING. Else the present number stays unless that makes steps shorter by
+    MIN_GAIN_RATIO; but it never stays where nothing packed is predicted to be better, and nowhere through a share that is
+    worse. It changes by MAX_CHANGE_RATIO of the frames at most: experts have to move.
     """
     if now.slab is None:
         return _describe(now, 0, "packed experts are no smaller")
     if now.num_frames >= now.curve.num_experts:
         return _describe(now, 0, f"all {now.curve.num_experts} experts fit in frames")
+    if now.num_running < MIN_RUNNING:
+        return _describe(now, 0, "a lone request finds more in frames than plans can tell")
     stalls = predict_stalls(now)
     present = min(now.packed_frames // now.slab.frames, len(stalls) - 1)
     best = int((stalls <= (1 + NEAR_RATIO) * stalls.min()).argmax())

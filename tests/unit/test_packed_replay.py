@@ -11,6 +11,7 @@ from eval.packed_memory import PackedClass, PackedMemory
 from eval.packed_replay import Machine, Outcome, Setting, System, joined, replay
 from eval.replay import policy_counts
 from sglmoe.config import MemoryPolicy
+from sglmoe.memory import packed_share
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.packed_share import Form, FormCosts, SlabClass
 
@@ -63,7 +64,10 @@ def test_frames_alone_load_what_they_miss_packed_or_not() -> None:
     assert packed.stall_seconds == pytest.approx(misses * 6.1e-3 / 40)
 
 
-def test_the_plan_packs_where_decoding_is_fast_and_else_not() -> None:
+def test_the_plan_packs_where_decoding_is_fast_and_else_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed_share, "MIN_RUNNING", 1.0)  # one request is enough to tell
     alone = outcome_of(System("packed link", 0.0))
     planned = outcome_of(System("planned", None))
     # Nothing is known in the first 16 of 40 steps.

@@ -1,6 +1,7 @@
 """How much of the arena holds packed experts: 2 layers of 4 experts, 6 frames, runs of 2 frames that hold 3.
 
-A step uses two experts with probability 0.8, two with 0.4, four with 0.2. Bringing one takes 9 ms, decoding it 1 ms.
+A step of two requests uses two experts with probability 0.8, two with 0.4, four with 0.2. Bringing one takes 9 ms,
+decoding it 1 ms.
 One frame is what the others pass through: less than two experts a layer are not ready.
 
     runs  frames  stay ready      packed               away    stall
@@ -41,8 +42,8 @@ COSTS = FormCosts(link_seconds=0.009, decode_seconds=0.001)
 
 def snapshot(**changes: Any) -> PackedSnapshot:
     facts = {
-        "curve": MissCurve(ExpertUses(USES, 1)),
-        "num_running": 1,
+        "curve": MissCurve(ExpertUses(USES, 2)),
+        "num_running": 2,
         "num_frames": 6,
         "floor_frames": 1,
         "slab": SlabClass(2, 3),
@@ -80,7 +81,7 @@ def test_stalls_are_predicted_as_in_the_table_above() -> None:
 
 def test_nothing_packed_is_what_the_miss_curve_says() -> None:
     now = snapshot()
-    assert predict_stalls(now)[0] == pytest.approx(COSTS.load_seconds * now.curve.misses(1, 6))
+    assert predict_stalls(now)[0] == pytest.approx(COSTS.load_seconds * now.curve.misses(2, 6))
 
 
 def settled(now: PackedSnapshot) -> int:
@@ -88,6 +89,12 @@ def settled(now: PackedSnapshot) -> int:
     while (packed := plan_packed_share(now).packed_frames) != now.packed_frames:
         now = msgspec.structs.replace(now, packed_frames=packed)
     return packed
+
+
+def test_for_a_lone_request_nothing_is_packed() -> None:
+    assert plan_packed_share(snapshot()).packed_frames > 0
+    for present in (0, 4):
+        assert plan_packed_share(snapshot(num_running=1, packed_frames=present)).packed_frames == 0
 
 
 def test_the_share_with_the_shortest_stall_is_gone_to_step_by_step() -> None:
@@ -208,10 +215,10 @@ def test_any_plan_is_within_its_bounds(now: PackedSnapshot) -> None:
 def test_no_share_is_taken_that_is_worse_on_the_way_to_a_better_one() -> None:
     """7 frames, runs of 3: with one run 4 frames are left and 4 experts packed, with two 1 and 8. Stalls of 8 equal experts, of
     which a step uses half: at first more has to be decoded than is no longer loaded."""
-    uses = ExpertUses(np.full((1, 8), 0.5), 1.0)
+    uses = ExpertUses(np.full((1, 8), 0.5), 2.0)
     now = PackedSnapshot(
         curve=MissCurve(uses),
-        num_running=1.0,
+        num_running=2.0,
         num_frames=7,
         floor_frames=1,
         slab=SlabClass(frames=3, experts=4),

@@ -16,7 +16,7 @@ from sglmoe.protocol import PackedReport
 from sglmoe.worker.packed_planner import PLAN_STEPS, PackedPlanner
 from sglmoe.worker.step_watch import StepKind
 
-DECODE, PREFILL = StepKind([request("a")], 0), StepKind([], 100)
+DECODE, PREFILL = StepKind([request("a"), request("b")], 0), StepKind([], 100)
 
 
 class Memory:
