@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sglmoe.memory.packed_share import (
     MAX_CHANGE_RATIO,
     MIN_GAIN_RATIO,
+    MIN_RUNNING,
     NEAR_RATIO,
     Form,
     FormCosts,
@@ -242,8 +243,8 @@ def test_plans_settle_where_nothing_is_to_be_gained(now: PackedSnapshot) -> None
     plan = plan_packed_share(now)
     assert plan.packed_frames == packed
     assert plan.stall_seconds <= plan.ready_only_seconds
-    if "leads through" in plan.reason:
-        return  # see the example below
+    if "leads through" in plan.reason or now.num_running < MIN_RUNNING:
+        return  # see the examples above
     if now.slab is not None and now.num_frames < now.curve.num_experts:
         # It stops where the shortest, or what is nearly as short, is no gain.
         assert plan.stall_seconds * (1 - MIN_GAIN_RATIO) <= predict_stalls(now).min() * (
