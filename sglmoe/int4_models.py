@@ -16,13 +16,12 @@ METHODS: tuple[Literal["gptq", "awq"], ...] = ("gptq", "awq")
 # The value of SGLang's --quantization under which it computes them so. By itself it takes Marlin's kernel, where it can.
 SGLANG_METHOD = "moe_wna16"
 # Whose tests are tests/e2e/test_int4.py.
-ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM", "MixtralForCausalLM")
+ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM")
 # What SGLang's kernels for the other layers take: MARLIN_SUPPORTED_GROUP_SIZES, from an A100 on.
 GROUPS = (32, 64, 128)
 CAPABILITY = (8, 0)
 FORMS = {"gptq": ("", "gptq"), "awq": ("", "gemm")}  # how weights lie in the checkpoint
-MATRICES = {"MixtralForCausalLM": ("w1", "w2", "w3")}
-BLOCKS = {"MixtralForCausalLM": "block_sparse_moe"}
+MATRICES = ("gate_proj", "up_proj", "down_proj")  # of an expert, as those families call them
 
 
 class Int4(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +91,7 @@ def refused_int4(
         return models.int4(method=its.method, what=its.peculiar)
     if architecture not in ARCHITECTURES:
         return models.int4_family(name=architecture, method=its.method, known=ARCHITECTURES)
-    if rule := _rule_for_experts(its, architecture, moe_layers, num_experts):
+    if rule := _rule_for_experts(its, moe_layers, num_experts):
         return models.int4(method=its.method, what=f"experts that are left out ({rule})")
     if on_cpu and its.method == "awq":
         return models.awq_on_cpu()
@@ -112,16 +111,12 @@ def _rule_for(its: Int4, module: str) -> str | None:
     return next((rule for rule in its.left_out if re.match(rule, module)), None)
 
 
-def _rule_for_experts(
-    its: Int4, architecture: str, moe_layers: Sequence[int], num_experts: int
-) -> str | None:
+def _rule_for_experts(its: Int4, moe_layers: Sequence[int], num_experts: int) -> str | None:
     """The first that leaves out experts: SGLang and the frames have all in one form."""
-    block = BLOCKS.get(architecture, "mlp")
-    names = MATRICES.get(architecture, ("gate_proj", "up_proj", "down_proj"))
     for layer in moe_layers:
         for expert in (0, num_experts - 1):
-            for name in names:
-                module = f"model.layers.{layer}.{block}.experts.{expert}.{name}"
+            for name in MATRICES:
+                module = f"model.layers.{layer}.mlp.experts.{expert}.{name}"
                 if rule := _rule_for(its, module):
                     return rule
     return None

@@ -20,6 +20,8 @@ Bytes = npt.NDArray[np.uint8]
 Convert = Callable[[Bytes], Bytes]
 
 PER_WORD = 8  # weights of 4 bits in an int32
+# Arbitrary: of a matrix of 4096 rows of words as wide, a block fits a core's second-level cache.
+BLOCK_COLUMNS = 64
 LOW_HALVES = np.uint32(0x0F0F0F0F)
 # Columns of an AWQ word in the order in which their bits lie, from the lowest on: AutoAWQ's AWQ_ORDER.
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -69,20 +71,21 @@ def checkpoint_form(its: ExpertFormat, tensor: FrameTensor, dtype: str) -> Check
 
 def gptq_weights(raw: Bytes, *, width: int) -> Bytes:
     """int32 `[k / 8, width]` to uint8 `[width, k / 2]`: eight weights of a row lie in a word as they lie in four bytes."""
-    words = raw.view(np.uint32).reshape(-1, width)
-    return _flat(words.T)
+    return _flat(_turned(raw.view(np.uint32).reshape(-1, width)))
 
 
 def awq_weights(raw: Bytes, *, width: int) -> Bytes:
     """int32 `[k, width / 8]` to uint8 `[width, k / 2]`."""
     words = raw.view(np.uint32).reshape(-1, 2, width // PER_WORD)
-    even, odd = words[:, 0], words[:, 1]  # of k
+    even, odd = (_turned(words[:, which]) for which in (0, 1))  # of k
     low = (even & LOW_HALVES) | ((odd & LOW_HALVES) << 4)
     high = ((even >> 4) & LOW_HALVES) | (odd & ~LOW_HALVES)
-    pairs = np.empty((len(words), width // PER_WORD, PER_WORD), np.uint8)
+    pairs = np.empty((width // PER_WORD, PER_WORD, len(words)), np.uint8)
     for start, its in enumerate((low, high)):  # every second four bits of a word
-        pairs[..., list(AWQ_COLUMNS[start::2])] = its.view(np.uint8).reshape(*its.shape, 4)
-    return _flat(pairs.reshape(len(words), width).T)
+        pieces = its.view(np.uint8).reshape(*its.shape, 4)
+        for place, column in enumerate(AWQ_COLUMNS[start::2]):
+            pairs[:, column] = pieces[..., place]
+    return _flat(pairs)
 
 
 def gptq_zeros(raw: Bytes, *, width: int) -> Bytes:
@@ -117,6 +120,16 @@ def _to_float32(raw: Bytes, dtype: str) -> npt.NDArray[np.float32]:
     if dtype == "bfloat16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return raw.view(dtype).astype(np.float32)
+
+
+def _turned(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """The transpose, in its own order. Through blocks of neighbours: rows a power of two apart would share a cache's lines."""
+    depth, width = words.shape
+    turned = np.empty((width, depth), np.uint32)
+    for start in range(0, width, BLOCK_COLUMNS):
+        stop = start + BLOCK_COLUMNS
+        turned[start:stop] = np.ascontiguousarray(words[:, start:stop]).T
+    return turned
 
 
 def _flat(array: npt.NDArray[Any]) -> Bytes:

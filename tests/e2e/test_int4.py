@@ -73,9 +73,9 @@ def test_the_unmodified_server_answers_as_its_twin_does(models: GptqCheckpoints)
     assert in_int4 == run_in_fork(interview_sglang, models.twin, "bfloat16")
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
-def test_other_families_answer_as_their_twins(family: str, tmp_path: Path) -> None:
-    gptq, twin = run_in_fork(make_gptq_checkpoints, family, tmp_path, group=GROUP, has_zeros=False)
+def test_another_family_answers_as_its_twin(tmp_path: Path) -> None:
+    """With shared experts in 4 bits too, and a gate of theirs that is not."""
+    gptq, twin = run_in_fork(make_gptq_checkpoints, "qwen2_moe", tmp_path, group=GROUP, has_zeros=False)
     theirs = run_in_fork(interview_sglang, twin, "bfloat16")
     roomy = run_in_fork(interview_sglmoe, gptq, "bfloat16", "200MB")
     check_same(roomy, theirs)

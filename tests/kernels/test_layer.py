@@ -238,7 +238,7 @@ def test_fp8_out_of_frames_is_what_it_stands_for(num_frames: int) -> None:
 
 @pytest.mark.parametrize("source", ["gptq", "awq"])
 def test_int4_out_of_frames_is_what_it_stands_for(source: Literal["gptq", "awq"]) -> None:
-    """What a CPU makes of the same frames. In float16: of bfloat16 the interpreter multiplies the bits as if they were numbers."""
+    """What a CPU makes of the same frames. In float16: of bfloat16 the interpreter multiplies bits as if they were numbers."""
     layer = Layer(2, W4A16("float16", 32, source == "awq", source))
     random = torch.Generator().manual_seed(3)
     hidden = torch.randn(6, HIDDEN, generator=random).half()

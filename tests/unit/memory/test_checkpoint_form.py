@@ -71,7 +71,7 @@ def test_scales_are_turned_and_rounded_as_torch_rounds(dtype: str, to: str) -> N
 def weights(draw: st.DrawFn) -> Int4Weights:
     """Rows and inputs by eights, as words need them; zero points that GPTQ can write, 1 to 15."""
     n, groups, group = (
-        8 * draw(st.integers(1, 4)),
+        8 * draw(st.integers(1, 20)),
         draw(st.integers(1, 3)),
         draw(st.sampled_from([8, 16])),
     )
