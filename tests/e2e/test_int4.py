@@ -75,7 +75,9 @@ def test_the_unmodified_server_answers_as_its_twin_does(models: GptqCheckpoints)
 
 def test_another_family_answers_as_its_twin(tmp_path: Path) -> None:
     """With shared experts in 4 bits too, and a gate of theirs that is not."""
-    gptq, twin = run_in_fork(make_gptq_checkpoints, "qwen2_moe", tmp_path, group=GROUP, has_zeros=False)
+    gptq, twin = run_in_fork(
+        make_gptq_checkpoints, "qwen2_moe", tmp_path, group=GROUP, has_zeros=False
+    )
     theirs = run_in_fork(interview_sglang, twin, "bfloat16")
     roomy = run_in_fork(interview_sglmoe, gptq, "bfloat16", "200MB")
     check_same(roomy, theirs)
