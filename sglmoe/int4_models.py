@@ -15,7 +15,7 @@ from sglmoe.errors.user_error import UserError
 METHODS: tuple[Literal["gptq", "awq"], ...] = ("gptq", "awq")
 # The value of SGLang's --quantization under which it computes them so. By itself it takes Marlin's kernel, where it can.
 SGLANG_METHOD = "moe_wna16"
-# Whose tests are tests/e2e/test_int4.py.
+# Whose tests are tests/e2e/test_int4.py. (SGLang has another class for Mixtral in 4 bits, without a layer of experts to page.)
 ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM")
 # What SGLang's kernels for the other layers take: MARLIN_SUPPORTED_GROUP_SIZES, from an A100 on.
 GROUPS = (32, 64, 128)
