@@ -1,7 +1,8 @@
 """Torch equivalents of SGLang's GPU-only kernels, and their installation through SGLang's hooks.
 
 Each function keeps the contract of what it replaces and computes in the same precision, but for fp8:
-a GPU rounds activations to it too, these do not, nor does SGLang's CPU kernel, which needs AMX. Rows are
+a GPU rounds activations to it too, these do not, nor does SGLang's CPU kernel, which needs AMX. Linear layers
+in 4 bits are `cpu_gptq.py`'s. Rows are
 independent of each other: a request gets the same bits whatever shares its batch.
 """
 
@@ -19,7 +20,7 @@ from sglang.srt.models.deepseek_common.attention_backend_handler import (
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch.nn import functional as F
 
-from sglmoe.kernels.block_fp8 import dequantise
+from sglmoe.kernels import block_fp8, int4
 
 MASK_32 = 0xFFFFFFFF
 
@@ -38,11 +39,11 @@ def replace_gpu_kernels() -> None:
     }
     for target, replacement in replacements.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
-    in_fp8 = {
+    quantised = {
         "sglang.srt.layers.quantization.fp8.Fp8LinearMethod.apply": block_fp8_linear,
-        "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.fused_experts": block_fp8_experts,
+        "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.fused_experts": quantised_experts,
     }
-    for target, equivalent in in_fp8.items():
+    for target, equivalent in quantised.items():
         HookRegistry.register(target, equivalent, HookType.AROUND)
     HookRegistry.apply_hooks()
     AttentionBackendRegistry.register("torch_native", choose_absorbed_attention)
@@ -63,17 +64,13 @@ def fused_gate_sigmoid_mul_add(
 
 
 class DequantisedExperts:
-    """Weights of experts in fp8 with a scale for each block: `[expert]` gives one matrix in `dtype`."""
+    """Quantised weights of experts: `[expert]` gives one matrix, as it is multiplied."""
 
-    def __init__(
-        self, weight: torch.Tensor, scale: torch.Tensor, block: list[int], dtype: torch.dtype
-    ):
-        self._weight, self._scale, self._block, self._dtype = weight, scale, block, dtype
+    def __init__(self, matrix: Callable[[int], torch.Tensor]):
+        self._matrix = matrix
 
     def __getitem__(self, expert: int) -> torch.Tensor:
-        rows, columns = self._block
-        weight, scale = self._weight[expert], self._scale[expert]
-        return dequantise(weight, scale, rows=rows, columns=columns, dtype=self._dtype)
+        return self._matrix(expert)
 
 
 def block_fp8_linear(
@@ -88,11 +85,11 @@ def block_fp8_linear(
         return stock(method, layer, x, bias)
     rows, columns = method.weight_block_size
     weight, scale = layer.weight.data, layer.weight_scale_inv.data
-    whole = dequantise(weight, scale, rows=rows, columns=columns, dtype=x.dtype)
+    whole = block_fp8.dequantise(weight, scale, rows=rows, columns=columns, dtype=x.dtype)
     return F.linear(x, whole, bias)
 
 
-def block_fp8_experts(
+def quantised_experts(
     stock: Callable[..., torch.Tensor],
     *,
     hidden_states: torch.Tensor,
@@ -103,8 +100,8 @@ def block_fp8_experts(
     **quantised: Any,
 ) -> torch.Tensor:
     """A layer's routed experts, likewise, for `hidden_states` [num_tokens, hidden_size]."""
-    block = quantised.get("block_shape")
-    if not quantised.get("use_fp8_w8a8") or block is None:
+    kinds = ("use_fp8_w8a8", "use_int4_w4a16")
+    if quantised.get("block_shape") is None or not any(quantised.get(kind) for kind in kinds):
         return stock(
             hidden_states=hidden_states,
             w1=w1,
@@ -113,13 +110,31 @@ def block_fp8_experts(
             moe_runner_config=moe_runner_config,
             **quantised,
         )
-    scales, dtype = (quantised["w1_scale"], quantised["w2_scale"]), hidden_states.dtype
     layer = SimpleNamespace(
         num_experts=len(w1),
-        w13_weight=DequantisedExperts(w1, scales[0], block, dtype),
-        w2_weight=DequantisedExperts(w2, scales[1], block, dtype),
+        w13_weight=dequantised_experts("w1", w1, quantised, hidden_states.dtype),
+        w2_weight=dequantised_experts("w2", w2, quantised, hidden_states.dtype),
     )
     return moe_forward_native(layer, hidden_states, topk_output, moe_runner_config)
+
+
+def dequantised_experts(
+    name: str, weights: torch.Tensor, quantised: dict[str, Any], dtype: torch.dtype
+) -> DequantisedExperts:
+    """`name`: what the arguments of `fused_experts` with its scales and zero points begin with."""
+    scales, zeros = quantised[f"{name}_scale"], quantised.get(f"{name}_zp")
+    rows, columns = quantised["block_shape"]
+
+    def of_fp8(expert: int) -> torch.Tensor:
+        return block_fp8.dequantise(
+            weights[expert], scales[expert], rows=rows, columns=columns, dtype=dtype
+        )
+
+    def of_int4(expert: int) -> torch.Tensor:
+        zero = None if zeros is None else zeros[expert]
+        return int4.dequantise(weights[expert], scales[expert], zero, group=columns, dtype=dtype)
+
+    return DequantisedExperts(of_fp8 if quantised.get("use_fp8_w8a8") else of_int4)
 
 
 def murmur_hash32(

@@ -7,6 +7,7 @@ by `sglmoe.cpu_kernels` once a model is loaded. Knows nothing of the rest of sgl
 """
 
 import os
+from typing import Any
 
 import torch
 from sglang.srt.platforms.cpu import CpuSRTPlatform
@@ -35,6 +36,13 @@ class CpuPlatform(CpuSRTPlatform):
 
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
+
+    def get_quantization_config(self, quantization: str) -> type[Any] | None:
+        if quantization != "moe_wna16":
+            return None  # SGLang's own
+        from sglmoe.cpu_gptq import CpuInt4Config
+
+        return CpuInt4Config
 
     def init_backend(self) -> None:
         # SGLang decorates small functions with torch.compile: on a CPU that is a C++ compiler

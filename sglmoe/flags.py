@@ -85,6 +85,7 @@ VALUES: dict[str, tuple[object, ...]] = {
     "load_format": ("auto", "safetensors"),
     "model_impl": ("auto", "sglang"),
     "moe_runner_backend": ("auto", "triton"),
+    "quantization": ("moe_wna16",),
     "schedule_policy": ("fcfs", "lpm", "lof", "random"),
 }
 
@@ -96,9 +97,7 @@ GRAPHS = (
 SPECULATIVE = "speculative decoding does not work yet; leave it out"
 LORA = "LoRA adapters do not work yet; merge them into the checkpoint"
 MULTIMODAL = "only text goes in and out for now; leave it out"
-QUANTIZED = (
-    "weights are served as the checkpoint has them, in bf16, fp16, fp32 or block fp8; leave it out"
-)
+QUANTIZED = "weights are served as the checkpoint has them, in bf16, fp16, fp32, block fp8, GPTQ or AWQ; leave it out"
 DISAGGREGATION = "disaggregated prefill and decode do not work yet; leave it out"
 OFFLOAD = "the budget already decides what is on the device; use --memory-budget"
 TIERS = "caching KV beyond the device does not work yet; leave it out"

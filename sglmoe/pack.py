@@ -47,7 +47,7 @@ from sglmoe.packed_checkpoint import (
 from sglmoe.units import ceil_div, show_bytes
 
 # A routed expert's matrix: its layer, its expert and what the family calls it.
-EXPERT_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.(\d+)\.(\w+)\.weight$")
+EXPERT_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.(\d+)\.(\w+)\.q?weight$")
 # In the order in which they lie in a frame; names of other families come last.
 KIND_ORDER = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 PACKED_DTYPE = "BF16"

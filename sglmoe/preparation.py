@@ -25,10 +25,18 @@ from sglmoe.errors.options import (
 )
 from sglmoe.errors.options import refused_flags as flags_are_refused
 from sglmoe.flags import flag_name, refused_environment, refused_flags
+from sglmoe.int4_models import SGLANG_METHOD
 from sglmoe.machine import measure_machine
-from sglmoe.plan.families import inner_size_of, num_experts_of
+from sglmoe.plan.families import inner_size_of, moe_layers_of, num_experts_of
+from sglmoe.plan.model_shape import facts_of
 from sglmoe.start_up import ChildEntry
-from sglmoe.supported_models import ModelFacts, Quantisation, quantisation_of, refused_model
+from sglmoe.supported_models import (
+    ModelFacts,
+    Quantisation,
+    quantisation_of,
+    refused_model,
+    refused_weights,
+)
 
 # Arbitrary: of a captured decode step, where no flag says how many. Larger steps run eagerly; they spend their time on experts.
 MAX_CAPTURED_ROWS = 32
@@ -47,8 +55,9 @@ def prepare(server_args: Any, options: Options) -> EngineConfig:
     page_tokens = take_page_tokens(server_args)
     if is_local(server_args.model_path):
         check_checkpoint(Path(server_args.model_path))
-    model_config = resolve(server_args)
     on_gpu = server_args.device == "cuda"
+    settle_quantisation(server_args, read_config(server_args))
+    model_config = resolve(server_args)
     capability = torch.cuda.get_device_capability(server_args.base_gpu_id) if on_gpu else None
     if why := refused_model(read_facts(model_config, capability)):
         raise why
@@ -147,6 +156,31 @@ def settle_for_paging(server_args: Any) -> None:
     server_args.moe_runner_backend = "triton"
 
 
+def read_config(server_args: Any) -> dict[str, Any]:
+    """The model's config.json, which may be downloaded for that; nothing where SGLang is to say what is wrong."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(
+            server_args.model_path, revision=server_args.revision
+        )
+        return dict(config)
+    except (ValueError, OSError):
+        return {}
+
+
+def settle_quantisation(server_args: Any, config: dict[str, Any]) -> None:
+    """Have SGLang compute experts in GPTQ and AWQ with its Triton kernel, which reads frames; by itself it takes Marlin's,
+    for which weights lie otherwise. Raises ValueError where it can't, before SGLang says so in its words.
+    """
+    quantisation = quantisation_of(config)
+    if quantisation is None or quantisation.int4 is None:
+        return
+    if why := refused_weights(facts_of(config, server_args.dtype, server_args.device)):
+        raise why
+    server_args.quantization = SGLANG_METHOD
+
+
 def take_page_tokens(server_args: Any) -> int | None:
     """Our arena's page size from --page-size. sglang's side sees pages of one token: our token ids are scaled."""
     page_tokens: int | None = server_args.page_size
@@ -173,7 +207,7 @@ def resolve(server_args: Any) -> Any:
 
 
 def read_facts(model_config: Any, capability: tuple[int, int] | None) -> ModelFacts:
-    """`capability`: the GPU's compute capability."""
+    """`capability`: the GPU's compute capability; None on a CPU."""
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
     config = model_config.hf_text_config.to_dict()
@@ -185,10 +219,12 @@ def read_facts(model_config: Any, capability: tuple[int, int] | None) -> ModelFa
     return ModelFacts(
         architecture=model_config.hf_config.architectures[0],
         num_experts=num_experts_of(config),
+        moe_layers=tuple(moe_layers_of(model_config.hf_config.to_dict())),
         hidden_size=int(config.get("hidden_size") or 0),
         expert_inner_size=inner_size_of(config),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=quantisation,
+        on_cpu=capability is None,
         capability=capability,
         tied_embeddings=bool(config.get("tie_word_embeddings")),
         generates=model_config.is_generation,

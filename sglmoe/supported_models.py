@@ -10,6 +10,7 @@ import msgspec
 
 from sglmoe.errors import models
 from sglmoe.errors.user_error import UserError
+from sglmoe.int4_models import CAPABILITY, SGLANG_METHOD, Int4, int4_of, refused_int4
 
 # Model classes whose expert layers are sglang's FusedMoE with one [w13, w2] pair for each expert.
 PAGED_ARCHITECTURES = (
@@ -33,6 +34,7 @@ class Quantisation(msgspec.Struct, frozen=True):
 
     method: str
     block: tuple[int, ...] = ()  # rows and columns that share a scale; none where more do
+    int4: Int4 | None = None  # of GPTQ and AWQ
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,10 +42,12 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     architecture: str
     num_experts: int = 0  # 0 for a dense model
+    moe_layers: tuple[int, ...] = ()
     hidden_size: int = 0
     expert_inner_size: int = 0
     dtype: str = "bfloat16"  # of activations, torch's name
     quantization: Quantisation | None = None
+    on_cpu: bool = False
     capability: tuple[int, int] | None = (
         None  # compute capability; None without a GPU, or if it is not known
     )
@@ -68,7 +72,7 @@ def refused_model(model: ModelFacts) -> UserError | None:
         return models.recurrent_layers(name=name)
     if model.sliding_window_layers:
         return models.sliding_window_layers(name=name)
-    if model.quantization and (why := _refused_weights(model, model.quantization)):
+    if why := refused_weights(model):
         return why
     return _refused_experts(model) if model.num_experts else None
 
@@ -77,11 +81,20 @@ def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
     """What a config.json says of its checkpoint's weights."""
     said = config.get("quantization_config") or {}
     method = said.get("quant_method")
-    return Quantisation(method, tuple(said.get("weight_block_size") or ())) if method else None
+    if not method:
+        return None
+    return Quantisation(method, tuple(said.get("weight_block_size") or ()), int4_of(said))
 
 
-def _refused_weights(model: ModelFacts, its: Quantisation) -> UserError | None:
-    """Of quantised weights, SGLang's Triton kernels and our frames take one kind."""
+def refused_weights(model: ModelFacts) -> UserError | None:
+    """Of quantised weights, SGLang's Triton kernels and our frames take two kinds."""
+    its = model.quantization
+    if its is None:
+        return None
+    if its.int4:
+        return _refused_int4(model, its.int4)
+    if its.method == SGLANG_METHOD:
+        return models.not_int4(given=its.method)
     if its.method != "fp8":
         return models.quantised(method=its.method)
     if len(its.block) != 2 or its.block[0] != its.block[1]:
@@ -96,6 +109,27 @@ def _refused_weights(model: ModelFacts, its: Quantisation) -> UserError | None:
     if model.capability is not None and model.capability < FP8_CAPABILITY:
         given, least = (".".join(map(str, its)) for its in (model.capability, FP8_CAPABILITY))
         return models.fp8_on_older_gpu(capability=given, least=least)
+    return None
+
+
+def _refused_int4(model: ModelFacts, its: Int4) -> UserError | None:
+    why = refused_int4(
+        its,
+        architecture=model.architecture,
+        moe_layers=model.moe_layers,
+        num_experts=model.num_experts,
+        on_cpu=model.on_cpu,
+    )
+    if why:
+        return why
+    sizes = (model.hidden_size, model.expert_inner_size)
+    if any(size % its.group for size in sizes):
+        return models.int4_uneven_groups(hidden=sizes[0], inner=sizes[1], group=its.group)
+    if model.dtype not in ("bfloat16", "float16"):
+        return models.int4_dtype(dtype=model.dtype)
+    if model.capability is not None and model.capability < CAPABILITY:
+        given, least = (".".join(map(str, its)) for its in (model.capability, CAPABILITY))
+        return models.int4_on_older_gpu(capability=given, least=least)
     return None
 
 

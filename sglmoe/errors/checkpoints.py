@@ -65,6 +65,13 @@ def repeated_tensor(*, layer: int, expert: int, part: str) -> UserError:
     )
 
 
+def unordered_groups(*, layer: int, expert: int, part: str) -> UserError:
+    return UserError(
+        f"expert {expert} of MoE layer {layer}: inputs of {part} are in groups out of order (g_idx), as desc_act makes them, "
+        "and config.json says nothing of it; use a checkpoint made with desc_act=false, or a bf16, fp16 or fp32 one"
+    )
+
+
 def unreadable_expert(*, layer: int, expert: int, source: str, why: str) -> UserError:
     return UserError(
         f"expert {expert} of MoE layer {layer} can't be read from {source}: {why}. The file was "

@@ -31,7 +31,55 @@ def sliding_window_layers(*, name: str) -> UserError:
 def quantised(*, method: str) -> UserError:
     return UserError(
         f"the checkpoint is quantised ({method}), which can't be paged yet; "
-        "use a bf16, fp16 or fp32 one, or one in fp8 whose weight_block_size is square, such as [128, 128]"
+        "use a bf16, fp16 or fp32 one, one in fp8 whose weight_block_size is square, such as [128, 128], or one in GPTQ or AWQ"
+    )
+
+
+def int4(*, method: str, what: str) -> UserError:
+    """`what`: the setting that is not served, as the checkpoint's config has it."""
+    return UserError(
+        f"the checkpoint is in {method} with {what}, which can't be paged yet; use a bf16, fp16 or fp32 one, or one in 4 bits "
+        "with groups of 32, 64 or 128 that has all experts in GPTQ (desc_act=false, and on a GPU sym=true) or AWQ (gemm, "
+        "zero_point=true), and lm_head as it was"
+    )
+
+
+def int4_family(*, name: str, method: str, known: Sequence[str]) -> UserError:
+    return UserError(
+        f"{name} in {method} is not tested; these are: {', '.join(known)}. For others use a bf16, fp16 or fp32 checkpoint"
+    )
+
+
+def int4_uneven_groups(*, hidden: int, inner: int, group: int) -> UserError:
+    return UserError(
+        f"experts of hidden size {hidden} and inner size {inner} in groups of {group}: only whole groups are served; use a "
+        "checkpoint with smaller groups, or a bf16, fp16 or fp32 one"
+    )
+
+
+def int4_dtype(*, dtype: str) -> UserError:
+    return UserError(
+        f"--dtype={dtype}: weights in 4 bits are multiplied in bfloat16 or float16; leave it out"
+    )
+
+
+def int4_on_older_gpu(*, capability: str, least: str) -> UserError:
+    return UserError(
+        f"this GPU has compute capability {capability}, and SGLang's kernels for weights in 4 bits need {least} (RTX 30, "
+        "A100); use a bf16, fp16 or fp32 checkpoint"
+    )
+
+
+def awq_on_cpu() -> UserError:
+    return UserError(
+        "the checkpoint is in AWQ, which SGLang 0.5.23 serves on GPUs alone (its moe_wna16 asks for one); on a CPU use one in "
+        "GPTQ, or a bf16, fp16 or fp32 one"
+    )
+
+
+def not_int4(*, given: str) -> UserError:
+    return UserError(
+        f"--quantization={given} is for checkpoints whose config.json says that they are in GPTQ or AWQ; leave it out"
     )
 
 

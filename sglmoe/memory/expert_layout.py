@@ -4,7 +4,7 @@ Knows formats of weights, by their published names. Neither torch nor the checkp
 """
 
 import math
-from typing import assert_never
+from typing import Literal, assert_never
 
 import msgspec
 
@@ -12,7 +12,7 @@ from sglmoe.units import ceil_div
 
 # Triton compiles a kernel for addresses that 16 divides, which those of stock weights are.
 ALIGN_BYTES = 16
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint8": 1}
 
 
 class Plain(msgspec.Struct, frozen=True):
@@ -29,7 +29,18 @@ class BlockFp8(msgspec.Struct, frozen=True):
     columns: int
 
 
-ExpertFormat = Plain | BlockFp8
+class W4A16(msgspec.Struct, frozen=True):
+    """Weights in 4 bits, two columns to a byte and the even one in its lower half, and a scale for each `group` of a row: what
+    a weight stands for is its scale times the difference to its zero, which is 8, or where `has_zeros` a number of its group's,
+    two rows to a byte. So SGLang's Triton kernel has the weights of GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978)."""
+
+    dtype: str  # of scales, torch's name
+    group: int
+    has_zeros: bool
+    source: Literal["gptq", "awq"]  # whose form they have in the checkpoint
+
+
+ExpertFormat = Plain | BlockFp8 | W4A16
 
 
 class FrameTensor(msgspec.Struct, frozen=True):
@@ -48,6 +59,10 @@ class FrameTensor(msgspec.Struct, frozen=True):
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def part_bytes(self) -> int:
+        return self.num_bytes // len(self.parts)
 
 
 class ExpertLayout(msgspec.Struct, frozen=True):
@@ -68,7 +83,7 @@ class ExpertLayout(msgspec.Struct, frozen=True):
     def part_offsets(self) -> dict[str, int]:
         """Where each part of the checkpoint begins in a frame, in bytes, ascending."""
         return {
-            part: tensor.offset + index * tensor.num_bytes // len(tensor.parts)
+            part: tensor.offset + index * tensor.part_bytes
             for tensor in self.tensors
             for index, part in enumerate(tensor.parts)
         }
@@ -106,6 +121,9 @@ def _kinds(its: ExpertFormat) -> tuple[tuple[str, str, int, int], ...]:
         case BlockFp8(rows, columns):
             scales = ("weight_scale_inv", "float32", rows, columns)
             return (("weight", "float8_e4m3fn", 1, 1), scales)
+        case W4A16(dtype, group, has_zeros):
+            packed = ("qweight", "uint8", 1, 2), ("scales", dtype, 1, group)
+            return (*packed, ("qzeros", "uint8", 2, group)) if has_zeros else packed
         case _:
             assert_never(its)
 

@@ -1,5 +1,5 @@
 """Where the bytes of experts that are not resident come from: views of host memory or of a mapped
-checkpoint file, or the same in packed form in another file.
+checkpoint file, which may have another form than a frame, or the same in packed form in another file.
 
 Knows names and sizes. Keeps no copy: what `put` is given must stay alive and unchanged.
 """
@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from sglmoe.errors import checkpoints
+from sglmoe.memory.checkpoint_form import Converted
 from sglmoe.memory.mapped_files import Extent, MappedFiles, UnreadableError
 from sglmoe.memory.packed_extent import BeforeBytes, InMemory, PackedExtent, PackedPlace, unpack
 from sglmoe.memory.read_rate import ReadRate
@@ -22,7 +24,8 @@ from sglmoe.memory.read_rate import ReadRate
 logger = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
-Part = Bytes | Extent | PackedExtent
+Plain = Bytes | Extent
+Part = Plain | Converted | PackedExtent
 
 
 class StoredPart(NamedTuple):
@@ -77,17 +80,19 @@ class ExpertStore:
         """What every expert has, as it lies in a frame."""
         return PARTS if self._offsets is None else tuple(self._offsets)
 
-    def put(self, layer: int, expert: int, part: str, array: Bytes) -> None:
-        """Keep a reference to one tensor's bytes: `array` is one-dimensional, contiguous uint8."""
+    def put(self, layer: int, expert: int, part: str, its: Bytes | Converted) -> None:
+        """Keep a reference to one tensor's bytes: one-dimensional, contiguous uint8."""
         if part not in self.part_names:
             raise ValueError(f"layer {layer} expert {expert} has no tensor {part!r}")
         if (layer, expert, part) in self._parts:
             raise checkpoints.repeated_tensor(layer=layer, expert=expert, part=part)
+        array = source_of(its)
+        assert isinstance(array, np.ndarray)
         assert array.dtype == np.uint8
         assert array.ndim == 1
         assert array.flags.c_contiguous
-        self._parts[layer, expert, part] = array
-        self.total_bytes += array.nbytes
+        self._parts[layer, expert, part] = its
+        self.total_bytes += its.nbytes
 
     def parts(self, layer: int, expert: int) -> list[tuple[int, Part]]:
         """The expert's tensors with their offsets, in bytes, within a frame."""
@@ -214,11 +219,11 @@ class ExpertStore:
                 return
             _read_plain(part.original, target, step, before_bytes)
         else:
-            _read_plain(part, target, step, before_bytes)
+            _read_unpacked(part, target, step, before_bytes)
 
     def _read_stored_part(self, part: Part, target: Bytes, before_bytes: BeforeBytes) -> None:
         if not isinstance(part, PackedExtent):
-            _read_plain(part, target, CHUNK_BYTES, before_bytes)
+            _read_unpacked(part, target, CHUNK_BYTES, before_bytes)
         elif not self._could_read(part, lambda: part.read_packed(target, before_bytes)):
             part.pack_again(target, before_bytes)
 
@@ -242,8 +247,9 @@ class ExpertStore:
         if not self._disk_is_asked:
             return
         for _, part in self.parts(layer, expert):
-            if isinstance(part, Extent | PackedExtent):
-                part.will_read()
+            source = source_of(part)
+            if isinstance(source, Extent | PackedExtent):
+                source.will_read()
 
     def unmap(self) -> int:
         """From now on, read what is a view of a mapped file from that file; the bytes still in memory.
@@ -254,11 +260,14 @@ class ExpertStore:
         files = MappedFiles()
         held_bytes = 0
         for key, part in self._parts.items():
-            if not isinstance(part, np.ndarray):
+            source = source_of(part)
+            if not isinstance(source, np.ndarray):
                 continue
-            extent = files.extent(part.ctypes.data, part.nbytes)
+            extent = files.extent(source.ctypes.data, source.nbytes)
             if extent is None:
-                held_bytes += part.nbytes
+                held_bytes += source.nbytes
+            elif isinstance(part, Converted):
+                self._parts[key] = msgspec.structs.replace(part, source=extent)
             else:
                 self._parts[key] = extent
         return held_bytes
@@ -313,12 +322,28 @@ class ExpertStore:
                         raise checkpoints.missing_tensor(layer=layer, expert=expert, part=part)
 
 
+def source_of(part: Part) -> Plain | PackedExtent:
+    """What is read for it."""
+    return part.source if isinstance(part, Converted) else part
+
+
 def stored_bytes(part: Part) -> int:
     """What a tensor takes where it is stored."""
     return part.packed.nbytes if isinstance(part, PackedExtent) else part.nbytes
 
 
-def _read_plain(part: Bytes | Extent, target: Bytes, step: int, before_bytes: BeforeBytes) -> None:
+def _read_unpacked(
+    part: Plain | Converted, target: Bytes, step: int, before_bytes: BeforeBytes
+) -> None:
+    if not isinstance(part, Converted):
+        _read_plain(part, target, step, before_bytes)
+        return
+    source = np.empty(part.source.nbytes, np.uint8)
+    _read_plain(part.source, source, step, before_bytes)
+    target[:] = part.convert(source)
+
+
+def _read_plain(part: Plain, target: Bytes, step: int, before_bytes: BeforeBytes) -> None:
     """Fill `target` with the part, at most `step` bytes at a time."""
     for start in range(0, part.nbytes, step):
         piece = target[start : start + step]
@@ -326,7 +351,7 @@ def _read_plain(part: Bytes | Extent, target: Bytes, step: int, before_bytes: Be
         _copy(part, piece, start)
 
 
-def _copy(part: Bytes | Extent, target: Bytes, start: int) -> None:
+def _copy(part: Plain, target: Bytes, start: int) -> None:
     """Fill `target` from byte `start` of the part on."""
     if isinstance(part, Extent):
         part.read_into(memoryview(target.data), start)
@@ -335,6 +360,7 @@ def _copy(part: Bytes | Extent, target: Bytes, start: int) -> None:
 
 
 def _read_error(layer: int, expert: int, part: Part, error: UnreadableError) -> ExpertReadError:
-    source = "memory" if isinstance(part, np.ndarray) else part.path
-    why = checkpoints.unreadable_expert(layer=layer, expert=expert, source=source, why=str(error))
+    source = source_of(part)
+    path = "memory" if isinstance(source, np.ndarray) else source.path
+    why = checkpoints.unreadable_expert(layer=layer, expert=expert, source=path, why=str(error))
     return ExpertReadError(str(why))

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sglmoe.errors.models import no_architecture
+from sglmoe.int4_models import Int4, is_left_out
+from sglmoe.memory.checkpoint_form import PER_WORD
 from sglmoe.supported_models import quantisation_of
 from sglmoe.units import ceil_div
 
@@ -20,7 +22,7 @@ MIXTRAL_LIKE = ("MixtralForCausalLM", "PhiMoEForCausalLM")  # experts are called
 # SGLANG_ROPE_CACHE_SAFETY_MARGIN and SGLANG_ROPE_CACHE_ALIGN.
 ROPE_MARGIN, ROPE_MULTIPLE = 256, 128
 # Modules that SGLang has in the model's type whatever a checkpoint says.
-NOT_QUANTISED = ("embed_tokens", "lm_head", ".gate")
+NOT_QUANTISED = ("embed_tokens", "lm_head", ".gate", "shared_expert_gate")
 SCALE = "_scale_inv"  # behind the name of a weight in fp8
 DEEPSEEK = "DeepseekV2ForCausalLM"
 PHI = "PhiMoEForCausalLM"
@@ -50,7 +52,7 @@ def head_dim_of(config: Config) -> int:
 
 def moe_layers_of(config: Config) -> list[int]:
     """The layers that have routed experts."""
-    layers = range(config["num_hidden_layers"])
+    layers = range(config.get("num_hidden_layers") or 0)
     if not num_experts_of(config):
         return []
     if architecture_of(config) == DEEPSEEK:
@@ -79,15 +81,35 @@ def dense_shapes(config: Config) -> Shapes:
             shapes |= dict(_beside_experts(config, prefix))
         else:
             shapes |= dict(_mlp(f"{prefix}.mlp", hidden, config["intermediate_size"]))
-    return shapes | dict(_scales(config, shapes))
-
-
-def _scales(config: Config, shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Of a checkpoint in block fp8: one for each weight but those that it, or SGLang, leaves as they are."""
     quantisation = quantisation_of(config)
     if quantisation is None:
-        return
-    rows, columns = quantisation.block
+        return shapes
+    if quantisation.int4:
+        return dict(_in_int4(quantisation.int4, shapes))
+    return shapes | dict(_scales(config, shapes, *quantisation.block))
+
+
+def _in_int4(its: Int4, shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of a checkpoint in GPTQ or AWQ: in the place of each weight `[n, k]` what stands for it; `memory/checkpoint_form.py`."""
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition(".")
+        is_linear = kind == "weight" and len(shape) == 2 and not module.endswith(NOT_QUANTISED)
+        if not is_linear or is_left_out(its, module):
+            yield name, shape
+            continue
+        n, k = shape
+        is_gptq = its.method == "gptq"
+        yield f"{module}.qweight", (k // PER_WORD, n) if is_gptq else (k, n // PER_WORD)
+        yield f"{module}.scales", (k // its.group, n)
+        yield f"{module}.qzeros", (k // its.group, n // PER_WORD)
+        if is_gptq:
+            yield f"{module}.g_idx", (k,)
+
+
+def _scales(
+    config: Config, shapes: Shapes, rows: int, columns: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of a checkpoint in block fp8: one for each weight but those that it, or SGLang, leaves as they are."""
     said = config["quantization_config"].get("modules_to_not_convert") or ()
     left_out = {module.removeprefix("model.") for module in said}
     for name, shape in shapes.items():

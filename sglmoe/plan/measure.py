@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from sglmoe.checkpoint import read_header
-from sglmoe.memory.expert_layout import Plain
+from sglmoe.memory.checkpoint_form import checkpoint_form
+from sglmoe.memory.expert_layout import W4A16, BlockFp8, Plain, plan_layout
 from sglmoe.plan.cost_model import GPU_LAYER_SECONDS, CostModel, assumed_speeds
 from sglmoe.plan.model_shape import EXPERT_TENSOR, Model, ModelShape
 from sglmoe.units import ceil_div
@@ -53,7 +54,9 @@ def _cpu_costs(model: Model, request_tokens: int) -> CostModel:
         + request_tokens * shape.token_bytes * dense_byte,
         expert_seconds=EXPERT_OPS * op + expert,
         load_seconds=load,
-        disk_seconds=load + shape.expert_bytes / assumed_speeds("cpu").disk_bytes_per_second,
+        disk_seconds=load
+        + conversion_seconds(shape)
+        + shape.expert_bytes / assumed_speeds("cpu").disk_bytes_per_second,
     )
 
 
@@ -70,9 +73,9 @@ def product_seconds(shape: ModelShape) -> tuple[float, float]:
     from torch.nn import functional as F
 
     hidden = shape.hidden_size
-    num_rows = max(1, WORKING_SET_BYTES // (hidden * shape.item_bytes) // 8)
+    num_rows = 2 * max(1, WORKING_SET_BYTES // (hidden * shape.item_bytes) // 16)
     weights = matrix_maker(num_rows, hidden, shape)
-    num_bytes = num_rows * hidden * (shape.item_bytes if isinstance(shape.format, Plain) else 1)
+    num_bytes = num_rows * hidden * weight_bytes(shape)
     one, many = _rows(1, hidden, shape), _rows(16, hidden, shape)
     one_seconds = least_by_threads(lambda _: F.linear(one, weights()))
     many_seconds = least_by_threads(lambda _: F.linear(many, weights()))
@@ -127,6 +130,26 @@ def read_seconds(model: Model) -> float:
         return least_seconds(read)
 
 
+def conversion_seconds(shape: ModelShape) -> float:
+    """Making of an expert as the checkpoint has it what a frame has: 0 where that is the same."""
+    import numpy as np
+
+    layout = plan_layout(shape.format, hidden=shape.hidden_size, inner=shape.inner_size)
+    sources = []
+    for tensor in layout.tensors:
+        form = checkpoint_form(shape.format, tensor, tensor.dtype)
+        if form.convert is not None:
+            sources += [(form.convert, np.zeros(tensor.part_bytes, np.uint8))] * len(tensor.parts)
+    if not sources:
+        return 0.0
+
+    def convert(_: int) -> None:
+        for its, raw in sources:
+            its(raw)
+
+    return least_seconds(convert)
+
+
 def _expert_offsets(shard: Path) -> tuple[Path, list[int]]:
     """Where the tensors of a few experts begin; no more than the working set, so that reading once warms them."""
     header, first = read_header(shard)
@@ -139,18 +162,38 @@ def _expert_offsets(shard: Path) -> tuple[Path, list[int]]:
 
 
 def matrix_maker(height: int, width: int, shape: ModelShape) -> Callable[[], Any]:
-    """Some weights as a CPU has them, and gets them when it multiplies: in fp8 they are dequantised each time."""
+    """Some weights as a CPU has them, and gets them when it multiplies: quantised ones are dequantised each time."""
     import torch
 
-    from sglmoe.kernels.block_fp8 import dequantise
+    from sglmoe.kernels import block_fp8, int4
 
     values, its, dtype = torch.randn(height, width), shape.format, _dtype(shape)
     if isinstance(its, Plain):
         plain = values.to(dtype)
         return lambda: plain
+    if isinstance(its, W4A16):
+        groups = width // its.group
+        pairs = torch.zeros(height, width // 2, dtype=torch.uint8)
+        zeros = torch.zeros(height // 2, groups, dtype=torch.uint8) if its.has_zeros else None
+        ones = torch.ones(height, groups, dtype=dtype)
+        return partial(int4.dequantise, pairs, ones, zeros, group=its.group, dtype=dtype)
     weights = values.to(torch.float8_e4m3fn)
     scales = torch.ones(ceil_div(height, its.rows), ceil_div(width, its.columns))
-    return partial(dequantise, weights, scales, rows=its.rows, columns=its.columns, dtype=dtype)
+    blocks = {"rows": its.rows, "columns": its.columns}
+    return partial(block_fp8.dequantise, weights, scales, **blocks, dtype=dtype)
+
+
+def weight_bytes(shape: ModelShape) -> float:
+    """Of one weight of a dense matrix."""
+    match shape.format:
+        case Plain():
+            return shape.item_bytes
+        case BlockFp8():
+            return 1
+        case W4A16():
+            return 0.5
+        case _:
+            assert_never(shape.format)
 
 
 def _dtype(shape: ModelShape) -> Any:
@@ -223,5 +266,7 @@ def _gpu_costs(model: Model, request_tokens: int) -> CostModel:
         request_seconds=request_tokens * shape.token_bytes * byte_seconds,
         expert_seconds=shape.expert_bytes * byte_seconds,
         load_seconds=load,
-        disk_seconds=load + shape.expert_bytes / assumed_speeds("cuda").disk_bytes_per_second,
+        disk_seconds=load
+        + conversion_seconds(shape)
+        + shape.expert_bytes / assumed_speeds("cuda").disk_bytes_per_second,
     )

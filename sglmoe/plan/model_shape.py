@@ -15,7 +15,14 @@ from sglmoe.checkpoint import find_shards, read_header, read_json
 from sglmoe.errors import models
 from sglmoe.errors.options import not_a_choice
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE
-from sglmoe.memory.expert_layout import ITEM_BYTES, BlockFp8, ExpertFormat, Plain, plan_layout
+from sglmoe.memory.expert_layout import (
+    ITEM_BYTES,
+    W4A16,
+    BlockFp8,
+    ExpertFormat,
+    Plain,
+    plan_layout,
+)
 from sglmoe.plan.families import (
     DEEPSEEK,
     SCALE,
@@ -96,7 +103,7 @@ def read_model(
     if folder is None and config_file is None:
         raise models.not_here(model_path=model_path)
     config = read_json(config_file or (folder or Path()) / "config.json")
-    if why := refused_model(facts_of(config, dtype)):
+    if why := refused_model(facts_of(config, dtype, device)):
         raise why
     shards = _shards_in(folder) if folder else ()
     shapes = tensor_shapes(shards) if shards else None
@@ -136,16 +143,18 @@ def tensor_shapes(shards: tuple[Path, ...]) -> Shapes:
     }
 
 
-def facts_of(config: Config, dtype: str = "auto") -> ModelFacts:
+def facts_of(config: Config, dtype: str, device: str) -> ModelFacts:
     """As far as the config alone tells; the server asks SGLang as well. `dtype`: SGLang's --dtype."""
     windows = set(config.get("layer_types") or ())
     return ModelFacts(
         architecture=architecture_of(config),
         num_experts=num_experts_of(config),
+        moe_layers=tuple(moe_layers_of(config)),
         hidden_size=int(config.get("hidden_size") or 0),
         expert_inner_size=inner_size_of(config),
         dtype=resolve_dtype(config, dtype),
         quantization=quantisation_of(config),
+        on_cpu=device == "cpu",
         tied_embeddings=bool(config.get("tie_word_embeddings")),
         encoder_decoder=bool(config.get("is_encoder_decoder")),
         multimodal="vision_config" in config,
@@ -190,8 +199,12 @@ def shape_of(
 
 def expert_format_of(config: Config, dtype: str) -> ExpertFormat:
     """Of a model that is not refused; `dtype` of its activations."""
-    quantisation = quantisation_of(config)
-    return BlockFp8(*quantisation.block) if quantisation else Plain(dtype)
+    its = quantisation_of(config)
+    if its is None:
+        return Plain(dtype)
+    if its.int4:
+        return W4A16(dtype, its.int4.group, its.int4.has_zeros, its.int4.method)
+    return BlockFp8(*its.block)
 
 
 def resolve_dtype(config: Config, dtype: str) -> str:
@@ -215,12 +228,20 @@ def _kv_rows(config: Config) -> tuple[int, int]:
 def _dense_bytes(
     config: Config, shapes: Mapping[str, tuple[int, ...]], item_bytes: int, device: str
 ) -> int:
-    """Weights, the vocabulary rounded up as SGLang does, and the rotary table, which is float32 on a GPU."""
+    """Weights, the vocabulary rounded up as SGLang does, and the rotary table, which is float32 on a GPU.
+
+    Of GPTQ's tensors those are left that kernels read: no `g_idx`, and no zero points where they are all the same.
+    """
     vocab, padded = config["vocab_size"], ceil_div(config["vocab_size"], VOCAB_MULTIPLE)
+    experts = expert_format_of(config, "")
+    has_zeros = isinstance(experts, W4A16) and experts.has_zeros
+    int4_bytes = {"qweight": 4, "qzeros": 4 if has_zeros else 0, "g_idx": 0}
 
     def bytes_of(name: str) -> int:
         if name.endswith(SCALE):
             return FP8_SCALE_BYTES
+        if (kind := name.rpartition(".")[2]) in int4_bytes:
+            return int4_bytes[kind]
         return FP8_BYTES if f"{name}{SCALE}" in shapes else item_bytes
 
     weight_bytes = sum(

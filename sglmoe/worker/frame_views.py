@@ -4,9 +4,9 @@ from typing import assert_never
 
 import torch
 
-from sglmoe.kernels.block_fp8 import dequantise
+from sglmoe.kernels import block_fp8, int4
 from sglmoe.memory.arena import Geometry
-from sglmoe.memory.expert_layout import BlockFp8, ExpertFormat, ExpertLayout, Plain
+from sglmoe.memory.expert_layout import W4A16, BlockFp8, ExpertFormat, ExpertLayout, Plain
 
 
 class FrameViews:
@@ -32,12 +32,18 @@ class FrameViews:
         return self._matrix("w13", frame, dtype), self._matrix("w2", frame, dtype)
 
     def _matrix(self, name: str, frame: int, dtype: torch.dtype) -> torch.Tensor:
-        weight = self.tensors[f"{name}_weight"][frame]
+        def tensor(what: str) -> torch.Tensor:
+            return self.tensors[f"{name}_{what}"][frame]
+
         match self.format:
             case Plain():
-                return weight
+                return tensor("weight")
             case BlockFp8(rows, columns):
-                scale = self.tensors[f"{name}_weight_scale_inv"][frame]
-                return dequantise(weight, scale, rows=rows, columns=columns, dtype=dtype)
+                weight, scale = tensor("weight"), tensor("weight_scale_inv")
+                return block_fp8.dequantise(weight, scale, rows=rows, columns=columns, dtype=dtype)
+            case W4A16(group=group, has_zeros=has_zeros):
+                zero = tensor("qzeros") if has_zeros else None
+                weight, scale = tensor("qweight"), tensor("scales")
+                return int4.dequantise(weight, scale, zero, group=group, dtype=dtype)
             case _:
                 assert_never(self.format)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from sglmoe.errors import models
 from sglmoe.errors.checkpoints import wrong_shape
 from sglmoe.memory.arena import Geometry
+from sglmoe.memory.checkpoint_form import Converted, checkpoint_form
 from sglmoe.memory.expert_layout import ExpertFormat, ExpertLayout, Plain, plan_layout
 from sglmoe.memory.experts import ExpertIds
 from sglmoe.memory.store import ExpertStore
@@ -87,28 +88,36 @@ class PagedExperts:
     def take_tensor(self, layer: int, expert: int, part: str, tensor: torch.Tensor) -> None:
         """Remember one tensor of the checkpoint; a view of the mapped file stays a view.
 
-        It may have another type than a frame has, such as scales in bfloat16, which kernels read in float32.
+        It may have another type than a frame has, such as scales in bfloat16, which kernels read in float32; and where the
+        format says so another form, from which it is converted each time it is read.
         """
+        assert self.shape is not None
         assert self.layout is not None
         expected = self.layout.tensor_of(part)
         tensor = self._rounded_up(tensor, part)
-        if tuple(tensor.shape) != expected.part_shape:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        form = checkpoint_form(self.shape.format, expected, dtype)
+        if tuple(tensor.shape) != form.shape or form.dtype not in (None, dtype):
             raise wrong_shape(
                 layer=layer,
                 expert=expert,
                 part=part,
-                shape=str(tuple(tensor.shape)),
-                expected=str(expected.part_shape),
+                shape=shown(tuple(tensor.shape), dtype),
+                expected=shown(form.shape, form.dtype or dtype),
             )
-        tensor = tensor.to(getattr(torch, expected.dtype)).contiguous()
-        self.store.put(layer, expert, part, as_bytes(tensor))
+        if form.convert is None:
+            raw = as_bytes(tensor.to(getattr(torch, expected.dtype)).contiguous())
+            self.store.put(layer, expert, part, raw)
+        else:
+            raw = as_bytes(tensor.contiguous())
+            self.store.put(layer, expert, part, Converted(raw, expected.part_bytes, form.convert))
         self._on_tensor()
 
     def _rounded_up(self, matrix: torch.Tensor, part: str) -> torch.Tensor:
         """The matrix with as many zeros as make its inner size the model's; itself if it has that."""
         assert self.shape is not None
         if not isinstance(self.shape.format, Plain):
-            return matrix  # whole blocks, which is what SGLang rounds such up to: `refused_model`
+            return matrix  # whole blocks and groups, which is what SGLang rounds such up to: `refused_model`
         dim = 1 if part == "w2" else 0
         missing = self.shape.inner - matrix.shape[dim]
         if not 0 < missing < self._inner_multiple:
@@ -289,6 +298,10 @@ def combine(
         .sum(dim=1)
         .type(hidden.dtype)
     )
+
+
+def shown(shape: tuple[int, ...], dtype: str) -> str:
+    return f"{shape} in {dtype}"
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from sglmoe.kernels.blocks import wave_blocks
-from sglmoe.memory.expert_layout import BlockFp8, Plain
+from sglmoe.memory.expert_layout import W4A16, BlockFp8, Plain
 from sglmoe.memory.experts import ABSENT, ExpertIds
 from sglmoe.worker.frame_views import FrameViews
 
@@ -27,9 +27,14 @@ NO_SCALES = dict.fromkeys(SCALES)
 NO_BIASES = dict.fromkeys(("b1", "b2"))
 
 
-class Quantised(NamedTuple):
-    """How SGLang's sequence is told what weights are, and to leave out the sum over a token's experts."""
+# `defer_sum` is for plain weights alone; for others this gives the same, and allocates it twice.
+WITHOUT_SUM = {"no_combine": True, "no_combine_keep_router_weight": True}
 
+
+class Quantised(NamedTuple):
+    """What SGLang's sequence takes as weights; how it is told what they are, and to leave out the sum over experts."""
+
+    weights: str  # names of w13's and w2's tensors, behind the matrix's
     kinds: dict[str, bool]
     scales: dict[str, torch.Tensor | None]
     block_shape: list[int] | None
@@ -40,26 +45,32 @@ def quantised(views: FrameViews) -> Quantised:
     """As the stock layer tells it: `TritonMoeQuantInfo` of its methods."""
     match views.format:
         case Plain():
-            return Quantised(UNQUANTISED, NO_SCALES, None, {"defer_sum": True, "no_combine": False})
+            deferred = {"defer_sum": True, "no_combine": False}
+            return Quantised("weight", UNQUANTISED, NO_SCALES, None, deferred)
         case BlockFp8(rows, columns):
             names = {"w1_scale": "w13_weight_scale_inv", "w2_scale": "w2_weight_scale_inv"}
-            return Quantised(
-                UNQUANTISED | {"use_fp8_w8a8": True},
-                NO_SCALES | {name: views.tensors[its] for name, its in names.items()},
-                [rows, columns],
-                # `defer_sum` is for plain weights alone; this gives the same, and allocates it twice.
-                {"no_combine": True, "no_combine_keep_router_weight": True},
-            )
+            kind = "use_fp8_w8a8"
+            weights, block = "weight", [rows, columns]
+        case W4A16(group=group, has_zeros=has_zeros):
+            names = {"w1_scale": "w13_scales", "w2_scale": "w2_scales"}
+            if has_zeros:
+                names |= {"w1_zp": "w13_qzeros", "w2_zp": "w2_qzeros"}
+            kind = "use_int4_w4a16"
+            weights, block = "qweight", [0, group]
         case _:
             assert_never(views.format)
+    scales = NO_SCALES | {name: views.tensors[its] for name, its in names.items()}
+    return Quantised(weights, UNQUANTISED | {kind: True}, scales, block, WITHOUT_SUM)
 
 
 class GroupedExperts:
     """Computes with `views`, which are on the device."""
 
     def __init__(self, views: FrameViews, num_experts: int):
-        self._w13, self._w2 = views.tensors["w13_weight"], views.tensors["w2_weight"]
         self._quantised = quantised(views)
+        self._w13, self._w2 = (
+            views.tensors[f"{matrix}_{self._quantised.weights}"] for matrix in ("w13", "w2")
+        )
         self._num_experts = num_experts
         # Stock weights without bytes: by their shapes SGLang looks configs up and aligns.
         self._stock = [

@@ -10,21 +10,36 @@ from typing import Any
 import torch
 
 from sglmoe.errors import models
-from sglmoe.memory.expert_layout import BlockFp8, ExpertFormat, ExpertLayout, Plain, part_name
+from sglmoe.errors.checkpoints import unordered_groups
+from sglmoe.memory.expert_layout import (
+    W4A16,
+    BlockFp8,
+    ExpertFormat,
+    ExpertLayout,
+    Plain,
+    part_name,
+)
 from sglmoe.worker.moe_layer import Activation, ExpertShape, PagedExperts
 from sglmoe.worker.routed import Routed
 
 # The format of a method's weights, where activations have this type.
 FormatOf = Callable[[Any, torch.dtype], ExpertFormat]
+# In checkpoints in GPTQ, and in no frame: which group each input belongs to, and zero points of symmetric weights.
+GPTQ_EXTRAS = ("w13_g_idx", "w2_g_idx", "w13_qzeros", "w2_qzeros")
 
 
 def install(experts: PagedExperts) -> None:
     """Have sglang build its MoE layers on `experts`; before the model is constructed."""
     from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
+    from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method
     from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    methods: dict[type, FormatOf] = {UnquantizedFusedMoEMethod: plain, Fp8MoEMethod: block_fp8}
+    methods: dict[type, FormatOf] = {
+        UnquantizedFusedMoEMethod: plain,
+        Fp8MoEMethod: block_fp8,
+        MoeWNA16Method: w4a16,
+    }
     for method, format_of in methods.items():
         HookRegistry.register(
             f"{method.__module__}.{method.__name__}",
@@ -35,11 +50,20 @@ def install(experts: PagedExperts) -> None:
 
 
 def plain(method: Any, dtype: torch.dtype) -> ExpertFormat:
-    return Plain(str(dtype).removeprefix("torch."))
+    return Plain(name_of(dtype))
 
 
 def block_fp8(method: Any, dtype: torch.dtype) -> ExpertFormat:
     return BlockFp8(*method.quant_config.weight_block_size)
+
+
+def w4a16(method: Any, dtype: torch.dtype) -> ExpertFormat:
+    its = method.quant_config
+    return W4A16(name_of(dtype), its.group_size, its.has_zp, its.linear_quant_method)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def make_paged_method(base: type, experts: PagedExperts, format_of: FormatOf) -> type:
@@ -68,6 +92,7 @@ def make_paged_method(base: type, experts: PagedExperts, format_of: FormatOf) ->
             )
             self.layer_index = experts.add_layer(layer.layer_id, shape)
             register_parameters(layer, shape.layout, self.load_tensor)
+            register_extras(layer, self.layer_index, shape.format)
 
         def load_tensor(
             self,
@@ -106,10 +131,40 @@ def register_parameters(
 ) -> None:
     """Empty ones: the model's loader finds its parameters by their names, and how to load them."""
     for tensor in layout.tensors:
-        no_bytes = torch.empty(0, dtype=getattr(torch, tensor.dtype))
-        parameter = torch.nn.Parameter(no_bytes, requires_grad=False)
-        parameter.weight_loader = partial(load_tensor, tensor.name.partition("_")[2])
-        layer.register_parameter(tensor.name, parameter)
+        register_parameter(layer, tensor.name, getattr(torch, tensor.dtype), load_tensor)
+
+
+def register_extras(layer: torch.nn.Module, layer_index: int, its: ExpertFormat) -> None:
+    """Likewise, of what the checkpoint has and no frame."""
+    if not isinstance(its, W4A16) or its.source != "gptq":
+        return
+    for name in GPTQ_EXTRAS:
+        if not hasattr(layer, name):
+            register_parameter(layer, name, torch.int32, partial(check_extra, layer_index, its))
+
+
+def check_extra(
+    layer_index: int,
+    its: W4A16,
+    what: str,
+    parameter: torch.nn.Parameter,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int,
+) -> None:
+    """Whether inputs belong to groups as they follow each other: `g_idx` is int32 `[inputs]`, the group of each."""
+    in_order = torch.arange(len(loaded_weight), dtype=torch.int32) // its.group
+    if what == "g_idx" and not torch.equal(loaded_weight.cpu(), in_order):
+        raise unordered_groups(layer=layer_index, expert=expert_id, part=shard_id)
+
+
+def register_parameter(
+    layer: torch.nn.Module, name: str, dtype: torch.dtype, load_tensor: Callable[..., None]
+) -> None:
+    parameter = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+    parameter.weight_loader = partial(load_tensor, name.partition("_")[2])
+    layer.register_parameter(name, parameter)
 
 
 def activation_of(config: Any) -> Activation:

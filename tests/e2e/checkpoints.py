@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 import transformers
+from int4_packing import quantise
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from eval.demo_model.tokenizer import SPECIAL_TOKENS, train_tokenizer, with_chat_template
@@ -243,7 +244,45 @@ def make_fp8_checkpoints(
     return Fp8Checkpoints(fp8, twin)
 
 
-KEPT = re.compile(r"embed_tokens|lm_head|mlp\.gate\.")
+class GptqCheckpoints(NamedTuple):
+    """The same weights twice."""
+
+    gptq: Path
+    twin: Path  # in bfloat16, each weight what stands for it in 4 bits
+
+
+def make_gptq_checkpoints(
+    family: str, directory: Path, *, group: int, has_zeros: bool, left_out: str = "(?!)"
+) -> GptqCheckpoints:
+    """A checkpoint of `family` in GPTQ, in the layout of Qwen3-30B-A3B-GPTQ-Int4, and its twin.
+
+    Embeddings, head, routers and norms stay in bfloat16, and modules whose names begin with what `left_out` matches.
+    Scales are in float16, as published ones have them.
+    """
+    twin = make_checkpoint(family, directory / "twin")
+    gptq = directory / "gptq"
+    shutil.copytree(twin, gptq)
+    tensors = safetensors.torch.load_file(twin / "model.safetensors")
+    quantised = {}
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if tensor.dim() != 2 or KEPT.search(name) or re.match(left_out, module):
+            quantised[name] = tensor
+            continue
+        its = quantise(tensor, group, has_zeros=has_zeros, dtype=torch.float16)
+        quantised |= {f"{module}.{what}": part for what, part in its.in_gptq().items()}
+        tensors[name] = its.whole(torch.bfloat16)
+    safetensors.torch.save_file(quantised, gptq / "model.safetensors", {"format": "pt"})
+    safetensors.torch.save_file(tensors, twin / "model.safetensors", {"format": "pt"})
+    said = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": not has_zeros}
+    said |= {"desc_act": False, "checkpoint_format": "gptq", "lm_head": False}
+    said |= {"dynamic": {f"-:{left_out}": {}}}
+    config = json.loads((gptq / "config.json").read_text())
+    (gptq / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    return GptqCheckpoints(gptq, twin)
+
+
+KEPT = re.compile(r"embed_tokens|lm_head|(mlp|block_sparse_moe)\.gate\.|shared_expert_gate")
 
 
 def _quantise(

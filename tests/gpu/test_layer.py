@@ -1,6 +1,6 @@
 """What serves on CUDA: a layer out of frames, in waves, has the bits of SGLang's own. Skipped without a GPU.
 
-Sizes are those of Qwen3-30B-A3B's layers and of Qwen3-30B-A3B-FP8's, with fewer experts.
+Sizes are those of Qwen3-30B-A3B's layers, in bf16, fp8, GPTQ and AWQ, with fewer experts.
 """
 
 from types import SimpleNamespace
@@ -11,13 +11,14 @@ import torch
 
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.memory.arena import plan_geometry
-from sglmoe.memory.expert_layout import BlockFp8, ExpertFormat, Plain, plan_layout
+from sglmoe.memory.expert_layout import W4A16, BlockFp8, ExpertFormat, Plain, plan_layout
 from sglmoe.worker.frame_views import FrameViews
 from sglmoe.worker.moe_layer_grouped import GroupedExperts
 
 DEVICE = "cuda"
 EXPERTS, TOP_K, HIDDEN, INNER = 32, 8, 2048, 768
 PLAIN, FP8 = Plain("bfloat16"), BlockFp8(128, 128)
+GPTQ, AWQ = W4A16("bfloat16", 128, False, "gptq"), W4A16("bfloat16", 128, True, "awq")
 CONFIG = SimpleNamespace(
     activation="silu",
     is_gated=True,
@@ -44,9 +45,11 @@ def server_args() -> None:
 
 def random_tensor(name: str, dtype: str, shape: tuple[int, int]) -> torch.Tensor:
     """Of all experts, as the stock layer has it."""
+    if dtype == "uint8":  # weights and zero points
+        return torch.randint(0, 256, (EXPERTS, *shape), dtype=torch.uint8, device=DEVICE)
     values = torch.randn(EXPERTS, *shape, device=DEVICE)
     if "scale" in name:
-        return values.abs() * 0.02
+        return (values.abs() * 0.02).to(getattr(torch, dtype))
     return (values if dtype.startswith("float8") else values * 0.02).to(getattr(torch, dtype))
 
 
@@ -57,6 +60,8 @@ def random_tensor(name: str, dtype: str, shape: tuple[int, int]) -> torch.Tensor
         pytest.param(
             FP8, id="fp8", marks=pytest.mark.skipif(not has_fp8, reason="needs capability 8.9")
         ),
+        pytest.param(GPTQ, id="gptq"),
+        pytest.param(AWQ, id="awq"),
     ],
 )
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 600])
@@ -96,7 +101,10 @@ def test_waves_give_the_stock_layers_bits(num_tokens: int, its: ExpertFormat) ->
     if its == FP8:
         options |= {"use_fp8_w8a8": True, "block_shape": [FP8.rows, FP8.columns]}
         options |= {f"{m}_scale": stock[f"{w}_weight_scale_inv"] for m, w in MATRICES.items()}
-    expected = fused_moe.fused_experts_impl(
-        hidden.clone(), stock["w13_weight"], stock["w2_weight"], weights, ids, **options
-    )
+    if isinstance(its, W4A16):
+        options |= {"use_int4_w4a16": True, "block_shape": [0, its.group]}
+        options |= {f"{m}_scale": stock[f"{w}_scales"] for m, w in MATRICES.items()}
+        options |= {f"{m}_zp": stock.get(f"{w}_qzeros") for m, w in MATRICES.items()}
+    matrices = [stock.get(f"{w}_weight", stock.get(f"{w}_qweight")) for w in MATRICES.values()]
+    expected = fused_moe.fused_experts_impl(hidden.clone(), *matrices, weights, ids, **options)
     assert torch.equal(output, expected)

@@ -14,7 +14,7 @@ from vast import vast_bytes
 
 from sglmoe.kernels.blocks import map_blocks, wave_blocks
 from sglmoe.memory.arena import plan_geometry
-from sglmoe.memory.expert_layout import BlockFp8, Plain, plan_layout
+from sglmoe.memory.expert_layout import W4A16, BlockFp8, Plain, plan_layout
 from sglmoe.worker.frame_views import FrameViews
 
 N, K = 24, 40  # neither is a multiple of the block: edges are masked
@@ -145,9 +145,12 @@ def test_frames_beyond_2_31_elements_are_read() -> None:
 
 
 BF16, FP8 = Plain("bfloat16"), BlockFp8(128, 128)
+GPTQ, AWQ = W4A16("bfloat16", 128, False, "gptq"), W4A16("bfloat16", 128, True, "awq")
 MODELS = {  # weights, hidden, inner, experts, bytes of a token's KV in all layers, rows of it
     "Qwen3-30B-A3B": (BF16, 2048, 768, 128, 98304, 96),
     "Qwen3-30B-A3B-FP8": (FP8, 2048, 768, 128, 98304, 96),
+    "Qwen3-30B-A3B-GPTQ-Int4": (GPTQ, 2048, 768, 128, 98304, 96),
+    "Qwen3-30B-A3B-AWQ": (AWQ, 2048, 768, 128, 98304, 96),
     "Mixtral-8x7B": (BF16, 4096, 14336, 8, 131072, 64),
     "DeepSeek-V2-Lite": (BF16, 2048, 1408, 64, 31104, 27),
     "OLMoE-1B-7B": (BF16, 2048, 1024, 64, 131072, 32),

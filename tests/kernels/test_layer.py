@@ -6,18 +6,19 @@ stood in for: aligning, and the GPU's name, under which it looks configs up.
 
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from aligned import align
+from int4_packing import quantise
 
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.kernels.blocks import wave_blocks
 from sglmoe.memory.arena import plan_geometry
-from sglmoe.memory.expert_layout import BlockFp8, ExpertFormat, ExpertLayout, Plain
+from sglmoe.memory.expert_layout import W4A16, BlockFp8, ExpertFormat, ExpertLayout, Plain
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.store import ExpertStore
 from sglmoe.memory.transfer import HostCopier
@@ -27,6 +28,7 @@ from sglmoe.worker.moe_layer_grouped import GroupedExperts
 
 NUM_EXPERTS, HIDDEN, INNER = 8, 64, 32
 PLAIN, FP8 = Plain("bfloat16"), BlockFp8(32, 32)
+GPTQ, AWQ = W4A16("bfloat16", 32, False, "gptq"), W4A16("bfloat16", 32, True, "awq")
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +61,9 @@ class Layer:
         self.experts.add_layer(0, shape)
         self.layout = shape.layout
         for expert in range(NUM_EXPERTS):
-            for part in self.layout.part_offsets():
-                self.experts.take_tensor(0, expert, part, random_part(self.layout, part, random))
+            for part, tensor in random_parts(its, self.layout, random):
+                if part in self.layout.part_offsets():
+                    self.experts.take_tensor(0, expert, part, tensor)
         expert_bytes = self.layout.num_bytes
         geometry = plan_geometry(
             arena_bytes=(num_frames + 1) * (-(-expert_bytes // 256) * 256 + 256) - 256,
@@ -104,6 +107,21 @@ class Layer:
         return found
 
 
+def random_parts(
+    its: ExpertFormat, layout: ExpertLayout, random: torch.Generator
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of one expert, by the names of a checkpoint's tensors."""
+    if not isinstance(its, W4A16):
+        yield from ((part, random_part(layout, part, random)) for part in layout.part_offsets())
+        return
+    for matrix in ("w1", "w3", "w2"):
+        shape = (HIDDEN, INNER) if matrix == "w2" else (INNER, HIDDEN)
+        weights = torch.randn(shape, generator=random) / 8
+        whole = quantise(weights, its.group, has_zeros=its.has_zeros, dtype=torch.float16)
+        tensors = whole.in_gptq() if its.source == "gptq" else whole.in_awq()
+        yield from ((f"{matrix}_{what}", tensor) for what, tensor in tensors.items())
+
+
 def random_part(layout: ExpertLayout, part: str, random: torch.Generator) -> torch.Tensor:
     tensor = layout.tensor_of(part)
     values = torch.randn(tensor.part_shape, generator=random)
@@ -119,7 +137,15 @@ def stock_layer(layer: Layer, hidden: torch.Tensor, *routing: torch.Tensor, **op
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
     tensors = layer.stock_tensors()
-    weights = tensors.pop("w13_weight"), tensors.pop("w2_weight")
+    if "w13_qweight" in tensors:
+        weights = tensors.pop("w13_qweight"), tensors.pop("w2_qweight")
+        scales = {"w1_scale": "w13_scales", "w2_scale": "w2_scales"}
+        if "w13_qzeros" in tensors:
+            scales |= {"w1_zp": "w13_qzeros", "w2_zp": "w2_qzeros"}
+        options |= {name: tensors.pop(its) for name, its in scales.items()}
+        options |= {"use_int4_w4a16": True, "block_shape": [0, GPTQ.group]}
+    else:
+        weights = tensors.pop("w13_weight"), tensors.pop("w2_weight")
     if tensors:
         scales = {"w1_scale": "w13_weight_scale_inv", "w2_scale": "w2_weight_scale_inv"}
         options |= {name: tensors.pop(its) for name, its in scales.items()}
@@ -139,7 +165,7 @@ def config(scaling: float | None) -> Any:
     )
 
 
-@pytest.mark.parametrize("its", [PLAIN, FP8], ids=["plain", "fp8"])
+@pytest.mark.parametrize("its", [PLAIN, FP8, GPTQ, AWQ], ids=["plain", "fp8", "gptq", "awq"])
 @pytest.mark.parametrize(
     ("num_frames", "num_tokens", "top_k", "scaling"),
     [
@@ -208,6 +234,26 @@ def test_fp8_out_of_frames_is_what_it_stands_for(num_frames: int) -> None:
             inner = torch.nn.functional.silu(gate) * up
             expected[token] += truncated(weight * (w2[expert] @ rounded(inner)))
     assert torch.allclose(output.float(), expected, rtol=0.01, atol=0.01 * float(expected.std()))
+
+
+@pytest.mark.parametrize("source", ["gptq", "awq"])
+def test_int4_out_of_frames_is_what_it_stands_for(source: Literal["gptq", "awq"]) -> None:
+    """What a CPU makes of the same frames. In float16: of bfloat16 the interpreter multiplies bits as if they were numbers."""
+    layer = Layer(2, W4A16("float16", 32, source == "awq", source))
+    random = torch.Generator().manual_seed(3)
+    hidden = torch.randn(6, HIDDEN, generator=random).half()
+    weights, ids = torch.rand(6, NUM_EXPERTS, generator=random).topk(3)
+    ids = ids.to(torch.int32)
+    output = layer.experts.forward(
+        0, hidden, weights, ids, config=config(None), activation=torch.nn.Identity()
+    )
+    by_expert = layer.experts.forward_by_expert(0, hidden, weights, ids, silu_and_mul)
+    assert by_expert.std() > 0.05
+    assert torch.allclose(output, by_expert, rtol=0.002, atol=0.002 * float(by_expert.std()))
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(x[..., :INNER]) * x[..., INNER:]
 
 
 def in_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,18 +11,20 @@ ROOT = Path(__file__).parents[2] / "sglmoe"
 
 FOUNDATION = {"units", "errors", "config", "protocol"}
 LAUNCH = {"checkpoint", "config", "demo_model", "errors", "flags", "machine", "start_up"}
-LAUNCH |= {"supported_models"}
+LAUNCH |= {"int4_models", "supported_models"}
 MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "units": set(),
     "errors": {"units"},
     "flags": set(),
-    "supported_models": {"errors"},
+    "int4_models": {"errors"},
+    "supported_models": {"errors", "int4_models"},
     "checkpoint": {"errors"},
     "packed_checkpoint": {"checkpoint", "errors"},
     "pack": {"checkpoint", "packed_checkpoint", "kernels", "units", "errors"},
     "demo_model": set(),
+    "cpu_gptq": {"kernels"},
     "cpu_kernels": {"kernels"},
-    "cpu_platform": {"cpu_kernels"},
+    "cpu_platform": {"cpu_gptq", "cpu_kernels"},
     "config": {"units", "errors"},
     "machine": {"config"},
     "protocol": {"units"},
@@ -60,6 +62,7 @@ FORBIDDEN = {  # packages that a part must not see
     "errors": DEVICE | {"zmq", "sglang", "numpy"},
     "units": DEVICE | {"zmq", "sglang"},
     "flags": DEVICE | {"zmq", "sglang"},
+    "int4_models": DEVICE | {"zmq", "sglang"},
     "supported_models": DEVICE | {"zmq", "sglang"},
     "checkpoint": DEVICE | {"zmq", "sglang"},
     "packed_checkpoint": DEVICE | {"zmq", "sglang"},
@@ -83,6 +86,7 @@ KNOWS_SGLANG = (  # the only files that do, as patterns
     "worker/moe_layer*.py",
     "worker/sampling*.py",
     "worker/profiler.py",
+    "cpu_gptq.py",
     "cpu_kernels.py",
     "cpu_platform.py",
     "engine.py",

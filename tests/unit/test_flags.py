@@ -46,7 +46,7 @@ def test_honoured_flags_pass(given: dict[str, object]) -> None:
     ("given", "start", "what_to_do"),
     [
         ({"tp_size": 2}, "--tp-size=2: ", "one server for each device"),
-        ({"quantization": "fp8"}, "--quantization=fp8: ", "block fp8; leave it out"),
+        ({"quantization": "fp8"}, "--quantization=fp8: ", "GPTQ or AWQ; leave it out"),
         ({"enable_lora": True}, "--enable-lora=True: ", "merge them"),
         ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm=EAGLE: ", "leave it out"),
         ({"grammar_backend": "outlines"}, "--grammar-backend=outlines: ", "use xgrammar"),

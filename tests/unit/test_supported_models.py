@@ -38,7 +38,7 @@ def test_tied_embeddings_are_refused_where_sglang_forgets_the_tie() -> None:
         ({"generates": False}, "embeddings"),
         ({"recurrent_layers": True}, "recurrent"),
         ({"sliding_window_layers": True}, "sliding-window"),
-        ({"quantization": Quantisation("gptq")}, "gptq"),
+        ({"quantization": Quantisation("bitsandbytes")}, "quantised (bitsandbytes)"),
         ({"quantization": BLOCKS, "num_experts": 8}, "Qwen3MoeForCausalLM"),
         ({"quantization": BLOCKS}, "OtherForCausalLM in fp8 is not tested"),
         ({"num_experts": 8}, "Qwen3MoeForCausalLM"),
@@ -81,7 +81,7 @@ def test_other_fp8_is_refused_by_name(fact: dict[str, object], words: str) -> No
 def test_a_checkpoint_says_in_its_config_how_it_is_quantised() -> None:
     assert quantisation_of({}) is None
     assert quantisation_of({"quantization_config": None}) is None
-    awq = {"quant_method": "awq", "bits": 4}
-    assert quantisation_of({"quantization_config": awq}) == Quantisation("awq")
+    other = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    assert quantisation_of({"quantization_config": other}) == Quantisation("compressed-tensors")
     fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     assert quantisation_of({"quantization_config": fp8}) == BLOCKS

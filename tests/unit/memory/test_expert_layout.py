@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sglmoe.memory.expert_layout import (
     ALIGN_BYTES,
+    W4A16,
     BlockFp8,
     ExpertFormat,
     ExpertLayout,
@@ -50,6 +51,25 @@ def test_fp8_weights_have_their_scales_behind_them() -> None:
     assert layout.tensor_of("w3_weight_scale_inv").part_shape == (1, 2)
 
 
+def test_weights_in_4_bits_have_scales_and_zeros_behind_them() -> None:
+    """Two inputs to a byte, a scale for each 32 of them, and the zero points of two rows to a byte."""
+    its = W4A16("bfloat16", 32, has_zeros=True, source="awq")
+    layout = plan_layout(its, hidden=64, inner=32)
+    assert places(layout) == {
+        "w13_qweight": ("uint8", (64, 32), 0),
+        "w2_qweight": ("uint8", (64, 16), 2048),
+        "w13_scales": ("bfloat16", (64, 2), 3072),
+        "w2_scales": ("bfloat16", (64, 1), 3328),
+        "w13_qzeros": ("uint8", (32, 2), 3456),
+        "w2_qzeros": ("uint8", (32, 1), 3520),
+    }
+    assert layout.num_bytes == 3552
+    assert layout.tensor_of("w3_qzeros").part_shape == (16, 2)
+    assert layout.part_offsets()["w3_qzeros"] == 3488
+    symmetric = plan_layout(W4A16("float16", 32, False, "gptq"), hidden=64, inner=32)
+    assert symmetric.num_bytes == 3456
+
+
 def test_a_tensor_begins_where_16_divides() -> None:
     """The weights end at byte 360: their scales begin at 368. The last blocks of 20 columns are narrower than 16."""
     layout = plan_layout(BlockFp8(2, 16), hidden=20, inner=6)
@@ -69,13 +89,29 @@ def test_an_expert_of_qwen3_30b_takes_half_of_its_bf16_and_a_kilobyte() -> None:
     assert in_fp8.num_bytes == in_bf16.num_bytes // 2 + 1152
 
 
+def test_in_4_bits_it_takes_a_quarter_and_for_each_128_weights_a_scale() -> None:
+    """Three matrices of 12,288 groups: 2 bytes each, and in AWQ half a byte more."""
+    in_gptq = plan_layout(W4A16("float16", 128, False, "gptq"), hidden=2048, inner=768)
+    in_awq = plan_layout(W4A16("float16", 128, True, "awq"), hidden=2048, inner=768)
+    assert in_gptq.num_bytes == 9_437_184 // 4 + 3 * 12_288 * 2
+    assert in_awq.num_bytes == in_gptq.num_bytes + 3 * 12_288 // 2
+
+
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[ExpertFormat, ExpertLayout]:
     rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 40))
     plain = st.builds(Plain, st.sampled_from(["float32", "float16", "bfloat16"]))
-    its = draw(st.one_of(plain, st.just(BlockFp8(rows, columns))))
-    inner, hidden = rows * draw(st.integers(1, 9)), draw(st.integers(1, 50))
+    its = draw(st.one_of(plain, st.just(BlockFp8(rows, columns)), int4_formats()))
+    if isinstance(its, W4A16):  # whole groups
+        inner, hidden = (its.group * draw(st.integers(1, 5)) for _ in range(2))
+    else:
+        inner, hidden = rows * draw(st.integers(1, 9)), draw(st.integers(1, 50))
     return its, plan_layout(its, hidden=hidden, inner=inner)
+
+
+def int4_formats() -> st.SearchStrategy[W4A16]:
+    dtypes, groups = st.sampled_from(["float16", "bfloat16"]), st.sampled_from([2, 8, 32])
+    return st.builds(W4A16, dtypes, groups, st.booleans(), st.just("awq"))
 
 
 @given(layouts())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sglmoe.memory import store as store_module
+from sglmoe.memory.checkpoint_form import Converted
 from sglmoe.memory.mapped_files import Extent
 from sglmoe.memory.store import Bytes, ExpertReadError, ExpertStore
 
@@ -202,3 +203,42 @@ def test_a_mapped_expert_is_read_from_its_file_once_unmapped(tmp_path: Path) -> 
     store.read(0, 1, target)
     assert target.tolist() == [100] * 8 + [101] * 8 + [102] * 8
     assert store.total_bytes == 48
+
+
+def reversed_in_pairs(source: Bytes) -> Bytes:
+    """As wide again: of byte 3, bytes 3 and 3; the last of the source first."""
+    return np.repeat(source[::-1], 2)
+
+
+def test_what_a_checkpoint_has_in_another_form_is_converted_each_time_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tensors of 3 bytes in the file, 6 in a frame; and one of our own memory."""
+    monkeypatch.setattr(store_module, "CHUNK_BYTES", 2)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(range(6)))
+    with path.open("rb") as file:
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    store = ExpertStore()
+    for part, source in (("w1", mapped[:3]), ("w3", mapped[3:]), ("w2", some_bytes(1))):
+        store.put(0, 0, part, Converted(source, 2 * source.nbytes, reversed_in_pairs))
+    assert store.total_bytes == store.expert_bytes() == store.stored_expert_bytes() == 14
+    expected = [2, 2, 1, 1, 0, 0, 5, 5, 4, 4, 3, 3, 0, 0]
+    for held_bytes in (None, 1):  # views of the mapping, and then the file's own bytes
+        if held_bytes is not None:
+            assert store.unmap() == held_bytes
+        target, chunks = np.full(16, 9, np.uint8), iter(range(2 + 2 + 1))  # of what is read
+        assert store.read(0, 0, target, before_chunk=chunks.__next__) == 14
+        assert next(chunks, None) is None
+        assert target.tolist() == [*expected, 9, 9]
+        stored = np.full(14, 9, np.uint8)
+        assert store.read_stored(0, 0, stored) == 14
+        assert store.unpack(0, 0, [stored], target) == 14
+        assert target.tolist() == [*expected, 9, 9]
+    asked: list[int] = []
+    monkeypatch.setattr(Extent, "will_read", lambda self: asked.append(self.offset))
+    store.will_read(0, 0)
+    assert asked == [0, 3]
+    path.write_bytes(bytes(5))
+    with pytest.raises(ExpertReadError, match=f"from {path}: the file ends 1 bytes early"):
+        store.read(0, 0, np.zeros(14, np.uint8))

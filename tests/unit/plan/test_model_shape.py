@@ -17,7 +17,7 @@ from sglmoe.plan.families import (
     moe_layers_of,
     num_experts_of,
 )
-from sglmoe.plan.measure import matrix_maker
+from sglmoe.plan.measure import conversion_seconds, matrix_maker
 from sglmoe.plan.model_shape import read_model, resolve_dtype, shape_of, tensor_shapes
 
 MODELS = Path(__file__).parents[3] / "launch" / "models"
@@ -83,6 +83,76 @@ def test_fp8_halves_experts_and_linear_weights_and_adds_scales() -> None:
     quantised = 48 * (4096 + 512 + 512 + 4096) * 2048 - 4096 * 2048
     assert after.dense_bytes == before.dense_bytes - quantised + 4 * quantised // 128**2
     assert after.token_bytes == before.token_bytes
+
+
+def in_int4(method: str, **said: object) -> dict[str, object]:
+    """Qwen3-30B-A3B's config, as of a checkpoint in 4 bits with groups of 128."""
+    plain = json.loads((MODELS / "qwen3-30b-a3b.json").read_text())
+    said |= {"quant_method": method, "bits": 4, "group_size": 128}
+    said |= {"sym": True, "desc_act": False} if method == "gptq" else {"zero_point": True}
+    return dict(plain | {"quantization_config": said})
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_int4_quarters_experts_and_linear_weights_and_adds_scales_and_zeros(method: str) -> None:
+    """By its config: embeddings, head, routers and norms stay in bfloat16, and what it leaves out. Only AWQ has zero points."""
+    plain = json.loads((MODELS / "qwen3-30b-a3b.json").read_text())
+    rule = "layers.0.self_attn.o_proj"
+    left_out = {"gptq": {"dynamic": {f"-:.*{rule}": {}}}, "awq": {"modules_to_not_convert": [rule]}}
+    config = in_int4(method, **left_out[method])
+    before, after = (
+        shape_of(its, dense=None, dtype="auto", device="cuda") for its in (plain, config)
+    )
+    group_bytes = 2.5 if method == "awq" else 2
+    assert after.expert_bytes == before.expert_bytes // 4 + 3 * 2048 * 768 / 128 * group_bytes
+    # Of each layer q [4096, 2048], k and v [512, 2048], o [2048, 4096]; that of the first layer is left out.
+    quantised = 48 * (4096 + 512 + 512 + 4096) * 2048 - 4096 * 2048
+    saved = quantised * 1.5 - quantised / 128 * group_bytes
+    assert after.dense_bytes == before.dense_bytes - saved
+    assert after.token_bytes == before.token_bytes
+
+
+def test_a_config_tells_the_tensors_of_a_checkpoint_in_int4() -> None:
+    """Of a key projection `[512, 2048]`: words of eight inputs, or of eight rows."""
+    key = "model.layers.3.self_attn.k_proj"
+    gptq, awq = (dense_shapes(in_int4(method)) for method in ("gptq", "awq"))
+    assert {name: its for name, its in gptq.items() if name.startswith(f"{key}.")} == {
+        f"{key}.qweight": (256, 512),
+        f"{key}.scales": (16, 512),
+        f"{key}.qzeros": (16, 64),
+        f"{key}.g_idx": (2048,),
+    }
+    assert {name: its for name, its in awq.items() if name.startswith(f"{key}.")} == {
+        f"{key}.qweight": (2048, 64),
+        f"{key}.scales": (16, 512),
+        f"{key}.qzeros": (16, 64),
+    }
+    kept = (
+        "model.embed_tokens",
+        "lm_head",
+        "model.layers.3.mlp.gate",
+        "model.layers.3.self_attn.k_norm",
+    )
+    assert all(f"{name}.weight" in gptq for name in kept)
+
+
+def test_awq_is_planned_for_a_gpu_and_refused_for_a_cpu(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(in_int4("awq")))
+    assert read_model(str(tmp_path), device="cuda").shape.expert_bytes == 2_451_456
+    with pytest.raises(ValueError, match="the checkpoint is in AWQ"):
+        read_model(str(tmp_path), device="cpu")
+
+
+def test_a_cpus_speed_is_measured_with_the_conversion_of_weights_in_int4() -> None:
+    config = in_int4("gptq") | {"hidden_size": 256, "moe_intermediate_size": 128}
+    shape = shape_of(config, dense=None, dtype="auto", device="cpu")
+    weights = matrix_maker(200, 256, shape)
+    assert (weights().shape, weights().dtype) == ((200, 256), torch.bfloat16)
+    assert weights() is not weights()
+    assert 0 < conversion_seconds(shape) < 0.1
+    config["quantization_config"] = None
+    plain = shape_of(config, dense=None, dtype="auto", device="cpu")
+    assert conversion_seconds(plain) == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglmoe.memory.arena import plan_geometry
-from sglmoe.memory.expert_layout import BlockFp8, ExpertFormat, ExpertLayout, Plain, plan_layout
+from sglmoe.memory.expert_layout import (
+    W4A16,
+    BlockFp8,
+    ExpertFormat,
+    ExpertLayout,
+    Plain,
+    plan_layout,
+)
 from sglmoe.memory.host_tier import HostTier, TieredStore
 from sglmoe.memory.promotion import Promotion
 from sglmoe.memory.store import Bytes, ExpertStore
@@ -22,8 +29,9 @@ NUM_EXPERTS = 3
 def formats(draw: st.DrawFn) -> tuple[ExpertFormat, ExpertLayout]:
     rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     plain = st.builds(Plain, st.sampled_from(["float32", "float16", "bfloat16"]))
-    its = draw(st.one_of(plain, st.just(BlockFp8(rows, columns))))
-    inner, hidden = rows * draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    int4 = W4A16("float16", 2 * rows, draw(st.booleans()), "gptq")
+    its = draw(st.one_of(plain, st.just(BlockFp8(rows, columns)), st.just(int4)))
+    inner, hidden = 2 * rows * draw(st.integers(1, 4)), 2 * rows * draw(st.integers(1, 4))
     return its, plan_layout(its, hidden=hidden, inner=inner)
 
 
@@ -78,6 +86,32 @@ def test_experts_are_seen_in_frames_as_they_were_stored(
             assert seen.is_contiguous()
             bits = seen.reshape(-1).view(torch.uint8).numpy()
             assert np.array_equal(bits, stored(store, layout, expert, name))
+
+
+def test_int4_matrices_are_what_the_parts_stand_for() -> None:
+    """Gate 9 less 8, up 10 less 7 and tenfold, down 11 less 9, times a half. Frame 1 of 2."""
+    its = W4A16("float16", 2, True, "gptq")
+    layout = plan_layout(its, hidden=2, inner=2)
+    store = ExpertStore()
+    store.lay_out(layout.part_offsets())
+    parts = (("w1", 0x99, 0x88, 1.0), ("w3", 0xAA, 0x77, 10.0), ("w2", 0xBB, 0x99, 0.5))
+    for part, pair, zeros, scale in parts:
+        store.put(0, 0, f"{part}_qweight", np.array([pair, pair], np.uint8))
+        store.put(0, 0, f"{part}_qzeros", np.array([zeros], np.uint8))
+        store.put(0, 0, f"{part}_scales", np.array([scale, scale], np.float16).view(np.uint8))
+    arena = torch.zeros(512, dtype=torch.uint8)
+    geometry = plan_geometry(
+        arena_bytes=512,
+        expert_bytes=layout.num_bytes,
+        token_bytes=64,
+        token_rows=2,
+        page_tokens=4,
+    )
+    store.read(0, 0, arena.numpy().reshape(2, -1)[1])
+    w13, w2 = FrameViews(arena, geometry, layout, its).matrices(1, torch.float16)
+    assert w13.tolist() == [[1, 1], [1, 1], [30, 30], [30, 30]]
+    assert w2.tolist() == [[1, 1], [1, 1]]
+    assert w13.dtype == w2.dtype == torch.float16
 
 
 def test_fp8_matrices_are_what_the_parts_stand_for() -> None:

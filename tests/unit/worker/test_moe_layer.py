@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from int4_packing import Int4Weights, quantise
 from torch.nn import functional as F
 
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry, plan_geometry
 from sglmoe.memory.background_copier import BackgroundCopier
-from sglmoe.memory.expert_layout import BlockFp8, ExpertFormat, ExpertLayout, Plain
+from sglmoe.memory.expert_layout import W4A16, BlockFp8, ExpertFormat, ExpertLayout, Plain
 from sglmoe.memory.link_gate import LinkGate
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.prefetch import Wanted
@@ -22,8 +23,37 @@ from sglmoe.worker.routed import Routed
 
 NUM_EXPERTS, TOP_K, HIDDEN, INNER = 8, 3, 16, 8
 PLAIN, FP8 = Plain("bfloat16"), BlockFp8(4, 4)
+GPTQ, AWQ = W4A16("bfloat16", 8, False, "gptq"), W4A16("bfloat16", 8, True, "awq")
 SHAPE = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, PLAIN)
 EXPERT_BYTES = SHAPE.layout.num_bytes
+
+
+def random_parts(
+    its: ExpertFormat, generator: torch.Generator
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of one expert, by the names of a checkpoint's tensors."""
+    layout = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, its).layout
+    if not isinstance(its, W4A16):
+        yield from ((part, random_part(layout, part, generator)) for part in layout.part_offsets())
+        return
+    for matrix, weights in int4_weights(its, generator).items():
+        tensors = weights.in_gptq() if its.source == "gptq" else weights.in_awq()
+        names = {what: f"{matrix}_{what}" for what in tensors}
+        yield from ((names[what], its) for what, its in tensors.items() if what != "g_idx")
+
+
+def int4_weights(its: W4A16, generator: torch.Generator) -> dict[str, Int4Weights]:
+    """Of one expert; scales in float16, as checkpoints have them."""
+    shapes = {"w1": (INNER, HIDDEN), "w3": (INNER, HIDDEN), "w2": (HIDDEN, INNER)}
+    return {
+        matrix: quantise(
+            torch.randn(shape, generator=generator),
+            its.group,
+            has_zeros=its.has_zeros,
+            dtype=torch.float16,
+        )
+        for matrix, shape in shapes.items()
+    }
 
 
 def random_part(layout: ExpertLayout, part: str, generator: torch.Generator) -> torch.Tensor:
@@ -55,8 +85,9 @@ def make_experts(
     shape = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, its)
     layer, layout = experts.add_layer(0, shape), shape.layout
     for expert in range(NUM_EXPERTS):
-        for part in layout.part_offsets():
-            experts.take_tensor(layer, expert, part, random_part(layout, part, generator))
+        for part, tensor in random_parts(its, generator):
+            if part in layout.part_offsets():
+                experts.take_tensor(layer, expert, part, tensor)
     frame_bytes = -(-layout.num_bytes // 256) * 256
     geometry: Geometry = plan_geometry(
         arena_bytes=num_frames * frame_bytes,
@@ -106,7 +137,7 @@ def run(experts: PagedExperts, num_tokens: int) -> torch.Tensor:
     return experts.compute(routing, weights, config=None, activation=silu_and_mul)
 
 
-@pytest.mark.parametrize("its", [PLAIN, FP8], ids=["plain", "fp8"])
+@pytest.mark.parametrize("its", [PLAIN, FP8, GPTQ, AWQ], ids=["plain", "fp8", "gptq", "awq"])
 @pytest.mark.parametrize("num_tokens", [1, 5, 40])
 @pytest.mark.parametrize("num_frames", [2, 3, 5])
 def test_few_frames_give_the_bits_of_all_resident(
@@ -257,6 +288,36 @@ def test_fp8_experts_have_the_bits_of_plain_ones_with_the_weights_that_they_stan
             plain.store._parts[0, expert, part] = as_bytes(torch.tensor(whole).bfloat16())
     assert torch.equal(run(in_fp8, num_tokens=5), run(plain, num_tokens=5))
     assert memory.violations() == []
+
+
+@pytest.mark.parametrize("its", [GPTQ, AWQ], ids=["gptq", "awq"])
+def test_int4_experts_have_the_bits_of_plain_ones_with_the_weights_that_they_stand_for(
+    its: W4A16,
+) -> None:
+    """On a CPU, and converted from the checkpoint's form on the way."""
+    in_int4, memory = make_experts(num_frames=3, its=its)
+    plain, _ = make_experts(num_frames=9)
+    generator = torch.Generator().manual_seed(1)
+    for expert in range(NUM_EXPERTS):
+        for matrix, weights in int4_weights(its, generator).items():
+            plain.store._parts[0, expert, matrix] = as_bytes(weights.whole(torch.bfloat16))
+    assert torch.equal(run(in_int4, num_tokens=5), run(plain, num_tokens=5))
+    assert memory.violations() == []
+
+
+def test_int4_tensors_of_another_form_are_refused_by_name() -> None:
+    """Rows of words and of weights in 8 bits; words that are floats; scales of other groups."""
+    experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
+    experts.add_layer(0, ExpertShape(NUM_EXPERTS, HIDDEN, INNER, GPTQ))
+    refused = {
+        "w1_qweight": (torch.zeros(HIDDEN // 4, INNER, dtype=torch.int32), r"\(4, 8\) in int32"),
+        "w3_qweight": (torch.zeros(HIDDEN // 8, INNER), r"\(2, 8\) in float32"),
+        "w2_scales": (torch.zeros(2, HIDDEN), r"\(2, 16\) in float32"),
+    }
+    for part, (tensor, shown) in refused.items():
+        with pytest.raises(ValueError, match=rf"{part} has shape {shown} in the checkpoint"):
+            experts.take_tensor(0, 0, part, tensor)
+    experts.take_tensor(0, 0, "w2_scales", torch.zeros(1, HIDDEN))
 
 
 def test_rows_are_grouped_by_expert_in_ascending_order() -> None:
