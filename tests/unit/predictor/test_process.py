@@ -172,6 +172,17 @@ class Failing(Frequency):
         raise RuntimeError("a bug")
 
 
+def fail(bench: Bench) -> None:
+    """Have it tell why it does."""
+    bench.step(1)
+
+    def is_given_up() -> bool:
+        bench.client.outlook()
+        return bench.client.failed
+
+    eventually(is_given_up)
+
+
 class Counting(Frequency):
     """Arrives in a process whose libraries have two threads, as with two cores, and says how many they have then."""
 
@@ -187,25 +198,13 @@ class Counting(Frequency):
 
 def test_it_leaves_the_other_cores_alone(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(Counting(PARTS))
-    bench.step(1)
-
-    def is_given_up() -> bool:
-        bench.client.outlook()
-        return bench.client.failed
-
-    eventually(is_given_up)
+    fail(bench)
     assert "threads: {1}" in caplog.text
     bench.client.close()
 
 
 def test_one_that_fails_says_why(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(Failing(PARTS))
-    bench.step(1)
-
-    def is_given_up() -> bool:
-        bench.client.outlook()
-        return bench.client.failed
-
-    eventually(is_given_up)
+    fail(bench)
     assert "a bug" in caplog.text
     bench.client.close()
