@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # What only a GPU can answer, in one call of less than ten minutes:  eval/gpu.sh OUT [SITE]
 # OUT: where results go. SITE: a folder with env.sh that brings SGLang 0.5.23, where it is not installed. Goes on after a failure.
+# What else pyproject.toml asks for and a machine without network lacks can come with it:
+#   pip install --target SITE/site --python-version 3.12 --only-binary :all: --no-deps xxhash threadpoolctl
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "$1"
@@ -10,6 +12,9 @@ out=$(cd "$1" && pwd)
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 unset TRITON_INTERPRET
 nvidia-smi > "$out/device.txt" 2>&1
+for module in xxhash threadpoolctl psutil rich pytest; do
+    "$python" -c "import $module" 2> /dev/null || echo "missing: $module" | tee -a "$out/device.txt"
+done
 timeout 240 "$python" -m pytest tests/gpu --ignore tests/gpu/test_graphs.py -p no:cacheprovider -o filterwarnings= 2>&1 | tee "$out/tests.txt"
 failed=${PIPESTATUS[0]}
 timeout 240 "$python" -m eval.kernel_speed "$out/kernel_speed.json" 2>&1 | tee "$out/kernel_speed.txt"
