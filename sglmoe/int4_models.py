@@ -75,7 +75,16 @@ def _peculiarities(said: Mapping[str, Any], method: str) -> Iterator[str]:
     if said.get("modules_in_block_to_quantize"):
         yield "modules_in_block_to_quantize"
     rules = said.get("dynamic") or {}
-    yield from (f"dynamic {rule!r}" for rule in rules if not rule.startswith("-:"))
+    yield from (f"dynamic {rule!r}" for rule in rules if not _leaves_out(rule))
+
+
+def _leaves_out(rule: str) -> bool:
+    """Whether it is a pattern of modules that are not quantised."""
+    try:
+        re.compile(rule.removeprefix("-:"))
+    except re.error:
+        return False
+    return rule.startswith("-:")
 
 
 def refused_int4(

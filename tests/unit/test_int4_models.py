@@ -69,6 +69,7 @@ def test_experts_in_4_bits_are_served(
         ),
         ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, "with dynamic '+:.*down_proj'"),
         ({"dynamic": {".*down_proj": {"bits": 8}}}, "with dynamic '.*down_proj'"),
+        ({"dynamic": {"-:*.down_proj": {}}}, "with dynamic '-:*.down_proj'"),
         ({"dynamic": {r"-:.*layers\.3\.mlp": {}}}, r"experts that are left out (.*layers\.3\.mlp)"),
         ({"dynamic": {"-:.*w2": {}, "-:.*127.up_proj": {}}}, "left out (.*127.up_proj)"),
     ],
