@@ -48,21 +48,26 @@ def budgets(roomy: Interview) -> dict[str, int]:
     }
 
 
+def check_budgets(model_dir: Path, dtype: str, roomy: Interview, theirs: Interview) -> None:
+    """With fewer frames than where all experts fit, which is `roomy`, answers are `theirs`."""
+    assert roomy.state["memory"]["experts_evicted"] == 0
+    for name, num_frames in budgets(roomy).items():
+        budget = frames_budget(roomy.state, num_frames)
+        tight = run_in_fork(interview_sglmoe, model_dir, dtype, budget)
+        check_same(tight, theirs)
+        memory = tight.state["memory"]
+        assert memory["num_frames"] == num_frames
+        assert memory["experts_evicted"] > 0
+        assert (memory["num_split_layers"] > 0) >= (name == "waves")
+
+
 def test_every_budget_gives_the_answers_of_the_twin(models: Fp8Checkpoints) -> None:
     theirs = run_in_fork(interview_sglang, models.twin, "bfloat16")
     roomy = run_in_fork(interview_sglmoe, models.fp8, "auto", "200MB")
     check_same(roomy, theirs)
     # Half of what the twin's experts take, and 24 bytes of scales each: two for gates, two for ups, two for downs.
     assert roomy.state["limits"]["expert_bytes"] == 3 * 16 * (3 * 64 * 128 + 24)
-    assert roomy.state["memory"]["experts_evicted"] == 0
-    for name, num_frames in budgets(roomy).items():
-        budget = frames_budget(roomy.state, num_frames)
-        tight = run_in_fork(interview_sglmoe, models.fp8, "auto", budget)
-        check_same(tight, theirs)
-        memory = tight.state["memory"]
-        assert memory["num_frames"] == num_frames
-        assert memory["experts_evicted"] > 0
-        assert (memory["num_split_layers"] > 0) >= (name == "waves")
+    check_budgets(models.fp8, "auto", roomy, theirs)
 
 
 def test_the_unmodified_server_answers_as_its_twin_does(models: Fp8Checkpoints) -> None:

@@ -13,7 +13,7 @@ from checkpoints import GptqCheckpoints, make_checkpoint, make_gptq_checkpoints
 from forking import run_in_fork
 from sglmoe_engine import frames_budget
 from test_flags import refusal
-from test_fp8 import budgets, interview_below
+from test_fp8 import budgets, check_budgets, interview_below
 from test_parity import Interview, check_same, interview, interview_sglang, interview_sglmoe
 from test_plan import as_loaded, as_planned
 
@@ -48,15 +48,7 @@ def test_every_budget_gives_the_answers_of_the_twin(models: GptqCheckpoints) -> 
     has_zeros = not read_json(models.gptq / "config.json")["quantization_config"]["sym"]
     expert_bytes = EXPERT_BYTES + has_zeros * 3 * 256 // 2
     assert roomy.state["limits"]["expert_bytes"] == 3 * 16 * expert_bytes
-    assert roomy.state["memory"]["experts_evicted"] == 0
-    for name, num_frames in budgets(roomy).items():
-        budget = frames_budget(roomy.state, num_frames)
-        tight = run_in_fork(interview_sglmoe, models.gptq, "bfloat16", budget)
-        check_same(tight, theirs)
-        memory = tight.state["memory"]
-        assert memory["num_frames"] == num_frames
-        assert memory["experts_evicted"] > 0
-        assert (memory["num_split_layers"] > 0) >= (name == "waves")
+    check_budgets(models.gptq, "bfloat16", roomy, theirs)
 
 
 def interview_wna16(model_dir: Path) -> Interview:
