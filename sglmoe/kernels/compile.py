@@ -95,10 +95,10 @@ SPECIMENS = (
         )
         for experts, frames in ((64, 64), (128, 64), (256, 256), (512, 512))
     ),
-    Specimen(mailbox.post_kernel, "*i32 *i32 i32 i32 i32 i32", num_warps=1),
+    Specimen(mailbox.post_kernel, "*i32 *i32 i32 i32 i32 i32 i32", num_warps=1),
     Specimen(
         mailbox.commit_kernel,
-        "*i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 i32 i32 i32 i32",
+        "*i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 i32 i32 i32 i32",
         num_warps=1,
     ),
 )

@@ -1,10 +1,9 @@
 """How a prefetched expert joins its layer in the middle of a step, without the host.
 
-Before a step the host takes a frame out of every set, so that no table names it and nothing of the step touches it. The
-prefetch stream copies the expert there, and behind the copy runs `post`: it writes a letter, then counts it with a release.
-At the layer's boundary the compute stream runs `commit`: it reads the count with an acquire, and whoever sees a letter
-counted sees the letter and all bytes that were copied before it. A letter that comes too late for this step is found in the
-next.
+A frame that a prefetch fills is in no set, so no table names it and nothing of the step touches it. The prefetch stream copies
+the expert there, and behind the copy runs `post`: it writes a letter, then counts it with a release. At the layer's boundary
+the compute stream runs `commit`: it reads the count with an acquire, and whoever sees a letter counted sees the letter and
+all bytes that were copied before it. A letter is for one step: of what comes too late the host learns by itself.
 """
 
 import msgspec
@@ -16,36 +15,40 @@ from sglmoe.kernels.residency import DeviceResidency
 
 
 class Mailbox(msgspec.Struct, frozen=True, eq=False):
-    """One for all L layers, int32, on the device. At most `room` letters of a layer may wait: the host counts."""
+    """One for all L layers, int32, on the device, with room for as many letters as a step may have of a layer."""
 
-    letters: torch.Tensor  # [L, room, 2]: expert, frame
+    letters: torch.Tensor  # [L, room, 3]: expert, frame, the step that it is for
     posted: torch.Tensor  # [L], letters ever posted; only the prefetch stream writes it
     committed: torch.Tensor  # [L], letters ever read; only the compute stream writes it
+    step: torch.Tensor  # [1], the number of the step that runs; the host writes it between steps
 
     @classmethod
     def empty(cls, num_layers: int, room: int, device: str) -> "Mailbox":
         """No letters."""
         return cls(
-            letters=torch.zeros((num_layers, room, 2), dtype=torch.int32, device=device),
+            letters=torch.zeros((num_layers, room, 3), dtype=torch.int32, device=device),
             posted=torch.zeros(num_layers, dtype=torch.int32, device=device),
             committed=torch.zeros(num_layers, dtype=torch.int32, device=device),
+            step=torch.zeros(1, dtype=torch.int32, device=device),
         )
 
 
-@triton.jit(do_not_specialize=["layer", "expert", "frame", "room"])
+@triton.jit(do_not_specialize=["layer", "expert", "frame", "step", "room"])
 def post_kernel(
     letters: tl.tensor,
     posted: tl.tensor,
     layer: tl.tensor,
     expert: tl.tensor,
     frame: tl.tensor,
+    step: tl.tensor,
     room: tl.tensor,
 ) -> None:
     """Write the letter, then count it."""
     number = tl.load(posted + layer)
-    letter = letters + (layer * room + number % room) * 2
+    letter = letters + (layer * room + number % room) * 3
     tl.store(letter, expert)
     tl.store(letter + 1, frame)
+    tl.store(letter + 2, step)
     tl.debug_barrier()
     tl.atomic_xchg(posted + layer, number + 1, sem="release", scope="gpu")
 
@@ -58,56 +61,61 @@ def commit_kernel(
     frame_table: tl.tensor,
     set_frames: tl.tensor,
     set_owners: tl.tensor,
-    set_used: tl.tensor,
+    set_keys: tl.tensor,
     set_sizes: tl.tensor,
+    used_key: tl.tensor,
     step: tl.tensor,
     layer: tl.tensor,
     room: tl.tensor,
     num_experts: tl.tensor,
     max_frames: tl.tensor,
 ) -> None:
-    """Read what is counted and not committed, and put each frame into the set."""
+    """Read what is counted and not committed, and put the frame of each letter for this step into the set."""
     until = tl.atomic_add(posted + layer, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
-    number = tl.load(committed + layer)
+    number = tl.maximum(tl.load(committed + layer), until - room)
     size = tl.load(set_sizes + layer)
-    now = tl.load(step)
+    now, key = tl.load(step), tl.load(used_key) - 1
     while number < until:
-        letter = letters + (layer * room + number % room) * 2
+        letter = letters + (layer * room + number % room) * 3
         expert = tl.load(letter, volatile=True)
         frame = tl.load(letter + 1, volatile=True)
+        is_mine = tl.load(letter + 2, volatile=True) == now
         place = layer * max_frames + size
         row = frame_table + layer * num_experts + expert
         # One that a miss has brought in meanwhile keeps its frame; this one is empty then.
-        is_new = tl.load(row) < 0
+        is_new = is_mine & (tl.load(row) < 0)
         tl.store(row, frame, mask=is_new)
-        tl.store(set_frames + place, frame)
-        tl.store(set_owners + place, tl.where(is_new, expert, -1))
-        tl.store(set_used + place, now)
+        tl.store(set_frames + place, frame, mask=is_mine)
+        tl.store(set_owners + place, tl.where(is_new, expert, -1), mask=is_mine)
+        tl.store(set_keys + place, key, mask=is_mine)
         tl.debug_barrier()  # the next letter may be of the same expert
-        size += 1
+        size += is_mine.to(tl.int32)
         number += 1
     tl.store(set_sizes + layer, size)
     tl.store(committed + layer, number)
 
 
-def post(mailbox: Mailbox, *, layer: int, expert: int, frame: int) -> None:
-    """Say that the expert's bytes are in the frame, once all that was queued on this stream before is done."""
+def post(mailbox: Mailbox, *, layer: int, expert: int, frame: int, step: int) -> None:
+    """Say that the expert's bytes are in the frame, once all that was queued on this stream before is done; to the step of
+    that number alone."""
     post_kernel[(1,)](
         mailbox.letters,
         mailbox.posted,
         layer,
         expert,
         frame,
+        step,
         mailbox.letters.shape[1],
         num_warps=1,
     )
 
 
 def commit(mailbox: Mailbox, layer: int, state: DeviceResidency) -> None:
-    """Put the frames of letters that have been posted into the layer's set, used as of now; in front of its `decide`.
+    """Put the frames of letters that have been posted for this step into the layer's set, to change hands after all that
+    it does not use; in front of its `decide`.
 
-    The set must have room for all letters that may wait. May be captured.
+    The set must have room for all of a step. May be captured.
     """
     commit_kernel[(1,)](
         mailbox.letters,
@@ -116,9 +124,10 @@ def commit(mailbox: Mailbox, layer: int, state: DeviceResidency) -> None:
         state.frame_table,
         state.set_frames,
         state.set_owners,
-        state.set_used,
+        state.set_keys,
         state.set_sizes,
-        state.step,
+        state.used_key,
+        mailbox.step,
         layer,
         mailbox.letters.shape[1],
         state.frame_table.shape[1],

@@ -64,45 +64,47 @@ def decide(
 ) -> None:
     """See `residency.decide`."""
     table, blocks = state.frame_table[layer], state.block_of[layer]
-    owners, used = state.set_owners[layer], state.set_used[layer]
-    now, size = int(state.step), int(state.set_sizes[layer])
+    owners, keys = state.set_owners[layer], state.set_keys[layer]
+    used, size = int(state.used_key), int(state.set_sizes[layer])
     needed = {expert for expert in topk_ids.flatten().tolist() if 0 <= expert < len(table)}
     for place in range(size):
         if int(owners[place]) in needed:
-            used[place] = now
+            keys[place] = used
     free = [place for place in range(size) if int(owners[place]) not in needed]
-    free.sort(key=lambda place: (-1 if owners[place] < 0 else int(used[place]), place))
+    free.sort(key=lambda place: (-1 if owners[place] < 0 else int(keys[place]), place))
     missing = sorted(expert for expert in needed if table[expert] == ABSENT)
     served = [expert for expert in missing if blocks[expert] >= 0][: len(free)]
     for index, (expert, place) in enumerate(zip(served, free, strict=False)):
         if owners[place] >= 0:
             table[owners[place]] = ABSENT
         table[expert] = state.set_frames[layer, place]
-        owners[place], used[place] = expert, now
+        owners[place], keys[place] = expert, used
         page_ins.sources[index], page_ins.frames[index] = blocks[expert], table[expert]
     page_ins.count[0] = len(served)
     state.shortfall.add_(len(missing) - len(served))
 
 
-def post(mailbox: Mailbox, *, layer: int, expert: int, frame: int) -> None:
+def post(mailbox: Mailbox, *, layer: int, expert: int, frame: int, step: int) -> None:
     """See `mailbox.post`."""
     number = int(mailbox.posted[layer])
     room = mailbox.letters.shape[1]
-    mailbox.letters[layer, number % room] = torch.tensor([expert, frame], dtype=torch.int32)
+    mailbox.letters[layer, number % room] = torch.tensor([expert, frame, step], dtype=torch.int32)
     mailbox.posted[layer] = number + 1
 
 
 def commit(mailbox: Mailbox, layer: int, state: DeviceResidency) -> None:
     """See `mailbox.commit`."""
-    room = mailbox.letters.shape[1]
-    for number in range(int(mailbox.committed[layer]), int(mailbox.posted[layer])):
-        expert, frame = mailbox.letters[layer, number % room].tolist()
+    room, until = mailbox.letters.shape[1], int(mailbox.posted[layer])
+    for number in range(max(int(mailbox.committed[layer]), until - room), until):
+        expert, frame, step = mailbox.letters[layer, number % room].tolist()
+        if step != int(mailbox.step):
+            continue
         place = int(state.set_sizes[layer])
         is_new = int(state.frame_table[layer, expert]) == ABSENT
         if is_new:
             state.frame_table[layer, expert] = frame
         state.set_frames[layer, place] = frame
         state.set_owners[layer, place] = expert if is_new else -1
-        state.set_used[layer, place] = state.step
+        state.set_keys[layer, place] = state.used_key - 1
         state.set_sizes[layer] += 1
     mailbox.committed[layer] = mailbox.posted[layer]

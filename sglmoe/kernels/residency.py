@@ -21,9 +21,9 @@ class DeviceResidency(msgspec.Struct, frozen=True, eq=False):
     )  # [L, E], the block of host memory with its bytes, -1: none; written by the host
     set_frames: torch.Tensor  # [L, F], the frames of the set; the first `set_sizes` count
     set_owners: torch.Tensor  # [L, F], the expert in each of them, -1: none
-    set_used: torch.Tensor  # [L, F], the step in which it was last used
+    set_keys: torch.Tensor  # [L, F], the lowest changes hands first: what each is worth, or when it was last used
     set_sizes: torch.Tensor  # [L]
-    step: torch.Tensor  # [1], from 0; the host counts it up between steps
+    used_key: torch.Tensor  # [1], at least 0: the key of what this step uses; others are lower
     # Routed experts that could not be made resident: the step's output means nothing then, and the host, which sets this to 0
     # before a step, computes the step again in waves.
     shortfall: torch.Tensor  # [1]
@@ -42,9 +42,9 @@ class DeviceResidency(msgspec.Struct, frozen=True, eq=False):
             block_of=full(-1, num_layers, num_experts),
             set_frames=full(-1, num_layers, max_frames),
             set_owners=full(-1, num_layers, max_frames),
-            set_used=full(0, num_layers, max_frames),
+            set_keys=full(0, num_layers, max_frames),
             set_sizes=full(0, num_layers),
-            step=full(0, 1),
+            used_key=full(0, 1),
             shortfall=full(0, 1),
         )
 
@@ -84,11 +84,11 @@ def how_many(mask: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def order(
-    place: tl.tensor, owner: tl.tensor, used: tl.tensor, is_free: tl.tensor, FRAMES: tl.constexpr
+    place: tl.tensor, owner: tl.tensor, key: tl.tensor, is_free: tl.tensor, FRAMES: tl.constexpr
 ) -> tl.tensor:
-    """The lower, the sooner a place changes hands: empty ones first, then the least recently used; of equals the first."""
-    age = tl.where(owner < 0, 0, used + 1).to(tl.int64)
-    return tl.where(is_free, age * FRAMES + place, 2**62)
+    """The lower, the sooner a place changes hands: empty ones first, then by key; of equals the first."""
+    rank = tl.where(owner < 0, 0, key + 1).to(tl.int64)
+    return tl.where(is_free, rank * FRAMES + place, 2**62)
 
 
 @triton.jit(do_not_specialize=["layer", "num_ids", "num_experts", "max_frames"])
@@ -98,9 +98,9 @@ def decide_kernel(
     block_of: tl.tensor,
     set_frames: tl.tensor,
     set_owners: tl.tensor,
-    set_used: tl.tensor,
+    set_keys: tl.tensor,
     set_sizes: tl.tensor,
-    step: tl.tensor,
+    used_key: tl.tensor,
     shortfall: tl.tensor,
     sources: tl.tensor,
     frames: tl.tensor,
@@ -113,32 +113,32 @@ def decide_kernel(
     FRAMES: tl.constexpr,
     IDS: tl.constexpr,
 ) -> None:
-    """One program. Missing experts are served in the order of their ids, each by the free place with the lowest key."""
+    """One program. Missing experts are served in the order of their ids, each by the free place that is first."""
     frame_table += layer * num_experts
     block_of += layer * num_experts
     set_frames += layer * max_frames
     set_owners += layer * max_frames
-    set_used += layer * max_frames
+    set_keys += layer * max_frames
     expert, place = tl.arange(0, EXPERTS), tl.arange(0, FRAMES)
     is_expert, is_place = expert < num_experts, place < tl.load(set_sizes + layer)
     is_absent = tl.load(frame_table + expert, mask=is_expert, other=0) < 0
     has_block = tl.load(block_of + expert, mask=is_expert, other=-1) >= 0
     owner = tl.load(set_owners + place, mask=is_place, other=-1)
-    used = tl.load(set_used + place, mask=is_place, other=0)
+    key = tl.load(set_keys + place, mask=is_place, other=0)
 
     is_needed = is_expert & is_among(expert, topk_ids, num_ids, IDS)
     is_kept = is_among(owner, topk_ids, num_ids, IDS)
-    now = tl.load(step)
-    used = tl.where(is_kept, now, used)
+    used = tl.load(used_key)
+    key = tl.where(is_kept, used, key)
     is_missing, is_free = is_needed & is_absent, is_place & ~is_kept
     is_served = is_missing & has_block
     num_served = tl.minimum(how_many(is_served), how_many(is_free))
     next_expert = tl.where(is_served, expert, EXPERTS)
-    key = order(place, owner, used, is_free, FRAMES)
+    rank = order(place, owner, key, is_free, FRAMES)
     tl.debug_barrier()  # the loads of all warps come before the first store
     for index in range(num_served):
         newcomer = tl.min(next_expert, axis=0)
-        victim = (tl.min(key, axis=0) % FRAMES).to(tl.int32)
+        victim = (tl.min(rank, axis=0) % FRAMES).to(tl.int32)
         frame = tl.load(set_frames + victim)
         evicted = tl.load(set_owners + victim)
         tl.store(frame_table + evicted, -1, mask=evicted >= 0)
@@ -147,9 +147,9 @@ def decide_kernel(
         tl.store(sources + index, tl.load(block_of + newcomer))
         tl.store(frames + index, frame)
         next_expert = tl.where(expert == newcomer, EXPERTS, next_expert)
-        key = tl.where(place == victim, 2**62, key)
-        used = tl.where(place == victim, now, used)
-    tl.store(set_used + place, used, mask=is_place)
+        rank = tl.where(place == victim, 2**62, rank)
+        key = tl.where(place == victim, used, key)
+    tl.store(set_keys + place, key, mask=is_place)
     tl.store(count, num_served)
     tl.store(shortfall, tl.load(shortfall) + how_many(is_missing) - num_served)
 
@@ -160,7 +160,7 @@ def decide(
     """Make every routed expert of the layer a resident: the table says so at once, and `page_in` must follow before it is read.
 
     `topk_ids`: int32, any shape, contiguous; negative ids are padding. An expert that is needed now is never a victim;
-    victims are the set's empty places and then its least recently used. What finds no place, or has no block in host memory,
+    victims are the set's empty places and then those with the lowest keys. What finds no place, or has no block in host memory,
     stays absent and is added to `state.shortfall`. Missing experts go by their ids, so the result depends on nothing but its
     arguments.
     """
@@ -172,9 +172,9 @@ def decide(
         state.block_of,
         state.set_frames,
         state.set_owners,
-        state.set_used,
+        state.set_keys,
         state.set_sizes,
-        state.step,
+        state.used_key,
         state.shortfall,
         page_ins.sources,
         page_ins.frames,

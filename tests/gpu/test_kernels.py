@@ -92,8 +92,8 @@ def test_decide(seed: int) -> None:
         new_page_ins(max_frames, "cpu"),
     )
     for _ in range(6):
-        state.step.add_(1)
-        expected.step.add_(1)
+        state.used_key.add_(1)
+        expected.used_key.add_(1)
         for layer in range(2):
             ids = torch.randint(-1, num_experts, (5, TOP_K), generator=random).to(torch.int32)
             residency.decide(ids.to(DEVICE), layer, state=state, page_ins=out)
@@ -119,7 +119,7 @@ def test_a_letter_carries_the_bytes_that_were_copied_before_it() -> None:
         torch.cuda.synchronize()
         with torch.cuda.stream(prefetch):
             arena[1].copy_(host, non_blocking=True)
-            mailbox.post(box, layer=0, expert=3, frame=1)
+            mailbox.post(box, layer=0, expert=3, frame=1, step=0)
         looks = []
         while not looks or not bool(looks[-1][0]):
             for _ in range(8):  # queued one behind the other: nobody waits for the host in between
@@ -250,7 +250,7 @@ def test_a_captured_layer_pages_in_what_each_replay_needs() -> None:
     weights, ids = layer.route(2)
 
     def step() -> torch.Tensor:
-        state.step.add_(1)
+        state.used_key.add_(1)
         residency.decide(ids, 0, state=state, page_ins=out)
         page_in.page_in(
             host,

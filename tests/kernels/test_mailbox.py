@@ -1,4 +1,4 @@
-"""Prefetched experts join their layer's set in the middle of a step."""
+"""Prefetched experts join their layer's set in the middle of a step, number 0 where nothing else is said."""
 
 import msgspec
 import torch
@@ -17,27 +17,27 @@ def layers(num_experts: int = 4, max_frames: int = 5) -> DeviceResidency:
     state.set_owners[0, 0] = 0
     state.set_sizes[0] = 2
     state.frame_table[0, 0] = 10
-    state.step[0] = 8
+    state.used_key[0] = 8
     return state
 
 
 def test_a_posted_expert_becomes_a_resident_at_its_layers_boundary() -> None:
     state, mailbox = layers(), Mailbox.empty(2, room=2, device="cpu")
-    post(mailbox, layer=0, expert=3, frame=15)
+    post(mailbox, layer=0, expert=3, frame=15, step=0)
     commit(mailbox, 1, state)
     assert state.frame_table[0].tolist() == [10, -1, -1, -1]  # another layer's boundary
     commit(mailbox, 0, state)
     assert state.frame_table[0].tolist() == [10, -1, -1, 15]
     assert state.set_frames[0, :3].tolist() == [10, 11, 15]
     assert state.set_owners[0].tolist() == [0, -1, 3, -1, -1]
-    assert state.set_used[0, 2] == 8
+    assert state.set_keys[0, 2] == 7  # not used, and yet the last to go
     commit(mailbox, 0, state)  # a letter is read once
     assert state.set_sizes.tolist() == [3, 0]
 
 
 def test_the_frame_of_an_expert_that_a_miss_brought_in_first_is_empty() -> None:
     state, mailbox = layers(), Mailbox.empty(2, room=2, device="cpu")
-    post(mailbox, layer=0, expert=0, frame=15)
+    post(mailbox, layer=0, expert=0, frame=15, step=0)
     commit(mailbox, 0, state)
     assert state.frame_table[0, 0] == 10
     assert state.set_frames[0, :3].tolist() == [10, 11, 15]
@@ -47,10 +47,22 @@ def test_the_frame_of_an_expert_that_a_miss_brought_in_first_is_empty() -> None:
 def test_letters_go_round_in_their_room() -> None:
     state, mailbox = layers(), Mailbox.empty(2, room=2, device="cpu")
     for expert, frame in ((1, 20), (2, 21), (3, 22)):
-        post(mailbox, layer=0, expert=expert, frame=frame)
+        post(mailbox, layer=0, expert=expert, frame=frame, step=0)
         commit(mailbox, 0, state)
     assert state.frame_table[0].tolist() == [10, 20, 21, 22]
     assert (mailbox.posted.tolist(), mailbox.committed.tolist()) == ([3, 0], [3, 0])
+
+
+def test_a_letter_for_another_step_is_passed_over() -> None:
+    """So are those that nobody could read before their place was needed: room is for two."""
+    state, mailbox = layers(), Mailbox.empty(2, room=2, device="cpu")
+    for expert, step in ((1, 5), (1, 6), (2, 6), (3, 7)):
+        post(mailbox, layer=0, expert=expert, frame=20 + expert, step=step)
+    mailbox.step[0] = 7
+    commit(mailbox, 0, state)
+    assert state.frame_table[0].tolist() == [10, -1, -1, 23]
+    assert state.set_frames[0, :3].tolist() == [10, 11, 23]
+    assert (state.set_sizes.tolist(), mailbox.committed.tolist()) == ([3, 0], [4, 0])
 
 
 @settings(max_examples=40, deadline=None)
@@ -62,9 +74,11 @@ def test_any_letters_are_committed_as_the_reference_does(data: st.DataObject) ->
     frame = 100
     for _ in range(data.draw(st.integers(1, 8))):
         layer = data.draw(st.integers(0, 1))
-        for expert in data.draw(st.lists(st.integers(0, 3), max_size=room)):
-            post(mailbox, layer=layer, expert=expert, frame=frame)
-            reference.post(expected_mailbox, layer=layer, expert=expert, frame=frame)
+        mailbox.step[0] = expected_mailbox.step[0] = data.draw(st.integers(0, 1))
+        for expert in data.draw(st.lists(st.integers(0, 3), max_size=room + 1)):
+            letter = {"expert": expert, "frame": frame, "step": data.draw(st.integers(0, 1))}
+            post(mailbox, layer=layer, **letter)
+            reference.post(expected_mailbox, layer=layer, **letter)
             frame += 1
         commit(mailbox, layer, state)
         reference.commit(expected_mailbox, layer, expected)

@@ -32,7 +32,7 @@ class Bench:
 
     def step(self, *ids: int) -> list[tuple[int, int]]:
         """Decide for a step; (block, frame) of each page-in."""
-        self.state.step.add_(1)
+        self.state.used_key.add_(1)
         decide(torch.tensor(ids, dtype=torch.int32), 0, state=self.state, page_ins=self.out)
         count = int(self.out.count)
         return list(zip(self.out.sources.tolist(), self.out.frames.tolist(), strict=True))[:count]
@@ -57,13 +57,13 @@ def test_the_least_recently_used_gives_way_and_never_one_that_is_needed() -> Non
     assert bench.step(1, 5) == [(25, 12)]
     assert bench.table == [10, 11, -1, -1, -1, 12]
     assert bench.state.set_owners.tolist() == [[0, 1, 5]]
-    assert bench.state.set_used.tolist() == [[2, 3, 3]]
+    assert bench.state.set_keys.tolist() == [[2, 3, 3]]
 
 
 def test_an_empty_frame_goes_before_any_expert() -> None:
     bench = Bench()
     bench.step(0, 1)
-    bench.state.set_used[0, 2] = 9  # a prefetch came there in vain, lately
+    bench.state.set_keys[0, 2] = 9  # a prefetch came there in vain, lately
     assert bench.step(4) == [(24, 12)]
 
 
@@ -119,14 +119,14 @@ def test_any_steps_are_decided_as_the_reference_does(data: st.DataObject) -> Non
     state.set_frames[:] = torch.tensor(frames, dtype=torch.int32).view(2, -1)
     state.set_sizes[:] = torch.tensor([data.draw(st.integers(0, max_frames)) for _ in range(2)])
     used = data.draw(st.lists(st.integers(0, 3), min_size=2 * max_frames, max_size=2 * max_frames))
-    state.set_used[:] = torch.tensor(used, dtype=torch.int32).view(2, -1)
+    state.set_keys[:] = torch.tensor(used, dtype=torch.int32).view(2, -1)
     blocks = data.draw(st.permutations(range(2 * num_experts)))
     state.block_of[:] = torch.tensor(blocks, dtype=torch.int32).view(2, -1)
     state.block_of[state.block_of == 0] = -1  # one is not there
     expected, out, expected_out = copy_of(state), page_ins(max_frames), page_ins(max_frames)
     for _ in range(data.draw(st.integers(1, 4))):
         for its in (state, expected):
-            its.step.add_(1)
+            its.used_key.add_(1)
         for layer in range(2):
             ids = data.draw(st.lists(st.integers(-1, num_experts - 1), min_size=1, max_size=40))
             routed = torch.tensor(ids, dtype=torch.int32)

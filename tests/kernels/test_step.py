@@ -1,7 +1,8 @@
 """Steps without the host: letters are committed, misses decided and paged in, and whatever a layer reads is there.
 
 Two layers of five experts, nine frames of 16 bytes; an expert is full of its number. Between steps the host moves frames: into
-a set, out of it, or out of it to be filled ahead. What is filled ahead comes at any moment, in two halves, and is posted then.
+a set, out of it, or out of it to be filled ahead. What is filled ahead comes at any moment, in two halves, and is posted then,
+for the step that runs when it has come. Whose letter was not read in that step is a resident when the host has seen it.
 """
 
 import torch
@@ -23,6 +24,7 @@ class Prefetch:
         self.expert = expert
         self.frame = frame
         self.num_halves = 0
+        self.step = -1  # that it is posted for
 
 
 class Machine:
@@ -39,8 +41,19 @@ class Machine:
         self.page_ins = PageIns(*(torch.zeros(n, dtype=torch.int32) for n in shapes))
         self.free = list(range(NUM_FRAMES))
         self.on_their_way: list[Prefetch] = []
+        self.posted: list[Prefetch] = []  # and in no set as far as the host knows
 
     # ----------------------------------------------------------------------- the host, between steps
+
+    def read_back(self) -> None:
+        """Whose letter was read is in a set; the others that were posted join one now."""
+        for its in self.posted:
+            layer, frames = its.layer, self.state.set_frames
+            if its.frame in frames[layer, : int(self.state.set_sizes[layer])].tolist():
+                continue
+            is_absent = int(self.state.frame_table[layer, its.expert]) < 0
+            self.lend(layer, its.frame, its.expert if is_absent else -1)
+        self.posted.clear()
 
     def move_frames(self) -> None:
         for _ in range(self.data.draw(st.integers(0, 6), label="moves")):
@@ -49,16 +62,18 @@ class Machine:
                 self.lend(layer, self.free.pop())
             elif int(self.state.set_sizes[layer]):
                 frame = self.take(layer)
-                if self.num_waiting(layer) < ROOM and self.data.draw(st.booleans(), label="ahead"):
+                if self.num_coming(layer) < ROOM and self.data.draw(st.booleans(), label="ahead"):
                     expert = self.data.draw(st.integers(0, NUM_EXPERTS - 1))
                     self.on_their_way.append(Prefetch(layer, expert, frame))
                 else:
                     self.free.append(frame)
 
-    def lend(self, layer: int, frame: int) -> None:
+    def lend(self, layer: int, frame: int, owner: int = -1) -> None:
         state, place = self.state, int(self.state.set_sizes[layer])
         state.set_frames[layer, place] = frame
-        state.set_owners[layer, place] = -1
+        state.set_owners[layer, place] = owner
+        if owner >= 0:
+            state.frame_table[layer, owner] = frame
         state.set_sizes[layer] += 1
 
     def take(self, layer: int) -> int:
@@ -68,14 +83,13 @@ class Machine:
         owner, frame = int(state.set_owners[layer, place]), int(state.set_frames[layer, place])
         if owner >= 0:
             state.frame_table[layer, owner] = -1
-        for its in (state.set_frames, state.set_owners, state.set_used):
+        for its in (state.set_frames, state.set_owners, state.set_keys):
             its[layer, place] = its[layer, last]
         state.set_sizes[layer] = last
         return frame
 
-    def num_waiting(self, layer: int) -> int:
-        uncommitted = self.mailbox.posted[layer] - self.mailbox.committed[layer]
-        return int(uncommitted) + sum(its.layer == layer for its in self.on_their_way)
+    def num_coming(self, layer: int) -> int:
+        return sum(its.layer == layer for its in self.on_their_way)
 
     # -------------------------------------------------------------------------- the device, in a step
 
@@ -88,9 +102,12 @@ class Machine:
                 number = its.layer * NUM_EXPERTS + its.expert
                 self.frames[its.frame, half] = self.blocks[number, half]
                 its.num_halves += 1
+            elif its.step < 0:
+                its.step = int(self.mailbox.step)  # which may be over when it is posted
             else:
-                post(self.mailbox, layer=its.layer, expert=its.expert, frame=its.frame)
-                self.on_their_way.pop(0)
+                letter = {"layer": its.layer, "expert": its.expert, "frame": its.frame}
+                post(self.mailbox, **letter, step=its.step)
+                self.posted.append(self.on_their_way.pop(0))
 
     def compute(self, layer: int) -> None:
         state = self.state
@@ -125,12 +142,8 @@ class Machine:
             for expert, frame in enumerate(self.state.frame_table[layer].tolist()):
                 if frame >= 0:
                     assert self.frames[frame].eq(layer * NUM_EXPERTS + expert).all()
-        posted = [
-            self.mailbox.letters[layer, number % ROOM, 1].item()
-            for layer in range(NUM_LAYERS)
-            for number in range(self.mailbox.committed[layer], self.mailbox.posted[layer])
-        ]
-        elsewhere = [its.frame for its in self.on_their_way] + posted
+        waiting = [*self.on_their_way, *self.posted]
+        elsewhere = [its.frame for its in waiting if its.frame not in in_sets]
         assert sorted(in_sets + self.free + elsewhere) == list(range(NUM_FRAMES))
 
 
@@ -139,8 +152,10 @@ class Machine:
 def test_what_a_layer_reads_is_there(data: st.DataObject) -> None:
     machine = Machine(data)
     for _ in range(3):
+        machine.read_back()
         machine.move_frames()
-        machine.state.step.add_(1)
+        machine.mailbox.step.add_(1)
+        machine.state.used_key.add_(1)
         machine.state.shortfall.zero_()
         for layer in range(NUM_LAYERS):
             machine.arrive()
