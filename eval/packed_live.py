@@ -104,8 +104,7 @@ class Bench:
             policy=MemoryPolicy.COST_AWARE,
             packing=packing,
         )
-        uses, times = UseCounter(*shape), StepTimes()
-        self._waves = uses.counting(self.memory.waves)
+        self._uses, times = UseCounter(*shape), StepTimes()
         self._watch = StepWatch(
             times, Price(10**6, 10**6), num_experts=0, decode_ratio=packing.decode_ratio
         )
@@ -115,7 +114,7 @@ class Bench:
                 self.memory,
                 packing,
                 times=times,
-                uses=uses,
+                uses=self._uses,
                 frame_bytes=expert_bytes,
                 floor_frames=info.floor_frames,
             )
@@ -124,7 +123,9 @@ class Bench:
         started = time.perf_counter()
         self.memory.begin_step()
         for layer, experts in enumerate(layers):
-            for _ in self._waves(layer, np.asarray(experts, np.intp)):
+            used = np.asarray(experts, np.intp)
+            self._uses.note(layer, used)
+            for _ in self.memory.waves(layer, used):
                 pass
         is_decoding = num_tokens <= MOST_DECODING
         decoding: Any = [None] * num_tokens if is_decoding else []

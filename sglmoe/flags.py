@@ -77,7 +77,7 @@ HONOURED = FRONT_END | MODEL | OURS | ALREADY_SO
 
 # Honoured at these values only. The default, whatever it is, is always among them.
 VALUES: dict[str, tuple[object, ...]] = {
-    "cuda_graph_backend_decode": ("disabled", "breakable"),
+    "cuda_graph_backend_decode": ("disabled", "breakable", "full"),
     "cuda_graph_backend_prefill": ("disabled",),
     "device": ("cpu", "cuda"),
     "grammar_backend": ("xgrammar", "none"),
@@ -91,9 +91,7 @@ VALUES: dict[str, tuple[object, ...]] = {
 
 BUDGET = "KV cache and experts share one budget; use --memory-budget"
 PARALLEL = "sglmoe drives one device for now; leave it out, or start one server for each device"
-GRAPHS = (
-    "decode steps alone can be captured, with --cuda-graph-backend-decode=breakable; leave it out"
-)
+GRAPHS = "decode steps alone can be captured, with --cuda-graph-backend-decode; leave it out"
 SPECULATIVE = "speculative decoding does not work yet; leave it out"
 LORA = "LoRA adapters do not work yet; merge them into the checkpoint"
 MULTIMODAL = "only text goes in and out for now; leave it out"
@@ -199,7 +197,7 @@ _REASONS_BY_FLAGS = {
     "only CPUs and CUDA devices are served; use cpu or cuda": "device",
     "use fcfs, lpm, lof or random; --enable-priority-scheduling goes with any": "schedule_policy",
     "processes are not bound to NUMA nodes; start the server under numactl": "numa_node",
-    "the host reads each layer's routing; use breakable, or disabled": "cuda_graph_backend_decode",
+    "use full, breakable or disabled": "cuda_graph_backend_decode",
     "weights are there before graphs are captured; leave it out": "startup_weight_load_mode",
 }
 REASONS = {name: why for why, names in _REASONS_BY_FLAGS.items() for name in _names(names)}

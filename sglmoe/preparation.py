@@ -12,10 +12,12 @@ import msgspec
 import torch
 
 from sglmoe.checkpoint import check_checkpoint
-from sglmoe.config import EngineConfig, Options, plan_config
+from sglmoe.config import EngineConfig, Options, PrefetchMode, plan_config
 from sglmoe.errors.models import not_understood
 from sglmoe.errors.options import (
     accelerator_beside_cpu,
+    full_graphs_beside_packed_share,
+    full_graphs_beside_prefetch,
     graph_sizes_without_graphs,
     graphs_on_a_cpu,
     itl_target_with_determinism,
@@ -65,6 +67,8 @@ def prepare(server_args: Any, options: Options) -> EngineConfig:
     config = plan_config(options, machine, page_tokens=page_tokens)
     if config.itl_target_seconds is not None:
         check_prompts_can_be_cut(server_args)
+    if server_args.cuda_graph_backend_decode == "full":
+        check_steps_need_no_host(config)
     return config
 
 
@@ -74,6 +78,14 @@ def check_prompts_can_be_cut(server_args: Any) -> None:
         raise itl_target_with_whole_prompts()
     if server_args.enable_deterministic_inference:
         raise itl_target_with_determinism()
+
+
+def check_steps_need_no_host(config: EngineConfig) -> None:
+    """As full graphs ask for. Raises ValueError."""
+    if config.expert_prefetch is not PrefetchMode.OFF:
+        raise full_graphs_beside_prefetch(mode=config.expert_prefetch.value)
+    if config.packed_share != 0.0:
+        raise full_graphs_beside_packed_share()
 
 
 def scheduler_entry(config: EngineConfig, viewers: socket | None = None) -> ChildEntry:
@@ -136,22 +148,23 @@ def choose_device(device: str | None) -> str:
 
 
 def settle_graphs(server_args: Any) -> None:
-    """Check what is to be captured. Raises ValueError for what would be ignored."""
+    """Check what is to be captured: nothing, unless it is asked for. Raises ValueError for what would be ignored."""
+    server_args.disable_cuda_graph = True  # less than --cuda-graph-backend-decode
     sizes = ("cuda_graph_bs_decode", "cuda_graph_max_bs_decode", "disable_cuda_graph_padding")
     given = [flag_name(name) for name in sizes if getattr(server_args, name)]
-    if server_args.cuda_graph_backend_decode != "breakable":
+    backend = server_args.cuda_graph_backend_decode
+    if backend in (None, "disabled"):
         if given:
             raise graph_sizes_without_graphs(flag=given[0])
     elif server_args.device != "cuda":
-        raise graphs_on_a_cpu()
+        raise graphs_on_a_cpu(backend=backend)
     elif not (server_args.cuda_graph_bs_decode or server_args.cuda_graph_max_bs_decode):
         running = server_args.max_running_requests or MAX_CAPTURED_ROWS
         server_args.cuda_graph_max_bs_decode = min(running, MAX_CAPTURED_ROWS)
 
 
 def settle_for_paging(server_args: Any) -> None:
-    """Choose what paged experts need on a GPU: no graphs, as the host reads each layer's routing, but breakable ones."""
-    server_args.disable_cuda_graph = True  # less than --cuda-graph-backend-decode
+    """Choose what paged experts need on a GPU."""
     server_args.disable_shared_experts_fusion = True
     server_args.moe_runner_backend = "triton"
 

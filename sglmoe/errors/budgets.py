@@ -49,6 +49,20 @@ def graphs_beside_budget(*, taken_bytes: int, reserved_bytes: int, over_bytes: i
     )
 
 
+def full_graphs_need_all_experts(*, host_bytes: int, expert_bytes: int) -> UserError:
+    return UserError(
+        f"--cuda-graph-backend-decode=full: steps without the host bring experts in from host memory, where all have to be: "
+        f"raise --host-memory from {show_bytes(host_bytes)} to {show_bytes(expert_bytes)}, or use breakable"
+    )
+
+
+def full_graphs_need_plain_experts() -> UserError:
+    return UserError(
+        "--cuda-graph-backend-decode=full: steps without the host can't decode packed experts: add --packed-experts=off, "
+        "or use breakable"
+    )
+
+
 def host_memory_holds_no_expert(*, host_bytes: int, expert_bytes: int) -> UserError:
     return UserError(
         f"--host-memory: {show_bytes(host_bytes)} holds no expert, which takes "

@@ -106,15 +106,29 @@ def no_cuda_device(*, device: str) -> UserError:
     return UserError(f"--device={device}: torch finds no CUDA device; use --device=cpu without one")
 
 
-def graphs_on_a_cpu() -> UserError:
+def graphs_on_a_cpu(*, backend: str) -> UserError:
     return UserError(
-        "--cuda-graph-backend-decode=breakable: there is no CUDA device to capture on; leave it out"
+        f"--cuda-graph-backend-decode={backend}: there is no CUDA device to capture on; leave it out"
     )
 
 
 def graph_sizes_without_graphs(*, flag: str) -> UserError:
     return UserError(
         f"{flag} is about decode steps that are captured: add --cuda-graph-backend-decode=breakable, or leave it out"
+    )
+
+
+def full_graphs_beside_prefetch(*, mode: str) -> UserError:
+    return UserError(
+        f"--expert-prefetch={mode}: predictors learn of each layer from the host, which full graphs do without; leave it "
+        "out, or use --cuda-graph-backend-decode=breakable"
+    )
+
+
+def full_graphs_beside_packed_share() -> UserError:
+    return UserError(
+        "--packed-share: full graphs bring experts in as they are in host memory; leave it out, or use "
+        "--cuda-graph-backend-decode=breakable"
     )
 
 

@@ -1,7 +1,5 @@
 """How often each expert is used, resident or not."""
 
-from collections.abc import Callable, Iterator
-
 import numpy as np
 import numpy.typing as npt
 
@@ -13,8 +11,6 @@ from sglmoe.memory.step_times import DecayedRatio
 HALF_LIFE_STEPS = 32
 # Steps are weighted by when they were, the latest most; weights are scaled back beyond this.
 MAX_WEIGHT = 2.0**100
-
-Waves = Callable[[int, ExpertIds], Iterator[ExpertIds]]  # `MemoryManager.waves`
 
 
 class UseShares:
@@ -33,6 +29,9 @@ class UseShares:
     def note(self, layer: int, experts: ExpertIds) -> None:
         """The step that runs uses these."""
         self._used[layer][experts] = True  # half the time of [layer, experts]
+
+    def note_all(self, is_used: npt.NDArray[np.bool_]) -> None:
+        self._used |= is_used
 
     def end_step(self, *, counts: bool = True) -> None:
         if counts:
@@ -57,14 +56,13 @@ class UseCounter:
         self._shares = UseShares((num_layers, num_experts))
         self._rows = DecayedRatio(HALF_LIFE_STEPS)
 
-    def counting(self, waves: Waves) -> Waves:
-        """The same waves, and what they are asked for is counted."""
+    def note(self, layer: int, experts: ExpertIds) -> None:
+        """The step that runs uses these of the layer."""
+        self._shares.note(layer, experts)
 
-        def counted(layer: int, experts: ExpertIds) -> Iterator[ExpertIds]:
-            self._shares.note(layer, experts)
-            return waves(layer, experts)
-
-        return counted
+    def note_all(self, is_used: npt.NDArray[np.bool_]) -> None:
+        """Likewise, of all layers: `[num_layers, num_experts]`."""
+        self._shares.note_all(is_used)
 
     def end_step(self, num_decoding: int) -> None:
         """The step decoded so many requests; 0 if it did anything else: it doesn't count then."""

@@ -23,6 +23,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglmoe.protocol import RoutedExperts
+from sglmoe.worker.model_runner_graphs import FullGraphs
 from sglmoe.worker.model_runner_loading import Loaded
 from sglmoe.worker.model_runner_logprobs import PromptLogprobs, output_logprobs
 from sglmoe.worker.prefetching import Prefetching
@@ -43,6 +44,7 @@ class ModelRunner:
     def __init__(self, loaded: Loaded, server_args: Any):
         self._runner = loaded.runner
         self._experts = loaded.experts
+        self._full_graphs = FullGraphs(loaded.runner, loaded.captured)
         self._device = loaded.runner.device
         self._table = loaded.runner.req_to_token_pool.req_to_token
         config = loaded.runner.model_config
@@ -104,12 +106,17 @@ class ModelRunner:
         self._experts.record_routing(returns_routing or traces, with_logits=traces)
         self._experts.num_tokens = len(batch.input_ids)
         started = time.perf_counter()
-        output = self._runner.forward(batch).logits_output
-        if self.recorder is not None:
-            self._record(self.recorder, order, time.perf_counter() - started)
-        prompt_logprobs = prompt.answers(output)
-        routed = self._routed_experts(order) if returns_routing else [None] * len(order)
-        sampled = self._sample(output, batch, order[:num_sampling], group) if group else []
+        with self._full_graphs.begin(batch, may_replay=not traces) as replay:
+            output = self._runner.forward(batch).logits_output
+            if replay is not None:
+                replay.queued()
+                if returns_routing:
+                    self._experts.replayed(replay.routing(len(order)))
+            if self.recorder is not None:
+                self._record(self.recorder, order, time.perf_counter() - started)
+            prompt_logprobs = prompt.answers(output)
+            routed = self._routed_experts(order) if returns_routing else [None] * len(order)
+            sampled = self._sample(output, batch, order[:num_sampling], group) if group else []
         if self.prefetching is not None:
             self.prefetching.look_ahead()  # for the next step
         outputs = {

@@ -1,4 +1,5 @@
-"""Decode steps as CUDA graphs that break at each MoE layer: SGLang captures and replays the rest, experts are paged in between.
+"""Decode steps as CUDA graphs, which SGLang captures and replays. They break at each MoE layer, where experts are paged as in
+eager steps, or are full and page experts themselves (`captured_steps.py`).
 
 Rows that pad a captured batch cost what any row does, but for experts: they get none (`PagedExperts.compute`). Their KV goes
 to the arena's padding pages, where SGLang's padding points: KV id 0, row 0 of the token table. No GPU has run this.
@@ -7,13 +8,15 @@ One of the files that know sglang.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import msgspec
 import torch
 
 from sglmoe.errors.budgets import graphs_beside_budget
+from sglmoe.worker.captured_steps import CapturedSteps
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,7 @@ class DecodeGraphs(msgspec.Struct, frozen=True):
 
     max_rows: int = 0  # of the largest batch; 0: none is captured
     reserved_bytes: int = 0
+    is_full: bool = False  # else graphs break at each MoE layer
 
 
 def plan_decode_graphs(runner: Any) -> DecodeGraphs:
@@ -37,7 +41,8 @@ def plan_decode_graphs(runner: Any) -> DecodeGraphs:
     )
     from sglang.srt.runtime_context import get_exec
 
-    if not check_cuda_graph_backend(Phase.DECODE, Backend.BREAKABLE):
+    is_full = check_cuda_graph_backend(Phase.DECODE, Backend.FULL)
+    if not is_full and not check_cuda_graph_backend(Phase.DECODE, Backend.BREAKABLE):
         return DecodeGraphs()
     sizes = get_exec().graph.cuda_graph_config.decode.bs
     max_rows = min(max(sizes), runner.req_to_token_pool.size)
@@ -45,7 +50,7 @@ def plan_decode_graphs(runner: Any) -> DecodeGraphs:
     reserved_bytes = graph_bytes(
         max_rows, context_tokens=config.context_len, vocab_size=config.vocab_size
     )
-    return DecodeGraphs(max_rows, reserved_bytes)
+    return DecodeGraphs(max_rows, reserved_bytes, is_full)
 
 
 def graph_bytes(max_rows: int, *, context_tokens: int, vocab_size: int) -> int:
@@ -65,8 +70,9 @@ def capture_graphs(
         runner.init_cuda_graphs()
         return
     on_progress("capturing CUDA graphs", 0, 0)
-    keep_logits_of_graphs()
-    keep_to_one_stream(runner.model)
+    if not graphs.is_full:
+        keep_logits_of_graphs()
+        keep_to_one_stream(runner.model)
     runner.init_cuda_graphs()
     taken_bytes = int(runner.graph_memory_usage["decode"] * 2**30)
     over_bytes = taken_bytes - graphs.reserved_bytes
@@ -75,6 +81,28 @@ def capture_graphs(
             taken_bytes=taken_bytes, reserved_bytes=graphs.reserved_bytes, over_bytes=over_bytes
         )
         logger.warning("%s", message)
+
+
+class FullGraphs:
+    """Has sglang replay the decode steps for which memory can lend frames, and compute the others eagerly."""
+
+    def __init__(self, runner: Any, steps: CapturedSteps | None):
+        """Without `steps` sglang replays what it can."""
+        self._runner = runner
+        self._steps = steps
+        self._graphs: Any = runner.decode_cuda_graph_runner if steps else None
+
+    @contextmanager
+    def begin(self, batch: Any, *, may_replay: bool) -> Generator[CapturedSteps | None, None, None]:
+        """For sglang's `forward` of the batch, and for sampling from it: what replays it, None where nothing does."""
+        if self._steps is None:
+            yield None
+            return
+        fits = may_replay and batch.forward_mode.is_decode() and self._graphs.can_run_graph(batch)
+        with self._steps.lent(batch.batch_size) if fits else nullcontext(False) as is_lent:
+            # None is what sglang takes for "nothing is captured".
+            self._runner.decode_cuda_graph_runner = self._graphs if is_lent else None
+            yield self._steps if is_lent else None
 
 
 def keep_logits_of_graphs() -> None:

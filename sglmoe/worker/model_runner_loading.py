@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import msgspec
@@ -31,6 +32,7 @@ from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.read_rate import READ_RATE, ReadRate
 from sglmoe.memory.store import ExpertStore
 from sglmoe.units import parse_bytes
+from sglmoe.worker.captured_steps import CapturedSteps, captured_steps
 from sglmoe.worker.expert_copiers import expert_copiers
 from sglmoe.worker.model_runner_graphs import DecodeGraphs, capture_graphs, plan_decode_graphs
 from sglmoe.worker.moe_layer import PagedExperts
@@ -53,6 +55,7 @@ class Loaded(msgspec.Struct, frozen=True):
     packing: Packing
     geometry: Geometry
     graphs: DecodeGraphs
+    captured: CapturedSteps | None  # steps that page experts without the host
     dense_bytes: int
     floor_frames: int
     max_running: int
@@ -146,7 +149,19 @@ def load_model(
     fit_token_table(runner, geometry, floor)
     on_progress("starting attention backends", 0, 0)
     runner.init_attention_backends()
-    capture_graphs(runner, graphs, on_progress)
+    captured = None
+    if graphs.is_full and experts.shape:
+        captured = captured_steps(
+            experts,
+            frames,
+            frame_bytes=geometry.frame_bytes,
+            memory=memory,
+            tier=tier,
+            top_k=floor,
+            max_rows=graphs.max_rows,
+        )
+    with captured.capturing() if captured else nullcontext():
+        capture_graphs(runner, graphs, on_progress)
     return Loaded(
         runner=runner,
         experts=experts,
@@ -156,6 +171,7 @@ def load_model(
         dense_bytes=dense_bytes,
         geometry=geometry,
         graphs=graphs,
+        captured=captured,
         floor_frames=floor,
         max_running=runner.req_to_token_pool.size,
         context_tokens=runner.model_config.context_len,

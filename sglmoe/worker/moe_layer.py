@@ -20,10 +20,12 @@ from sglmoe.memory.checkpoint_form import Converted, checkpoint_form
 from sglmoe.memory.expert_layout import ExpertFormat, ExpertLayout, Plain, plan_layout
 from sglmoe.memory.experts import ExpertIds
 from sglmoe.memory.store import ExpertStore
+from sglmoe.memory.use_counter import UseCounter
 from sglmoe.worker.frame_views import FrameViews
 from sglmoe.worker.routed import Routed
 
 if TYPE_CHECKING:
+    from sglmoe.worker.captured_steps import CapturedSteps
     from sglmoe.worker.moe_layer_grouped import GroupedExperts
 
 Waves = Callable[[int, ExpertIds], Iterator[ExpertIds]]
@@ -65,11 +67,13 @@ class PagedExperts:
         self.layer_ids: list[int] = []  # sglang's layer_id of each MoE layer, in order
         self._on_tensor = on_tensor
         self.waves: Waves | None = None  # asked for a layer's experts; None before `attach`
+        self.counters: list[UseCounter] = []  # told of every use
         self.observer: Observer | None = None
         self.num_tokens = 0  # of the running pass: rows behind these pad a captured batch
+        self.captured: CapturedSteps | None = None  # while sglang captures whole steps
         self._frame_table = np.empty((0, 0), dtype=np.int32)
         self._views: FrameViews | None = None  # None before `attach`
-        self._grouped: GroupedExperts | None = None  # on CUDA
+        self.grouped: GroupedExperts | None = None  # on CUDA
         self._routing: dict[int, torch.Tensor] | None = None
         self._router_logits: dict[int, torch.Tensor] | None = None
 
@@ -146,7 +150,7 @@ class PagedExperts:
         if arena.device.type != "cpu":
             from sglmoe.worker.moe_layer_grouped import GroupedExperts
 
-            self._grouped = GroupedExperts(self._views, self.shape.num_experts)
+            self.grouped = GroupedExperts(self._views, self.shape.num_experts)
 
     def record_routing(self, record: bool, *, with_logits: bool = False) -> None:
         """Start to keep the expert ids of the coming forward pass, and the router's logits too, or stop."""
@@ -161,6 +165,10 @@ class PagedExperts:
         for layer, layer_ids in self._routing.items():
             ids[:, self.layer_ids[layer]] = layer_ids
         return ids
+
+    def replayed(self, routing: dict[int, torch.Tensor]) -> None:
+        """A graph has computed the pass's layers, which chose these: by layer, int32 `[tokens, top_k]`."""
+        self._routing = routing
 
     def trace(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What was recorded with logits: expert ids, int32 `[tokens, MoE layers, top_k]`, and the softmax over all
@@ -189,6 +197,8 @@ class PagedExperts:
         Those were routed as any token is, and nobody gets to know; all are such in the passes with which SGLang tries a
         model out at start-up. `weights`: `[rows, top_k]`; others as of `forward`.
         """
+        if self.captured is not None:
+            return self.captured.compute(routing, weights, config=config)
         if padding := len(routing.hidden) - self.num_tokens:
             output = torch.zeros_like(routing.hidden)
             if self.num_tokens:
@@ -219,9 +229,9 @@ class PagedExperts:
         `hidden`: `[tokens, hidden]`; `weights`, `ids`: `[tokens, top_k]`; `config`: SGLang's MoeRunnerConfig, and
         `activation` what it asks for between an expert's two products.
         """
-        if self._grouped is None:
+        if self.grouped is None:
             return self.forward_by_expert(layer, hidden, weights, ids, activation)
-        return self._grouped.forward(
+        return self.grouped.forward(
             hidden,
             weights,
             ids,
@@ -261,6 +271,8 @@ class PagedExperts:
     def _observed_waves(self, layer: int, experts: ExpertIds) -> Generator[ExpertIds, None, None]:
         """The waves; whoever looks ahead may do so when one begins, and behind the last."""
         assert self.waves is not None
+        for counter in self.counters:
+            counter.note(layer, experts)
         for wave in self.waves(layer, experts):
             if self.observer is not None:
                 self.observer.look_ahead()

@@ -63,6 +63,15 @@ def quantised(views: FrameViews) -> Quantised:
     return Quantised(weights, UNQUANTISED | {kind: True}, scales, block, WITHOUT_SUM)
 
 
+class Aligned(NamedTuple):
+    """What SGLang makes of a routing: how to compute, and rows sorted by expert, in blocks of one expert each."""
+
+    settings: list[Any]  # tuned for the number of rows
+    rows: torch.Tensor
+    experts: torch.Tensor  # of each block
+    num_padded: torch.Tensor
+
+
 class GroupedExperts:
     """Computes with `views`, which are on the device."""
 
@@ -93,6 +102,33 @@ class GroupedExperts:
         `hidden`: `[tokens, hidden]`; `weights`, `ids`: `[tokens, top_k]`; `waves`: each of these experts once; `frame_of`:
         int32 `[num_experts]`, true for the experts of a wave while it is computed; `config`: SGLang's MoeRunnerConfig.
         """
+        aligned = self._align(hidden, ids)
+        outputs: torch.Tensor | None = None  # [tokens, top_k, hidden]
+        for wave in waves:
+            table = self._wave_table(wave, frame_of, ids.device)
+            computed = self._compute(hidden, weights, ids, aligned, table, config)
+            if outputs is None:
+                outputs = computed
+            else:
+                torch.where((table[ids.long()] >= 0).unsqueeze(-1), computed, outputs, out=outputs)
+        return self._combine(outputs, hidden, config)
+
+    def forward_by_table(
+        self,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        *,
+        frame_table: torch.Tensor,
+        config: Any,
+    ) -> torch.Tensor:
+        """The same in one wave and without the host, to be captured. `frame_table`: int32 `[num_experts]` on the device;
+        rows whose ids are negative mean nothing."""
+        aligned = self._align(hidden, ids)
+        outputs = self._compute(hidden, weights, ids, aligned, frame_table, config)
+        return self._combine(outputs, hidden, config)
+
+    def _align(self, hidden: torch.Tensor, ids: torch.Tensor) -> Aligned:
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
         *settings, rows, experts, num_padded = fused_moe._prepare_fused_moe_run(
@@ -102,22 +138,34 @@ class GroupedExperts:
             block_shape=self._quantised.block_shape,
             **self._quantised.kinds,
         )
-        outputs: torch.Tensor | None = None  # [tokens, top_k, hidden]
-        for wave in waves:
-            table = self._wave_table(wave, frame_of, ids.device)
-            blocks = wave_blocks(
-                rows,
-                experts,
-                num_padded,
-                frame_table=table,
-                block_tokens=settings[0]["BLOCK_SIZE_M"],
-                num_pairs=ids.numel(),
-            )
-            computed = self._sequence(hidden, weights, ids, blocks, settings, config)
-            if outputs is None:
-                outputs = computed
-            else:
-                torch.where((table[ids.long()] >= 0).unsqueeze(-1), computed, outputs, out=outputs)
+        return Aligned(settings, rows, experts, num_padded)
+
+    def _compute(
+        self,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        aligned: Aligned,
+        table: torch.Tensor,
+        config: Any,
+    ) -> torch.Tensor:
+        """Weighted outputs of the experts that the table has a frame of, `[tokens, top_k, hidden]`; others mean nothing."""
+        blocks = wave_blocks(
+            aligned.rows,
+            aligned.experts,
+            aligned.num_padded,
+            frame_table=table,
+            block_tokens=aligned.settings[0]["BLOCK_SIZE_M"],
+            num_pairs=ids.numel(),
+        )
+        output: torch.Tensor = self._sequence(
+            hidden, weights, ids, blocks, aligned.settings, config
+        )
+        return output
+
+    def _combine(self, outputs: Any, hidden: torch.Tensor, config: Any) -> Any:
+        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
         return fused_moe.moe_combine_topk(
             intermediate_cache3=outputs,
             out_hidden_states=torch.empty_like(hidden),

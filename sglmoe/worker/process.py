@@ -167,10 +167,10 @@ def residency_planner(
     """None where there is nothing to plan: by the operator's wish, without experts, or where they have a fixed share."""
     experts = loaded.experts
     fixed = config.memory_policy is MemoryPolicy.STATIC
-    if not config.memory_planner or fixed or experts.shape is None or experts.waves is None:
+    if not config.memory_planner or fixed or experts.shape is None:
         return None
     uses = UseCounter(len(experts.layer_ids), experts.shape.num_experts)
-    experts.waves = uses.counting(experts.waves)
+    experts.counters.append(uses)
     return ResidencyPlanner(
         times=times,
         uses=uses,
@@ -183,10 +183,10 @@ def residency_planner(
 def packed_planner(loaded: Loaded, times: StepTimes) -> PackedPlanner | None:
     """None where no frame is to hold packed experts."""
     experts = loaded.experts
-    if not loaded.packing.expert_bytes or experts.shape is None or experts.waves is None:
+    if not loaded.packing.expert_bytes or experts.shape is None:
         return None
     uses = UseCounter(len(experts.layer_ids), experts.shape.num_experts)
-    experts.waves = uses.counting(experts.waves)
+    experts.counters.append(uses)
     return PackedPlanner(
         loaded.memory,
         loaded.packing,

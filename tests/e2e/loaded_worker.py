@@ -19,6 +19,7 @@ class LoadedWorker:
         model_dir: Path,
         *,
         budget: str = "64MB",
+        host_memory: str | None = None,
         before_loading: Callable[[], None] | None = None,
         **flags: Any,
     ):
@@ -38,7 +39,7 @@ class LoadedWorker:
             log_level="warning",
             **{"max_running_requests": 4} | flags,
         )
-        config = prepare(server_args, Options(memory_budget=budget))
+        config = prepare(server_args, Options(memory_budget=budget, host_memory=host_memory))
         start_process(server_args, 0, process_name="WORKER")
         if before_loading is not None:
             before_loading()

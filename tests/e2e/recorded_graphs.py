@@ -5,14 +5,20 @@ knows no values, so asking for one fails and a break sees garbage; and what a se
 one reads it, as SGLang's pool gives memory to others. SGLang's runner and backend run on it. In a fork only (`forking`).
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+from msgspec.structs import asdict
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from sglmoe.kernels import reference
+from sglmoe.worker import captured_steps
+from sglmoe.worker.moe_layer_method import activation_of
 
 # What CUDA can't capture: the host would have to wait for a value, or for the size of a result.
 NEEDS_THE_HOST = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "equal")
@@ -126,15 +132,81 @@ def spoil(own: Iterable[torch.UntypedStorage]) -> None:
         torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)  # type: ignore[call-overload]
 
 
-def capture_on_cpu(sizes: list[int]) -> None:
+@contextmanager
+def whole_graph(*, cuda_graph: RecordedGraph, **_: Any) -> Iterator[None]:
+    """In the place of `torch.cuda.graph`."""
+    cuda_graph.capture_begin()
+    yield
+    cuda_graph.capture_end()
+
+
+class RecordedKernels:
+    """In the place of `TritonKernels`: what they must do, in torch, each as one operation."""
+
+    def __init__(
+        self, blocks: torch.Tensor, arena: torch.Tensor, *, frame_bytes: int, experts: Any
+    ):
+        self._where = {"blocks": blocks, "arena": arena, "frame_bytes": frame_bytes}
+        self._experts = copy(
+            experts
+        )  # one that asks nobody for its experts, and tells nobody of them
+        self._experts.waves = lambda layer, needed: iter([needed])
+        self._experts.counters = []
+
+    def decide(self, topk_ids: torch.Tensor, layer: int, *, state: Any, page_ins: Any) -> None:
+        def decide() -> torch.Tensor:
+            reference.decide(topk_ids, layer, state=state, page_ins=page_ins)
+            return cast("torch.Tensor", state.frame_table)
+
+        as_one(decide, (topk_ids, *asdict(state).values(), *asdict(page_ins).values()))
+
+    def page_in(self, page_ins: Any) -> None:
+        its = asdict(page_ins)
+
+        def page_in() -> torch.Tensor:
+            reference.page_in(**self._where, **its)
+            return cast("torch.Tensor", self._where["arena"])
+
+        as_one(page_in, (self._where["arena"], *its.values()))
+
+    def forward(
+        self, routing: Any, weights: torch.Tensor, *, frame_table: torch.Tensor, config: Any
+    ) -> torch.Tensor:
+        ids, hidden = routing.ids, routing.hidden
+
+        def forward() -> torch.Tensor:
+            output = torch.full_like(hidden, torch.nan)
+            num_rows = int((ids[:, 0] >= 0).sum())
+            if num_rows:
+                self._experts._frame_table = {routing.layer: frame_table.numpy()}
+                output[:num_rows] = self._experts.forward_by_expert(
+                    routing.layer,
+                    hidden[:num_rows],
+                    weights[:num_rows],
+                    ids[:num_rows],
+                    activation_of(config),
+                )
+            return output
+
+        return as_one(forward, (ids, hidden, weights, frame_table))
+
+
+def as_one(function: Callable[[], torch.Tensor], reads: tuple[Any, ...]) -> torch.Tensor:
+    recorder = RecordedGraph.recorder
+    return function() if recorder is None else recorder.as_one(function, reads)
+
+
+def capture_on_cpu(sizes: list[int], backend: str = "breakable") -> None:
     """Have SGLang capture decode steps of these sizes, which no flag does here: between `start_process` and `load_model`."""
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.model_executor.runner import decode_cuda_graph_runner
     from sglang.srt.runtime_context import get_exec
 
     decode = get_exec().graph.cuda_graph_config.decode
-    decode.backend, decode.bs, decode.max_bs = "breakable", sizes, max(sizes)
+    decode.backend, decode.bs, decode.max_bs = backend, sizes, max(sizes)
     torch.cuda.CUDAGraph = RecordedGraph  # type: ignore[assignment, misc]
+    torch.cpu.graph = whole_graph  # type: ignore[attr-defined]
+    captured_steps.TritonKernels = RecordedKernels  # type: ignore[assignment, misc]
     torch.cpu.graph_pool_handle = lambda: (0, 0)  # type: ignore[attr-defined]
     torch.cpu.is_current_stream_capturing = lambda: False  # type: ignore[attr-defined]
     decode_cuda_graph_runner.graph_capture = lambda stream: nullcontext(
@@ -166,10 +238,8 @@ def make_attention() -> type:
             self, q: Any, k: Any, v: Any, layer: Any, batch: Any, **flags: Any
         ) -> Any:
             decode = super().forward_decode
-            if (recorder := RecordedGraph.recorder) is None:
-                return decode(q, k, v, layer, batch, **flags)
             pool, number = self.token_to_kv_pool, layer.layer_id
             kv = (pool.get_key_buffer(number), pool.get_value_buffer(number))
-            return recorder.as_one(lambda: decode(q, k, v, layer, batch, **flags), (q, k, v, *kv))
+            return as_one(lambda: decode(q, k, v, layer, batch, **flags), (q, k, v, *kv))
 
     return RecordedAttention

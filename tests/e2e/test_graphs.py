@@ -1,11 +1,12 @@
-"""Decode steps out of captured graphs that break at each MoE layer, on a stand-in for CUDA's graphs.
+"""Decode steps out of captured graphs, on a stand-in for CUDA's graphs: of those that break at each MoE layer, and of full ones.
 
-Half of the experts fit. What runs is SGLang's own padding, buffers, capture and replay, our layer in the breaks, our memory
-under it; what is not shown here is a GPU's (`tests/gpu/test_graphs.py`).
+Half of the experts fit, and all are in host memory. What runs is SGLang's own padding, buffers, capture and replay, our layer
+in the breaks or captured, our memory under it; what is not shown here is a GPU's (`tests/gpu/test_graphs.py`).
 """
 
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -29,6 +30,9 @@ STEPS = 6
 NUM_FRAMES = 28  # for 48 experts in all layers, and KV
 MAX_RUNNING = 8
 PROMPTS = random_prompts(40, 17, 8, 33, 25)
+
+
+Backend = Literal["disabled", "breakable", "full"]
 
 
 class Budgets(NamedTuple):
@@ -74,20 +78,23 @@ def decode(
     budgets: Budgets,
     num_requests: int,
     *,
-    is_captured: bool = True,
+    backend: Backend = "breakable",
     spoils_padding: bool = False,
     fails: bool = False,
 ) -> Decoded:
     """Prompts are computed one by one, then all requests decode together; with `fails`, in vain in the middle of it."""
+    is_captured = backend != "disabled"
     worker = LoadedWorker(
         budgets.model_dir,
         budget=str(budgets.captured if is_captured else budgets.eager),
-        before_loading=(lambda: capture_on_cpu(SIZES)) if is_captured else None,
+        host_memory="8MB",
+        before_loading=(lambda: capture_on_cpu(SIZES, backend)) if is_captured else None,
         dtype="float32",
         max_running_requests=MAX_RUNNING,
     )
     untouched = worker.loaded.memory.snapshot(0)
     assert (untouched.expert_hits, untouched.expert_misses, untouched.kv_frames) == (0, 0, 0)
+    fill_host_memory(worker)
     rids = [f"r{index}" for index in range(num_requests)]
     for rid, prompt in zip(rids, PROMPTS, strict=False):
         logprobs = LogprobSpec(start=len(prompt), num_top=3, token_ids=None)
@@ -110,6 +117,14 @@ def decode(
         len(worker.loaded.experts.layer_ids),
         memory.violations(),
     )
+
+
+def fill_host_memory(worker: LoadedWorker) -> None:
+    """It fills by itself, in the background."""
+    deadline = time.monotonic() + 30
+    while not worker.loaded.tier.holds_all:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def fail_once(worker: LoadedWorker, rids: list[str]) -> None:
@@ -141,7 +156,7 @@ def counters(decoded: Decoded) -> dict[str, Any]:
 
 @pytest.mark.parametrize("num_requests", [1, 4, 5])
 def test_replayed_steps_have_the_bits_of_eager_ones(budgets: Budgets, num_requests: int) -> None:
-    eager = run_in_fork(decode, budgets, num_requests, is_captured=False)
+    eager = run_in_fork(decode, budgets, num_requests, backend="disabled")
     captured = run_in_fork(decode, budgets, num_requests)
     assert captured.rows == eager.rows  # tokens, log probabilities, routing
     assert counters(captured) == counters(eager)
@@ -154,8 +169,19 @@ def test_replayed_steps_have_the_bits_of_eager_ones(budgets: Budgets, num_reques
     assert eager.num_segments == 0
 
 
+@pytest.mark.parametrize("num_requests", [1, 2])
+def test_steps_without_the_host_have_the_bits_of_eager_ones(
+    budgets: Budgets, num_requests: int
+) -> None:
+    eager = run_in_fork(decode, budgets, num_requests, backend="disabled")
+    full = run_in_fork(decode, budgets, num_requests, backend="full")
+    assert full.rows == eager.rows  # tokens, log probabilities, routing
+    assert full.num_segments == STEPS  # one graph each
+    assert full.violations == []
+
+
 def test_rows_that_pad_a_step_are_seen_by_nobody(budgets: Budgets) -> None:
-    eager = run_in_fork(decode, budgets, 3, is_captured=False)
+    eager = run_in_fork(decode, budgets, 3, backend="disabled")
     padded = run_in_fork(decode, budgets, 3)
     assert padded.num_segments == STEPS * (padded.num_layers + 1)
     for step, expected in zip(padded.rows, eager.rows, strict=True):
@@ -174,7 +200,7 @@ def logprobs_of(decoded: Decoded) -> np.ndarray:
 
 
 def test_a_step_that_fails_in_a_break_leaves_graphs_that_can_be_replayed(budgets: Budgets) -> None:
-    eager = run_in_fork(decode, budgets, 2, is_captured=False)
+    eager = run_in_fork(decode, budgets, 2, backend="disabled")
     captured = run_in_fork(decode, budgets, 2, fails=True)
     assert captured.rows == eager.rows
     assert captured.violations == []

@@ -1,36 +1,35 @@
 """Shares of decode steps that used an expert. 2 layers of 4 experts."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
-from sglmoe.memory.experts import ExpertIds
 from sglmoe.memory.use_counter import UseCounter
 
 
 class Steps:
-    """A counter, and waves that pass everything at once."""
+    """A counter, told layer by layer or, as of steps without the host, of all at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
         self.counter = UseCounter(2, 4)
-        self._waves = self.counter.counting(self.all_at_once)
-
-    def all_at_once(self, layer: int, experts: ExpertIds) -> Iterator[ExpertIds]:
-        yield experts
+        self._at_once = at_once
 
     def run(self, first: list[int], second: list[int], *, num_decoding: int = 1) -> None:
+        is_used = np.zeros((2, 4), bool)
         for layer, experts in enumerate((first, second)):
-            ids = np.array(experts, np.intp)
-            assert [wave.tolist() for wave in self._waves(layer, ids)] == [experts]
+            is_used[layer, experts] = True
+            if not self._at_once:
+                self.counter.note(layer, np.array(experts, np.intp))
+        if self._at_once:
+            self.counter.note_all(is_used)
         self.counter.end_step(num_decoding)
 
     def probability(self) -> list[list[float]]:
         return self.counter.uses().probability.tolist()
 
 
-def test_used_always_is_one_and_never_is_zero() -> None:
-    steps = Steps()
+@pytest.mark.parametrize("at_once", [False, True])
+def test_used_always_is_one_and_never_is_zero(at_once: bool) -> None:
+    steps = Steps(at_once=at_once)
     for _ in range(5):
         steps.run([0, 2], [3])
     assert np.array(steps.probability()) == pytest.approx(np.array([[1, 0, 1, 0], [0, 0, 0, 1]]))
@@ -65,9 +64,8 @@ def test_it_knows_how_many_requests_it_was_measured_with() -> None:
 def test_weights_do_not_run_out() -> None:
     """They double every 32 steps: after 33,000 they would be infinite."""
     steps = Steps()
-    waves = steps.counter.counting(steps.all_at_once)
     for number in range(40_000):
-        waves(0, np.array([number % 2]))
+        steps.counter.note(0, np.array([number % 2]))
         steps.counter.end_step(3)
     assert steps.probability()[0] == pytest.approx([0.5, 0.5, 0, 0], abs=0.01)
     assert steps.counter.uses().num_running == pytest.approx(3)

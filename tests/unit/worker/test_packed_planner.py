@@ -47,7 +47,6 @@ class Server:
         self.snapshot = msgspec.structs.replace(NOTHING, num_frames=8, kv_frames=2)
 
     def step(self, kind: StepKind = DECODE) -> PackedReport:
-        waves = self.uses.counting(lambda layer, experts: iter([experts]))
         used = [
             0,
             1,
@@ -55,7 +54,7 @@ class Server:
             *([3] if not self.num_steps % 4 else []),
         ]
         for layer in range(2):
-            list(waves(layer, np.array(used)))
+            self.uses.note(layer, np.array(used))
         self.num_steps += 1
         if kind is DECODE:
             self.times.note_loads(1, waited_seconds=0.010, link_seconds=0.010)

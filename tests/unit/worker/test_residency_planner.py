@@ -70,9 +70,8 @@ class Server:
         seconds: float = 0.01,
     ) -> ResidencyPlan:
         """Each miss takes 5 ms of the step."""
-        waves = self.uses.counting(lambda layer, experts: iter([experts]))
         for layer in range(2):
-            list(waves(layer, np.array(used)))
+            self.uses.note(layer, np.array(used))
         self.snapshot = msgspec.structs.replace(
             self.snapshot,
             expert_misses=self.snapshot.expert_misses + misses,

@@ -1,0 +1,103 @@
+"""A layer of a captured step, in the interpreter: what memory lends, what kernels make of it, and SGLang's sequence on that
+have the bits of SGLang's own layer.
+
+One layer of eight experts, as `test_layer` has it; all of them are in host memory.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from paged_layer import (
+    AWQ,
+    FP8,
+    GPTQ,
+    HIDDEN,
+    NUM_EXPERTS,
+    PLAIN,
+    Layer,
+    config,
+    stand_ins,
+    stock_layer,
+)
+
+from sglmoe.memory.expert_layout import ExpertFormat
+from sglmoe.memory.host_tier import HostTier, make_blocks
+from sglmoe.memory.promotion import Promotion
+from sglmoe.worker.captured_steps import CapturedSteps, captured_steps
+from sglmoe.worker.routed import Routed
+
+MAX_ROWS, TOP_K = 4, 2
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu() -> Iterator[None]:
+    with stand_ins():
+        yield
+
+
+def filled_tier(layer: Layer) -> HostTier:
+    """Every expert in a block that is not its number."""
+    store = layer.experts.store
+    tier = HostTier(make_blocks(2**20, store), num_layers=1, num_experts=NUM_EXPERTS)
+    for expert in reversed(range(NUM_EXPERTS)):
+        assert not tier.holds_all
+        block = tier.begin(Promotion(0, expert, victim=None))
+        assert block is not None
+        tier.finish(block, store.read(0, expert, tier.blocks[block]))
+    assert tier.holds_all
+    return tier
+
+
+def steps_of(layer: Layer) -> CapturedSteps:
+    return captured_steps(
+        layer.experts,
+        layer.arena,
+        frame_bytes=layer.geometry.frame_bytes,
+        memory=layer.memory,
+        tier=filled_tier(layer),
+        top_k=TOP_K,
+        max_rows=MAX_ROWS,
+    )
+
+
+@pytest.mark.parametrize("its", [PLAIN, FP8, GPTQ, AWQ], ids=["plain", "fp8", "gptq", "awq"])
+@pytest.mark.parametrize(("num_frames", "num_rows"), [(2, 1), (4, 2), (6, 3), (8, 4)])
+def test_lent_frames_give_the_stock_layers_bits(
+    num_frames: int, num_rows: int, its: ExpertFormat
+) -> None:
+    """Frames are as few as can be lent for so many rows; the step has four, and those that pad it get zeros."""
+    layer = Layer(num_frames, its)
+    steps = steps_of(layer)
+    random = torch.Generator().manual_seed(2)
+    for _ in range(4):  # whatever is resident by now
+        hidden = torch.randn(MAX_ROWS, HIDDEN, generator=random).bfloat16()
+        weights, ids = torch.rand(MAX_ROWS, NUM_EXPERTS, generator=random).topk(TOP_K)
+        ids = ids.to(torch.int32)
+        stock = stock_layer(layer, hidden, weights, ids, inplace=True, filter_expert=False)
+        layer.memory.begin_step()
+        with steps.lent(num_rows) as is_lent:
+            assert is_lent
+            routing = Routed(0, ids.clone(), torch.empty(0), hidden)
+            output = steps.compute(routing, weights, config=config(None))
+            steps.queued()
+        assert torch.equal(output[:num_rows], stock[:num_rows])
+        assert not output[num_rows:].any()
+        assert torch.equal(steps.routing(num_rows)[0], ids[:num_rows])
+        resident = np.flatnonzero(layer.memory.frame_table[0] >= 0)
+        assert set(ids[:num_rows].unique().tolist()) <= set(resident.tolist())
+        assert layer.memory.violations() == []
+    snapshot = layer.memory.snapshot(0)
+    assert snapshot.expert_misses > 0
+    assert snapshot.num_waves == 0
+
+
+def test_what_memory_cant_lend_is_left_to_waves() -> None:
+    layer = Layer(3)
+    steps = steps_of(layer)
+    for num_rows, can_lend in [(1, True), (2, False), (MAX_ROWS + 1, False)]:
+        layer.memory.begin_step()
+        with steps.lent(num_rows) as is_lent:
+            assert is_lent == can_lend
+        assert layer.memory.violations() == []
