@@ -57,11 +57,15 @@ class UseCounter:
         self._shares = UseShares((num_layers, num_experts))
         self._rows = DecayedRatio(HALF_LIFE_STEPS)
 
+    def note(self, layer: int, experts: ExpertIds) -> None:
+        """The step that runs uses these."""
+        self._shares.note(layer, experts)
+
     def counting(self, waves: Waves) -> Waves:
-        """The same waves, and what they are asked for is counted."""
+        """The same waves, and what they are asked for is noted."""
 
         def counted(layer: int, experts: ExpertIds) -> Iterator[ExpertIds]:
-            self._shares.note(layer, experts)
+            self.note(layer, experts)
             return waves(layer, experts)
 
         return counted
