@@ -6,7 +6,7 @@ evicted.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 
 import msgspec
@@ -190,6 +190,7 @@ class Frames:
         self._experts: dict[int, tuple[int, int]] = {}
         self._free = list(range(num_frames - 1, -1, -1))
         self.num_packed = 0
+        self.are_lent = False  # to a step without the host: then none changes hands here
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -219,33 +220,51 @@ class Frames:
     def expert_frames(self) -> Iterable[int]:
         return self._experts
 
+    def next_free(self, num_frames: int) -> list[int]:
+        """So many of the free ones: those that are taken next."""
+        assert num_frames <= len(self._free)
+        return self._free[len(self._free) - num_frames :]
+
     def take_for_expert(self, layer: int, expert: int) -> int:
         """Turn a free frame, of which there must be one, into EXPERT(layer, expert)."""
-        frame = self._free.pop()
-        self._kinds[frame] = FrameKind.EXPERT
+        frame = self._take(FrameKind.EXPERT)
         self._experts[frame] = (layer, expert)
         return frame
 
     def take_for_kv(self) -> int:
         """Turn a free frame, of which there must be one, into KV."""
-        frame = self._free.pop()
-        self._kinds[frame] = FrameKind.KV
-        return frame
+        return self._take(FrameKind.KV)
 
     def take_for_packed(self) -> int:
         """Turn a free frame, of which there must be one, into PACKED."""
-        frame = self._free.pop()
-        self._kinds[frame] = FrameKind.PACKED
+        frame = self._take(FrameKind.PACKED)
         self.num_packed += 1
         return frame
 
+    def assign(self, owners: Mapping[int, tuple[int, int]]) -> None:
+        """Turn each of these frames, free or another expert's, into EXPERT(layer, expert)."""
+        assert not self.are_lent
+        taken = {frame for frame in owners if self._kinds[frame] is FrameKind.FREE}
+        if taken:
+            self._free = [frame for frame in self._free if frame not in taken]
+        for frame in taken:
+            self._kinds[frame] = FrameKind.EXPERT
+        self._experts.update(owners)
+
     def give(self, frame: int) -> None:
         """Make a frame FREE, whatever it held."""
+        assert not self.are_lent
         assert self._kinds[frame] is not FrameKind.FREE, f"frame {frame} is given back twice"
         self._experts.pop(frame, None)
         self.num_packed -= self._kinds[frame] is FrameKind.PACKED
         self._kinds[frame] = FrameKind.FREE
         self._free.append(frame)
+
+    def _take(self, kind: FrameKind) -> int:
+        assert not self.are_lent
+        frame = self._free.pop()
+        self._kinds[frame] = kind
+        return frame
 
     def violations(self) -> list[str]:
         """Frames free + expert + KV + packed = all."""

@@ -24,6 +24,7 @@ class Victim(NamedTuple):
 
     value: float
     evict: Callable[[], object]
+    is_packed: bool
 
 
 class Evictor:
@@ -91,15 +92,32 @@ class Evictor:
             )
         while not self._frames.num_free:
             victim = self._next_victim(layer)
-            # With a running request in every KV frame, evicting prefixes would free none.
-            leaf = self._leaves.first() if self._pool.idle_frames else None
-            if leaf is not None and self._goes_before(leaf, victim):
-                self._empty_frame(below=_value(victim))
-            elif victim is not None:
+            if self._evict_prefix_before(victim):
+                continue
+            if victim is not None:
                 victim.evict()
             elif not self._drop_prefetch():
                 return False
         return True
+
+    def make_way(self) -> bool:
+        """Evict what is worth less than every expert in a frame: a prefix, as far as may empty a frame, or a frame of
+        packed ones. False if nothing is."""
+        if not self._pool.idle_frames and not self._slabs.num_frames:
+            return False
+        victim = self._next_victim()
+        if self._evict_prefix_before(victim):
+            return True
+        if victim is None or not victim.is_packed:
+            return False
+        victim.evict()
+        return True
+
+    def shrink(self, layer: int, num_frames: int) -> None:
+        """Evict the least valuable of a layer's residents but for so many."""
+        num_victims = self._table.num_resident[layer] - num_frames
+        for expert in self._experts.first_few_of(layer, num_victims):
+            self._evict_expert(expert)
 
     def make_spare_frame(self, layer: int, value: float) -> bool:
         """The same for an expert of that value which is only likely to be used: False unless a frame
@@ -119,6 +137,13 @@ class Evictor:
         pages = self._cache.evict(leaf, num_pages)
         self._pool.free(pages)
         self.pages_evicted += len(pages)
+
+    def fit_packed(self, num_frames: int) -> None:
+        """Have so many frames for packed experts, or as many as experts in frames leave."""
+        while self._slabs.num_frames > num_frames and self.evict_packed():
+            pass
+        while self._slabs.num_frames < num_frames and self.make_spare_frame(0, math.inf):
+            self._slabs.grow()
 
     def evict_packed(self) -> bool:
         """Give the next frame of packed experts back; False if there is none."""
@@ -150,8 +175,10 @@ class Evictor:
             if expert is None and layer is not None and self._goes_on(layer):
                 return None
             value = packed.value if packed.value > -math.inf else bound  # in the expert's stead
-            return Victim(value, self.evict_packed)
-        return expert and Victim(expert.value, lambda: self._evict_expert(expert))
+            return Victim(value, self.evict_packed, is_packed=True)
+        if expert is None:
+            return None
+        return Victim(expert.value, lambda: self._evict_expert(expert), is_packed=False)
 
     def _goes_on(self, layer: int) -> bool:
         """Whether the layer has experts for a wave already; the others can take another one."""
@@ -177,6 +204,15 @@ class Evictor:
         pages = [leaf.pages for leaf in leaves]
         near = plan_near(pages, num_pages, frame=frame, pages_per_frame=self._pages_per_frame)
         self._evict_tails(leaves, near)
+
+    def _evict_prefix_before(self, victim: Victim | None) -> bool:
+        """As much of prefixes as may empty a frame, if the next one is worth less; False, and nothing, if not."""
+        # With a running request in every KV frame, evicting prefixes would free none.
+        leaf = self._leaves.first() if self._pool.idle_frames else None
+        if leaf is None or not self._goes_before(leaf, victim):
+            return False
+        self._empty_frame(below=_value(victim))
+        return True
 
     def _empty_frame(self, *, below: float) -> None:
         """Evict as few pages as may empty a frame, of the leaves that are next."""

@@ -77,9 +77,15 @@ class ExpertOrder:
 
     def first_of(self, layer: int) -> Candidate | None:
         """The same within one layer."""
-        values = np.where(self._table.evictable()[layer], self.now()[layer], np.inf)
-        expert = int(values.argmin())
-        return None if values[expert] == np.inf else Candidate(layer, expert, float(values[expert]))
+        return next(iter(self.first_few_of(layer, 1)), None)
+
+    def first_few_of(self, layer: int, num_experts: int) -> list[Candidate]:
+        """The evictable residents of a layer to go next, in their order."""
+        experts = np.flatnonzero(self._table.evictable()[layer])
+        values = self.now()[layer, experts]
+        order = values.argsort(kind="stable")[:num_experts]
+        pairs = zip(experts[order].tolist(), values[order].tolist(), strict=True)
+        return [Candidate(layer, *pair) for pair in pairs]
 
     def clear(self) -> None:
         """Forget all uses."""

@@ -68,6 +68,7 @@ class ExpertPager:
 
     def waves(self, layer: int, experts: ExpertIds) -> Generator[ExpertIds, None, None]:
         """See `MemoryManager.waves`."""
+        assert not self._frames.are_lent
         self.settle()
         self._prefetches.begin_layer(layer)
         self._order.use(layer, experts)
@@ -98,6 +99,11 @@ class ExpertPager:
         self.settle()
         if self.streaming is not None:
             self.streaming.begin_step(num_tokens)
+
+    def note_step(self, *, hits: int, misses: int) -> None:
+        """Count those of a step without the host, which asks for no waves."""
+        self.hits += hits
+        self.misses += misses
 
     def counters(self) -> dict[str, Any]:
         """These totals, as `MemorySnapshot` calls them."""

@@ -102,12 +102,11 @@ class ExpertTable:
         else:
             self._frames.give(load.frame)
 
-    def use(self, layer: int, residents: ExpertIds) -> int:
-        """Note that these are used; how many of them a prefetch has brought and nothing had used."""
-        unused = self.is_unused[layer]
-        num_unused = int(np.count_nonzero(unused[residents]))
+    def use(self, layer: int | ExpertIds, residents: ExpertIds) -> int:
+        """Note that these, each of its layer, are used; how many of them a prefetch has brought and nothing had used."""
+        num_unused = int(np.count_nonzero(self.is_unused[layer, residents]))
         if num_unused:
-            unused[residents] = False
+            self.is_unused[layer, residents] = False
         return num_unused
 
     def place(self, load: Load) -> None:
@@ -125,6 +124,26 @@ class ExpertTable:
         if self.is_unused[layer, expert]:
             self.is_unused[layer, expert] = False
             self.num_unused_evicted += 1
+
+    def replace(
+        self,
+        layers: npt.NDArray[np.intp],
+        evicted: ExpertIds,
+        newcomers: ExpertIds,
+        *,
+        frames: npt.NDArray[np.int32],
+    ) -> None:
+        """Give the frames to absent newcomers, each in the stead of a resident of its layer or of nobody (ABSENT)."""
+        gave = evicted != ABSENT
+        old = layers[gave], evicted[gave]
+        self.num_unused_evicted += self.use(*old)
+        self.frame_table[old] = ABSENT
+        assert (self.frame_table[layers, newcomers] == ABSENT).all(), "a newcomer is a resident"
+        self.frame_table[layers, newcomers] = frames
+        for layer in layers[~gave].tolist():
+            self.num_resident[layer] += 1
+        keys = zip(layers.tolist(), newcomers.tolist(), strict=True)
+        self._frames.assign(dict(zip(frames.tolist(), keys, strict=True)))
 
     def violations(self) -> list[str]:
         """Table and frame owners are one to one; pinned means resident; counters are right."""

@@ -85,6 +85,16 @@ class HostTier:
         held: npt.NDArray[np.bool_] = self._block_of != ABSENT
         return held
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert has a block; then none changes hands any more."""
+        return len(self._expert_of) == self._block_of.size
+
+    def block_table(self) -> npt.NDArray[np.int32]:
+        """The block that holds each expert, ABSENT: none: int32 `[num_layers, num_experts]`."""
+        with self._lock:
+            return self._block_of.copy()
+
     def count_disk_read(self, layer: int, expert: int, num_bytes: int) -> None:
         """A missed expert was not here and has been read from the checkpoint."""
         with self._lock:

@@ -15,7 +15,6 @@ Why nothing here can deadlock, or wait for something that does not come:
   caller then gives up another request or this one.
 """
 
-import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry, check_floor
 from sglmoe.memory.expert_values import Probabilities
 from sglmoe.memory.experts import ExpertIds
+from sglmoe.memory.frame_sets import FrameSets, Places
 from sglmoe.memory.kv_pages import Pages, no_pages
 from sglmoe.memory.link_gate import LoadExperts
 from sglmoe.memory.memory_map import draw_memory
@@ -108,7 +108,7 @@ class MemoryManager:
         self._pool, self._leaves, self._cache = tenants.pool, tenants.leaves, tenants.cache
         self._table, self._experts, self._slabs = tenants.table, tenants.experts, tenants.slabs
         self._evictor, self._prefetches = tenants.evictor, tenants.prefetches
-        self._pager = tenants.pager
+        self._pager, self._lender = tenants.pager, tenants.lender
         self.policy = policy
         self.expert_ratio = expert_ratio
         self._geometry = geometry
@@ -299,14 +299,17 @@ class MemoryManager:
         Experts in frames give theirs up for that, prefixes never do; whoever is worth more takes them back.
         """
         self._pager.settle()
-        most = self._max_kv_frames - self._frames.num_kv
-        while self._slabs.num_frames > min(num_frames, most) and self._evictor.evict_packed():
-            pass
-        while self._slabs.num_frames < min(num_frames, most):
-            if not self._evictor.make_spare_frame(0, math.inf):
-                break
-            self._slabs.grow()
+        self._evictor.fit_packed(min(num_frames, self._max_kv_frames - self._frames.num_kv))
         self._slabs.hold(experts)
+
+    def lend(self, least: int) -> FrameSets | None:
+        """Frames for a step without the host, which may replace experts within each layer's set; until `take_back` nothing
+        else may be asked of memory. None, and nobody evicted, if a layer can't have `least`, or one for each expert."""
+        return self._lender.lend(least)
+
+    def take_back(self, owners: Places, keys: Places) -> None:
+        """What the step has made of `FrameSets.owners` and `keys`: who is in each place, and USED where it used that."""
+        self._lender.take_back(owners, keys)
 
     @property
     def num_on_their_way(self) -> int:

@@ -65,11 +65,12 @@ class Prefetches:
     def begin_layer(self, layer: int) -> None:
         """Land what has arrived, and drop what was for a layer that has passed."""
         self._position = self._step * self._num_layers + layer
-        if not self._due:
-            return
-        self.land()
-        for key in [key for key, due in self._due.items() if due < self._position]:
-            self.drop(key)
+        self._pass(self._position)
+
+    def end_layers(self) -> None:
+        """The same when all layers of the step have passed."""
+        self._position = (self._step + 1) * self._num_layers - 1
+        self._pass(self._position + 1)
 
     def begin(self, wanted: Iterable[Wanted], limit: int) -> int:
         """Begin at most so many that are absent and worth more than what gives way, in this order."""
@@ -121,8 +122,8 @@ class Prefetches:
         self.counters.late += is_there
         return is_there
 
-    def use(self, layer: int, residents: ExpertIds) -> None:
-        """The layer has found these."""
+    def use(self, layer: int | ExpertIds, residents: ExpertIds) -> None:
+        """The layer has found these; or each its own layer."""
         if self.counters.landed:
             self.counters.used += self._table.use(layer, residents)
 
@@ -141,10 +142,23 @@ class Prefetches:
         self._background.cancel(load)
         self._end(load, is_there=False)
 
+    def drop_these(self, keys: Iterable[tuple[int, int]]) -> None:
+        """Give up those of them that are on their way."""
+        if self._due:
+            for key in self._due.keys() & set(keys):
+                self.drop(key)
+
     def drop_all(self) -> None:
         """Give up all that are on their way."""
         while self.drop_last():
             pass
+
+    def _pass(self, position: int) -> None:
+        if not self._due:
+            return
+        self.land()
+        for key in [key for key, due in self._due.items() if due < position]:
+            self.drop(key)
 
     def _end(self, load: Load, *, is_there: bool, is_used: bool = False) -> None:
         self._table.end(load, is_there=is_there, is_used=is_used)

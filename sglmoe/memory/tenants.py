@@ -8,6 +8,7 @@ from sglmoe.memory.expert_order import ExpertOrder
 from sglmoe.memory.expert_pager import ExpertPager
 from sglmoe.memory.expert_values import ExpertValues, values_for
 from sglmoe.memory.experts import ExpertTable
+from sglmoe.memory.frame_lender import FrameLender
 from sglmoe.memory.kv_pages import PagePool
 from sglmoe.memory.link_gate import LoadExperts
 from sglmoe.memory.packed_order import FrameValues, PackedOrder, Packing
@@ -53,6 +54,7 @@ class Tenants:
         self.experts = ExpertOrder(
             self.table, frame_values(values, self.slabs, packing), clock=self.clock
         )
+        self._layer_frames = layer_frames
         self.evictor = Evictor(
             policy,
             frames=self.frames,
@@ -87,6 +89,15 @@ class Tenants:
             make_frame=self.evictor.make_frame,
             load_experts=load_experts,
             stream_prices=self.prices if self._streams_layers else None,
+        )
+        self.lender = FrameLender(
+            self.table,
+            self.experts,
+            frames=self.frames,
+            evictor=self.evictor,
+            pager=self.pager,
+            prefetches=self.prefetches,
+            layer_frames=self._layer_frames,
         )
 
 

@@ -24,10 +24,12 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from step_without_host import run_step
 
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
-from sglmoe.memory.experts import ExpertIds, Load
+from sglmoe.memory.experts import ABSENT, ExpertIds, Load
+from sglmoe.memory.frame_sets import USED, FrameSets
 from sglmoe.memory.host_tier import HostTier, TieredStore
 from sglmoe.memory.link_gate import Finish, LinkGate
 from sglmoe.memory.manager import MemoryManager
@@ -35,6 +37,7 @@ from sglmoe.memory.packed_order import Packing
 from sglmoe.memory.prefetch import Arrival, Wanted
 from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.store import Bytes, ExpertReadError, ExpertStore
+from sglmoe.protocol import MemorySnapshot
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 PAGE_TOKENS = 4
@@ -412,6 +415,57 @@ class MemoryMachine(RuleBasedStateMachine):
         except ExpertReadError:
             assert not all(self.tier.holds(layer, expert) for expert in experts)
         self.disk.fails = False
+
+    # ----------------------------------------------------------------------- steps without the host
+
+    @rule(
+        least=st.integers(1, NUM_EXPERTS + 1),
+        routed=st.lists(
+            st.sets(st.integers(0, NUM_EXPERTS - 1), min_size=1),
+            min_size=NUM_LAYERS,
+            max_size=NUM_LAYERS,
+        ),
+    )
+    def run_step_without_host(self, least: int, routed: list[set[int]]) -> None:
+        """Nothing is evicted for layers that can't have `least` frames each; with so many, as many experts are served."""
+        self.wave = None
+        before, counted = self.memory.frame_table.copy(), self.memory.snapshot(0)
+        sets = self.memory.lend(least)
+        least = min(least, NUM_EXPERTS)
+        if sets is None:
+            assert (self.memory.frame_table[before >= 0] >= 0).all()
+            assert not self.can_have(least, counted)
+            return
+        assert self.memory.violations() == []
+        self.check_sets(sets, least)
+        outcome = run_step(sets, routed)
+        for layer, expert, frame in outcome.page_ins:
+            self.arena[frame] = expert_number(layer, expert)
+        self.memory.take_back(outcome.owners, outcome.keys)
+        now, num_used = self.memory.snapshot(0), sum(map(len, routed)) - outcome.shortfall
+        assert not outcome.shortfall or max(map(len, routed)) > least
+        assert now.expert_misses - counted.expert_misses == len(outcome.page_ins)
+        assert now.expert_hits - counted.expert_hits == num_used - len(outcome.page_ins)
+
+    def can_have(self, least: int, now: MemorySnapshot) -> bool:
+        if self.static_frames is not None:
+            return least <= self.static_frames - self.memory.num_on_their_way
+        return NUM_LAYERS * least <= now.free_frames + now.expert_frames
+
+    def check_sets(self, sets: FrameSets, least: int) -> None:
+        """Residents are in their frames, and no other frame is lent than free ones."""
+        free = []
+        for layer, size in enumerate(sets.sizes.tolist()):
+            assert least <= size <= (self.static_frames or NUM_EXPERTS)
+            residents = self.memory.frame_table[layer]
+            owned = dict(zip(sets.owners[layer, :size], sets.frames[layer, :size], strict=True))
+            owned.pop(ABSENT, None)
+            assert owned == {e: frame for e, frame in enumerate(residents) if frame != ABSENT}
+            assert (sets.keys < USED).all()
+            free += sets.frames[layer, len(owned) : size].tolist()
+        assert len(set(free)) == len(free)
+        drawn = self.memory.draw(self.tier.held()).frames
+        assert all(drawn[frame] == "." for frame in free)
 
     @rule(slow=st.booleans())
     def change_speed(self, slow: bool) -> None:

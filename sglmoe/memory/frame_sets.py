@@ -1,0 +1,115 @@
+"""What a decode step that runs without the host may work with, and how layers share the frames: pure functions.
+
+Each layer has a frame set: the frames of its residents, and empty ones. The step replaces within it; between two steps frames
+move from set to set.
+"""
+
+from typing import TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from sglmoe.memory.expert_values import Values
+from sglmoe.memory.experts import ABSENT
+
+Counts: TypeAlias = npt.NDArray[np.intp]  # [num_layers]
+Places: TypeAlias = npt.NDArray[np.int32]  # [num_layers, num_experts]
+
+USED = 0x7F800000  # the key of what the step has used: float32's infinity, seen as int32
+MAX_VALUE = np.finfo(np.float32).max
+
+
+class FrameSets(msgspec.Struct, frozen=True, eq=False):
+    """The sets of L layers of E experts, of E places at most: by owner, then the empty ones. Not to be changed."""
+
+    sizes: npt.NDArray[np.int32]  # [L], the first so many places of a row count
+    frames: Places  # -1 beyond
+    owners: Places  # the expert in each place, ABSENT: none
+    keys: Places  # the lowest changes hands first; below USED
+
+
+def lay_out(
+    frame_table: Places, values: Values, sizes: Counts, free_frames: npt.NDArray[np.int32]
+) -> FrameSets:
+    """Sets of these sizes: a layer's residents, and as many of the free frames as they leave room for.
+
+    Values are none below 0, and so are the bits of float32, which then have the same order as int32.
+    """
+    num_experts = frame_table.shape[1]
+    frames = np.full(frame_table.shape, ABSENT, np.int32)
+    owners, keys = frames.copy(), np.zeros_like(frames)
+    is_resident = frame_table != ABSENT
+    residents = np.flatnonzero(is_resident)
+    num_resident = np.count_nonzero(is_resident, axis=1)
+    rows = np.arange(len(sizes)) * num_experts
+    places = _runs(rows, num_resident)
+    frames.ravel()[places] = frame_table.ravel()[residents]
+    owners.ravel()[places] = residents - np.repeat(rows, num_resident)
+    values_left = np.minimum(values.ravel()[residents], MAX_VALUE)
+    keys.ravel()[places] = values_left.astype(np.float32).view(np.int32)
+    frames.ravel()[_runs(rows + num_resident, sizes - num_resident)] = free_frames
+    return FrameSets(sizes.astype(np.int32), frames, owners, keys)
+
+
+def plan_quotas(values: Values, num_frames: int, least: int) -> Counts:
+    """How many frames each layer should have: as many of its experts as are among the `num_frames` most valuable of all.
+
+    The `least` most valuable of each layer are always among them; of equals, layers have as many. `values`: see
+    `ExpertValues.demand`. No layer has more frames than experts.
+    """
+    num_layers, num_experts = values.shape
+    num_left = num_frames - num_layers * least
+    assert num_left >= 0, f"{num_frames} frames are not {least} for each of {num_layers} layers"
+    others = np.sort(values, axis=1)[:, : num_experts - least]
+    if num_left >= others.size:
+        return np.full(num_layers, num_experts)
+    last_out = others.size - num_left - 1
+    bound = np.partition(others, last_out, axis=None)[last_out]
+    above: Counts = np.count_nonzero(others > bound, axis=1)
+    equal: Counts = np.count_nonzero(others == bound, axis=1)
+    return least + above + spread(num_left - int(above.sum()), equal)
+
+
+def plan_sizes(
+    num_resident: Counts,
+    quotas: Counts,
+    misses: Counts,
+    *,
+    num_free: int,
+    least: int,
+    most: Counts,
+) -> Counts:
+    """How many frames each set is to have.
+
+    A layer below its quota gets as many as it has missed lately, even from layers above theirs, and one below `least` gets
+    what it lacks in any case. What is then still free goes to layers below their quotas, and then to all, as far as `most`
+    lets it. Quotas are `least` to `most`, and all together no more than residents and free frames.
+    """
+    lacking = np.maximum(quotas - num_resident, 0)
+    wanted: Counts = np.minimum(lacking, misses)
+    wanted = np.maximum(wanted, (least - num_resident).clip(0))
+    num_left = num_free - int(wanted.sum())
+    if num_left <= 0:
+        surplus = np.maximum(num_resident - quotas, 0)
+        return num_resident + wanted - spread(-num_left, surplus)
+    more = spread(num_left, lacking - wanted)
+    sizes = num_resident + wanted + more
+    return sizes + spread(num_left - int(more.sum()), most - sizes)
+
+
+def spread(amount: int, room: Counts) -> Counts:
+    """Hand out `amount`, or less if there is less room: one at a time to each that has room left, in turns."""
+    if amount <= 0:
+        return np.zeros_like(room)
+    has_room = np.arange(room.max(initial=0))[:, np.newaxis] < room  # [turn, layer]
+    is_given = has_room & (has_room.cumsum().reshape(has_room.shape) <= amount)
+    given: Counts = np.count_nonzero(is_given, axis=0)
+    return given
+
+
+def _runs(starts: Counts, lengths: Counts) -> npt.NDArray[np.intp]:
+    """The numbers of all these runs, one run after the other."""
+    before = np.cumsum(lengths) - lengths
+    numbers: npt.NDArray[np.intp] = np.arange(int(lengths.sum()))
+    return numbers + np.repeat(starts - before, lengths)
