@@ -63,6 +63,13 @@ def full_graphs_need_plain_experts() -> UserError:
     )
 
 
+def full_graphs_need_whole_vectors(*, expert_bytes: int, vector_bytes: int) -> UserError:
+    return UserError(
+        f"--cuda-graph-backend-decode=full: steps without the host move {vector_bytes} bytes at a time, and an expert of this "
+        f"model has {expert_bytes}: use breakable"
+    )
+
+
 def host_memory_holds_no_expert(*, host_bytes: int, expert_bytes: int) -> UserError:
     return UserError(
         f"--host-memory: {show_bytes(host_bytes)} holds no expert, which takes "

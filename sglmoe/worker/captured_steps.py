@@ -16,9 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglmoe.errors.budgets import full_graphs_need_all_experts, full_graphs_need_plain_experts
+from sglmoe.errors.budgets import (
+    full_graphs_need_all_experts,
+    full_graphs_need_plain_experts,
+    full_graphs_need_whole_vectors,
+)
 from sglmoe.kernels import residency
-from sglmoe.kernels.page_in import page_in
+from sglmoe.kernels.page_in import VECTOR_BYTES, page_in
 from sglmoe.kernels.residency import DeviceResidency, PageIns
 from sglmoe.memory.frame_sets import USED, FrameSets
 from sglmoe.memory.host_tier import HostTier
@@ -274,6 +278,10 @@ def captured_steps(
     num_layers, num_experts = memory.frame_table.shape
     if tier.as_stored:
         raise full_graphs_need_plain_experts()
+    if tier.blocks.shape[1] % VECTOR_BYTES:
+        raise full_graphs_need_whole_vectors(
+            expert_bytes=tier.blocks.shape[1], vector_bytes=VECTOR_BYTES
+        )
     if len(tier.blocks) < num_layers * num_experts:
         raise full_graphs_need_all_experts(
             host_bytes=tier.blocks.nbytes, expert_bytes=experts.store.total_bytes

@@ -56,6 +56,7 @@ class Layer:
         self.experts = PagedExperts(ExpertStore(), on_tensor=lambda: None)
         shape = ExpertShape(NUM_EXPERTS, HIDDEN, INNER, its)
         self.experts.add_layer(0, shape)
+        self.format: Any = its
         self.layout = shape.layout
         for expert in range(NUM_EXPERTS):
             for part, tensor in random_parts(its, self.layout, random):
@@ -148,7 +149,7 @@ def stock_layer(layer: Layer, hidden: torch.Tensor, *routing: torch.Tensor, **op
     if tensors:
         scales = {"w1_scale": "w13_weight_scale_inv", "w2_scale": "w2_weight_scale_inv"}
         options |= {name: tensors.pop(its) for name, its in scales.items()}
-        options |= {"use_fp8_w8a8": True, "block_shape": [FP8.rows, FP8.columns]}
+        options |= {"use_fp8_w8a8": True, "block_shape": [layer.format.rows, layer.format.columns]}
     assert not tensors
     return fused_moe.fused_experts_impl(hidden.clone(), *weights, *routing, **options)
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from paged_layer import (
     AWQ,
-    FP8,
     GPTQ,
     HIDDEN,
     NUM_EXPERTS,
@@ -22,13 +21,14 @@ from paged_layer import (
     stock_layer,
 )
 
-from sglmoe.memory.expert_layout import ExpertFormat
+from sglmoe.memory.expert_layout import BlockFp8, ExpertFormat
 from sglmoe.memory.host_tier import HostTier, make_blocks
 from sglmoe.memory.promotion import Promotion
 from sglmoe.worker.captured_steps import CapturedSteps, captured_steps
 from sglmoe.worker.routed import Routed
 
 MAX_ROWS, TOP_K = 4, 2
+FP8 = BlockFp8(16, 32)  # an expert has to have a multiple of 16 bytes
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def steps_of(layer: Layer) -> CapturedSteps:
 
 
 @pytest.mark.parametrize("its", [PLAIN, FP8, GPTQ, AWQ], ids=["plain", "fp8", "gptq", "awq"])
-@pytest.mark.parametrize(("num_frames", "num_rows"), [(2, 1), (4, 2), (6, 3), (8, 4)])
+@pytest.mark.parametrize(("num_frames", "num_rows"), [(2, 1), (6, 3)])
 def test_lent_frames_give_the_stock_layers_bits(
     num_frames: int, num_rows: int, its: ExpertFormat
 ) -> None:
@@ -71,7 +71,7 @@ def test_lent_frames_give_the_stock_layers_bits(
     layer = Layer(num_frames, its)
     steps = steps_of(layer)
     random = torch.Generator().manual_seed(2)
-    for _ in range(4):  # whatever is resident by now
+    for _ in range(3):  # whatever is resident by now
         hidden = torch.randn(MAX_ROWS, HIDDEN, generator=random).bfloat16()
         weights, ids = torch.rand(MAX_ROWS, NUM_EXPERTS, generator=random).topk(TOP_K)
         ids = ids.to(torch.int32)
