@@ -1,10 +1,11 @@
-"""Decode steps out of captured graphs, on a stand-in for CUDA's graphs: of those that break at each MoE layer, and of full ones.
+"""Decode steps out of captured graphs, on a stand-in for CUDA's: graphs that break at each MoE layer, and full ones.
 
-Half of the experts fit, and all are in host memory. What runs is SGLang's own padding, buffers, capture and replay, our layer
-in the breaks or captured, our memory under it; what is not shown here is a GPU's (`tests/gpu/test_graphs.py`).
+Half of the experts fit. What runs is SGLang's own padding, buffers, capture and replay, our layer in the breaks or captured,
+our memory under it; what is not shown here is a GPU's (`tests/gpu/test_graphs.py`).
 """
 
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -87,14 +88,15 @@ def decode(
     worker = LoadedWorker(
         budgets.model_dir,
         budget=str(budgets.captured if is_captured else budgets.eager),
-        host_memory="8MB",
+        host_memory="8MB" if backend == "full" else None,  # for all experts
         before_loading=(lambda: capture_on_cpu(SIZES, backend)) if is_captured else None,
         dtype="float32",
         max_running_requests=MAX_RUNNING,
     )
     untouched = worker.loaded.memory.snapshot(0)
     assert (untouched.expert_hits, untouched.expert_misses, untouched.kv_frames) == (0, 0, 0)
-    fill_host_memory(worker)
+    if backend == "full":
+        fill_host_memory(worker)
     rids = [f"r{index}" for index in range(num_requests)]
     for rid, prompt in zip(rids, PROMPTS, strict=False):
         logprobs = LogprobSpec(start=len(prompt), num_top=3, token_ids=None)
@@ -117,6 +119,11 @@ def decode(
         len(worker.loaded.experts.layer_ids),
         memory.violations(),
     )
+
+
+@cache
+def decode_eagerly(budgets: Budgets, num_requests: int) -> Decoded:
+    return run_in_fork(decode, budgets, num_requests, backend="disabled")
 
 
 def fill_host_memory(worker: LoadedWorker) -> None:
@@ -156,7 +163,7 @@ def counters(decoded: Decoded) -> dict[str, Any]:
 
 @pytest.mark.parametrize("num_requests", [1, 4, 5])
 def test_replayed_steps_have_the_bits_of_eager_ones(budgets: Budgets, num_requests: int) -> None:
-    eager = run_in_fork(decode, budgets, num_requests, backend="disabled")
+    eager = decode_eagerly(budgets, num_requests)
     captured = run_in_fork(decode, budgets, num_requests)
     assert captured.rows == eager.rows  # tokens, log probabilities, routing
     assert counters(captured) == counters(eager)
@@ -173,15 +180,23 @@ def test_replayed_steps_have_the_bits_of_eager_ones(budgets: Budgets, num_reques
 def test_steps_without_the_host_have_the_bits_of_eager_ones(
     budgets: Budgets, num_requests: int
 ) -> None:
-    eager = run_in_fork(decode, budgets, num_requests, backend="disabled")
+    eager = decode_eagerly(budgets, num_requests)
     full = run_in_fork(decode, budgets, num_requests, backend="full")
     assert full.rows == eager.rows  # tokens, log probabilities, routing
     assert full.num_segments == STEPS  # one graph each
+    assert full.memory.expert_misses > 0
     assert full.violations == []
 
 
+def test_steps_that_could_need_more_frames_than_there_are_ask_the_host(budgets: Budgets) -> None:
+    """Four rows may need all experts of each layer, and half of them fit."""
+    full = run_in_fork(decode, budgets, 4, backend="full")
+    assert full.rows == decode_eagerly(budgets, 4).rows
+    assert full.num_segments == 0
+
+
 def test_rows_that_pad_a_step_are_seen_by_nobody(budgets: Budgets) -> None:
-    eager = run_in_fork(decode, budgets, 3, backend="disabled")
+    eager = decode_eagerly(budgets, 3)
     padded = run_in_fork(decode, budgets, 3)
     assert padded.num_segments == STEPS * (padded.num_layers + 1)
     for step, expected in zip(padded.rows, eager.rows, strict=True):
@@ -200,7 +215,7 @@ def logprobs_of(decoded: Decoded) -> np.ndarray:
 
 
 def test_a_step_that_fails_in_a_break_leaves_graphs_that_can_be_replayed(budgets: Budgets) -> None:
-    eager = run_in_fork(decode, budgets, 2, backend="disabled")
+    eager = decode_eagerly(budgets, 2)
     captured = run_in_fork(decode, budgets, 2, fails=True)
     assert captured.rows == eager.rows
     assert captured.violations == []
