@@ -12,12 +12,11 @@ import msgspec
 import torch
 
 from sglmoe.checkpoint import check_checkpoint
-from sglmoe.config import EngineConfig, Options, PrefetchMode, plan_config
+from sglmoe.config import EngineConfig, Options, plan_config
 from sglmoe.errors.models import not_understood
 from sglmoe.errors.options import (
     accelerator_beside_cpu,
     full_graphs_beside_packed_share,
-    full_graphs_beside_prefetch,
     graph_sizes_without_graphs,
     graphs_on_a_cpu,
     itl_target_with_determinism,
@@ -82,8 +81,6 @@ def check_prompts_can_be_cut(server_args: Any) -> None:
 
 def check_steps_need_no_host(config: EngineConfig) -> None:
     """As full graphs ask for. Raises ValueError."""
-    if config.expert_prefetch is not PrefetchMode.OFF:
-        raise full_graphs_beside_prefetch(mode=config.expert_prefetch.value)
     if config.packed_share != 0.0:
         raise full_graphs_beside_packed_share()
 

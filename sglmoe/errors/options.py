@@ -118,13 +118,6 @@ def graph_sizes_without_graphs(*, flag: str) -> UserError:
     )
 
 
-def full_graphs_beside_prefetch(*, mode: str) -> UserError:
-    return UserError(
-        f"--expert-prefetch={mode}: predictors learn of each layer from the host, which full graphs do without; leave it "
-        "out, or use --cuda-graph-backend-decode=breakable"
-    )
-
-
 def full_graphs_beside_packed_share() -> UserError:
     return UserError(
         "--packed-share: full graphs bring experts in as they are in host memory; leave it out, or use "

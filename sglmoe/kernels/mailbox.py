@@ -20,7 +20,6 @@ class Mailbox(msgspec.Struct, frozen=True, eq=False):
     letters: torch.Tensor  # [L, room, 3]: expert, frame, the step that it is for
     posted: torch.Tensor  # [L], letters ever posted; only the prefetch stream writes it
     committed: torch.Tensor  # [L], letters ever read; only the compute stream writes it
-    step: torch.Tensor  # [1], the number of the step that runs; the host writes it between steps
 
     @classmethod
     def empty(cls, num_layers: int, room: int, device: str) -> "Mailbox":
@@ -29,7 +28,6 @@ class Mailbox(msgspec.Struct, frozen=True, eq=False):
             letters=torch.zeros((num_layers, room, 3), dtype=torch.int32, device=device),
             posted=torch.zeros(num_layers, dtype=torch.int32, device=device),
             committed=torch.zeros(num_layers, dtype=torch.int32, device=device),
-            step=torch.zeros(1, dtype=torch.int32, device=device),
         )
 
 
@@ -111,9 +109,9 @@ def post(mailbox: Mailbox, *, layer: int, expert: int, frame: int, step: int) ->
     )
 
 
-def commit(mailbox: Mailbox, layer: int, state: DeviceResidency) -> None:
+def commit(mailbox: Mailbox, layer: int, state: DeviceResidency, *, step: torch.Tensor) -> None:
     """Put the frames of letters that have been posted for this step into the layer's set, to change hands after all that
-    it does not use; in front of its `decide`.
+    it does not use; in front of its `decide`. `step`: int32 `[1]`, the number of the one that runs.
 
     The set must have room for all of a step. May be captured.
     """
@@ -127,7 +125,7 @@ def commit(mailbox: Mailbox, layer: int, state: DeviceResidency) -> None:
         state.set_keys,
         state.set_sizes,
         state.used_key,
-        mailbox.step,
+        step,
         layer,
         mailbox.letters.shape[1],
         state.frame_table.shape[1],

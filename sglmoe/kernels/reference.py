@@ -92,12 +92,12 @@ def post(mailbox: Mailbox, *, layer: int, expert: int, frame: int, step: int) ->
     mailbox.posted[layer] = number + 1
 
 
-def commit(mailbox: Mailbox, layer: int, state: DeviceResidency) -> None:
+def commit(mailbox: Mailbox, layer: int, state: DeviceResidency, *, step: torch.Tensor) -> None:
     """See `mailbox.commit`."""
     room, until = mailbox.letters.shape[1], int(mailbox.posted[layer])
     for number in range(max(int(mailbox.committed[layer]), until - room), until):
-        expert, frame, step = mailbox.letters[layer, number % room].tolist()
-        if step != int(mailbox.step):
+        expert, frame, its_step = mailbox.letters[layer, number % room].tolist()
+        if its_step != int(step):
             continue
         place = int(state.set_sizes[layer])
         is_new = int(state.frame_table[layer, expert]) == ABSENT

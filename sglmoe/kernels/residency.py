@@ -21,7 +21,9 @@ class DeviceResidency(msgspec.Struct, frozen=True, eq=False):
     )  # [L, E], the block of host memory with its bytes, -1: none; written by the host
     set_frames: torch.Tensor  # [L, F], the frames of the set; the first `set_sizes` count
     set_owners: torch.Tensor  # [L, F], the expert in each of them, -1: none
-    set_keys: torch.Tensor  # [L, F], the lowest changes hands first: what each is worth, or when it was last used
+    set_keys: (
+        torch.Tensor
+    )  # [L, F], the lowest changes hands first: what each is worth, or when it was last used
     set_sizes: torch.Tensor  # [L]
     used_key: torch.Tensor  # [1], at least 0: the key of what this step uses; others are lower
     # Routed experts that could not be made resident: the step's output means nothing then, and the host, which sets this to 0

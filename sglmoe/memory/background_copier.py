@@ -39,7 +39,8 @@ class _Job:
 
 class BackgroundCopier:
     """A `BackgroundLoader` over one thread. `copy` runs there; it waits for `demand` before each
-    chunk, and closes `prefetch` meanwhile. `mark` is called as a load is begun, in the main thread."""
+    chunk, and closes `prefetch` meanwhile. `mark` is called as a load is begun, in the main thread;
+    `came` with each that is in its frame, by whoever has brought it, before it is told as finished."""
 
     def __init__(
         self,
@@ -48,9 +49,11 @@ class BackgroundCopier:
         demand: LinkGate,
         prefetch: LinkGate,
         mark: Callable[[], Mark] = lambda: None,
+        came: Callable[[Load], None] = lambda load: None,
     ):
         self._copy = copy
         self._mark = mark
+        self._came = came
         self._demand = demand
         self._prefetch = prefetch
         self._changed = threading.Condition()  # over all that follows
@@ -149,6 +152,7 @@ class BackgroundCopier:
     def _try_copy(self, job: _Job) -> bool:
         try:
             self._copy(job.load, job.mark, lambda: self._before_chunk(job))
+            self._came(job.load)
         except _Cancelled:
             return False
         except ExpertReadError as error:

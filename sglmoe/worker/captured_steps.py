@@ -6,14 +6,12 @@ is known before they do: every layer has a frame for each expert that it might n
 run this.
 """
 
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from itertools import accumulate
-from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sglmoe.errors.budgets import (
@@ -22,6 +20,7 @@ from sglmoe.errors.budgets import (
     full_graphs_need_whole_vectors,
 )
 from sglmoe.kernels import residency
+from sglmoe.kernels.mailbox import Mailbox, commit
 from sglmoe.kernels.page_in import VECTOR_BYTES, page_in
 from sglmoe.kernels.residency import DeviceResidency, PageIns
 from sglmoe.memory.frame_sets import USED, FrameSets
@@ -29,12 +28,20 @@ from sglmoe.memory.host_tier import HostTier
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.worker.moe_layer import PagedExperts
 from sglmoe.worker.routed import Routed
+from sglmoe.worker.step_messages import Letters, RoutingMirror
+from sglmoe.worker.step_state import Sizes, StepState
 
-Ints = npt.NDArray[np.int32]
+# Arbitrary: between two looks at how far a step has come, which leave the interpreter to threads that copy.
+POLL_SECONDS = 20e-6
 
 
 class LayerKernels(Protocol):
     """What a captured layer does on the device."""
+
+    def commit(
+        self, mailbox: Mailbox, layer: int, state: DeviceResidency, *, step: torch.Tensor
+    ) -> None:
+        """See `mailbox.commit`."""
 
     def decide(
         self, topk_ids: torch.Tensor, layer: int, *, state: DeviceResidency, page_ins: PageIns
@@ -55,6 +62,7 @@ class TritonKernels:
     """Ours, and SGLang's between them. `blocks`: the host's, page-locked, uint8 `[num_blocks, expert_bytes]`; `arena`: its
     frames."""
 
+    commit = staticmethod(commit)
     decide = staticmethod(residency.decide)
 
     def __init__(
@@ -85,84 +93,11 @@ class TritonKernels:
         )
 
 
-class Sizes(NamedTuple):
-    """Of the model, and of the largest captured step."""
-
-    num_layers: int  # with experts
-    num_experts: int
-    top_k: int
-    max_rows: int
-
-
-class StepState:
-    """What host and device tell each other of a step: int32, uploaded as a whole, of which the last parts are read back."""
-
-    def __init__(self, its: Sizes, device: str):
-        of_experts = (its.num_layers, its.num_experts)
-        shapes = {
-            "num_rows": (1,),
-            "frame_table": of_experts,
-            "set_sizes": of_experts[:1],
-            "set_frames": of_experts,
-            "set_owners": of_experts,
-            "set_keys": of_experts,
-            "shortfall": (1,),
-        }
-        stops = dict(zip(shapes, accumulate(map(prod, shapes.values())), strict=True))
-        is_pinned = device != "cpu"
-        self._sent = torch.zeros(stops["shortfall"], dtype=torch.int32, pin_memory=is_pinned)
-        self._device = torch.zeros_like(self._sent, device=device)
-        self._read_from = stops["set_frames"]
-        self._came = torch.zeros_like(self._sent[self._read_from :], pin_memory=is_pinned)
-
-        def cut(flat: torch.Tensor, name: str, start: int = 0) -> torch.Tensor:
-            stop = stops[name] - start
-            return flat[stop - prod(shapes[name]) : stop].view(shapes[name])
-
-        self._host = {name: cut(self._sent, name).numpy() for name in shapes}
-        back = ("set_owners", "set_keys", "shortfall")
-        self._back = {name: cut(self._came, name, self._read_from).numpy() for name in back}
-        parts = {name: cut(self._device, name) for name in shapes}
-        self.num_rows = parts.pop("num_rows")
-        self.residency = DeviceResidency(
-            **parts,
-            block_of=torch.full(of_experts, -1, dtype=torch.int32, device=device),
-            used_key=torch.full((1,), USED, dtype=torch.int32, device=device),
-        )
-        self._event = torch.cuda.Event() if is_pinned else None
-
-    def upload(self, sets: FrameSets, frame_table: Ints, num_rows: int) -> None:
-        """Queue it, in front of the step. What was read back before is over, so the host's buffer is free."""
-        values = {
-            "num_rows": num_rows,
-            "frame_table": frame_table,
-            "set_sizes": sets.sizes,
-            "set_frames": sets.frames,
-            "set_owners": sets.owners,
-            "set_keys": sets.keys,
-            "shortfall": 0,
-        }
-        for name, value in values.items():
-            self._host[name][...] = value
-        self._device.copy_(self._sent, non_blocking=True)
-
-    def queue_back(self) -> None:
-        """Copy back, as soon as the step is over."""
-        self._came.copy_(self._device[self._read_from :], non_blocking=True)
-        if self._event is not None:
-            self._event.record()
-
-    def read_back(self) -> tuple[Ints, Ints]:
-        """Owners and keys of all places, once they have come. Not to be kept."""
-        if self._event is not None:
-            self._event.synchronize()
-        shortfall = int(self._back["shortfall"][0])
-        assert not shortfall, f"{shortfall} experts found no frame in a captured step"
-        return self._back["set_owners"], self._back["set_keys"]
-
-
 class CapturedSteps:
-    """The steps, and their layers as they are captured. `kernels` write into the arena that `memory` lends frames of."""
+    """The steps, and their layers as they are captured. `kernels` write into the arena that `memory` lends frames of.
+
+    With `letters` experts may be prefetched while a step runs, and the observer of `experts` is told what it routes.
+    """
 
     def __init__(
         self,
@@ -172,6 +107,7 @@ class CapturedSteps:
         experts: PagedExperts,
         memory: MemoryManager,
         tier: HostTier,
+        letters: Letters | None,
         device: str,
     ):
         self._kernels = kernels
@@ -179,7 +115,11 @@ class CapturedSteps:
         self._experts = experts
         self._memory = memory
         self._tier = tier
+        self._letters = letters
+        self._mirror = RoutingMirror(its.num_layers, its.max_rows, device) if letters else None
         self._state = StepState(its, device)
+        self._number = 0  # of the step
+        self._num_rows = 0  # of it
         self._has_blocks = False  # of all experts, and the device knows them
         self._is_queued_back = False
         self._rows = torch.arange(its.max_rows, dtype=torch.int32, device=device)
@@ -205,14 +145,15 @@ class CapturedSteps:
         is_padding = (self._rows[:num_rows] >= self._state.num_rows).unsqueeze(1)
         ids = self._ids[layer, :num_rows]
         ids.copy_(routing.ids).masked_fill_(is_padding, -1)
-        state = self._state.residency
-        self._kernels.decide(ids, layer, state=state, page_ins=self._page_ins)
-        self._kernels.page_in(self._page_ins)
-        output = self._kernels.forward(
-            Routed(layer, ids, routing.logits, routing.hidden),
-            weights,
-            frame_table=state.frame_table[layer],
-            config=config,
+        routing = Routed(layer, ids, routing.logits, routing.hidden)
+        kernels, state = self._kernels, self._state.residency
+        if self._letters is not None and self._mirror is not None:
+            self._mirror.copy(routing, self._state.number)
+            kernels.commit(self._letters.mailbox, layer, state, step=self._state.number)
+        kernels.decide(ids, layer, state=state, page_ins=self._page_ins)
+        kernels.page_in(self._page_ins)
+        output = kernels.forward(
+            routing, weights, frame_table=state.frame_table[layer], config=config
         )
         return output.masked_fill_(is_padding, 0)
 
@@ -220,39 +161,62 @@ class CapturedSteps:
 
     @contextmanager
     def lent(self, num_rows: int) -> Generator[bool, None, None]:
-        """Whether a step of so many rows may be replayed now. If so, nobody else uses memory until this ends."""
+        """Whether a step of so many rows may be replayed now. If so, memory may begin prefetches until this ends, no more."""
         sets = self._lend(num_rows)
         if sets is None:
             yield False
             return
-        self._state.upload(sets, self._memory.frame_table, num_rows)
+        self._number += 1
+        self._num_rows = num_rows
         self._is_queued_back = False
+        self._state.upload(self._number, sets, self._memory.frame_table, num_rows)
+        if self._letters is not None:
+            self._letters.open(self._number)
         try:
             yield True
         finally:
-            if not self._is_queued_back:  # it has failed
-                self._state.queue_back()
-            self._take_back(*self._state.read_back())
+            self._take_back()
 
     def queued(self) -> None:
         """The step has been: what becomes of the sets can be on its way before anybody waits for it."""
         self._state.queue_back()
         self._is_queued_back = True
 
-    def routing(self, num_rows: int) -> dict[int, torch.Tensor]:
-        """What each layer has chosen in the step that was replayed: int32 `[num_rows, top_k]`."""
-        return dict(enumerate(self._ids[:, :num_rows].cpu()))
+    def watch(self) -> None:
+        """Tell the observer of each layer's routing as soon as it is known, until the step is over."""
+        observer, mirror, layer = self._experts.observer, self._mirror, 0
+        if observer is None or mirror is None:
+            return
+        while layer < self._sizes.num_layers:
+            is_over = self._state.is_back
+            while layer < self._sizes.num_layers and (is_over or mirror.has(layer, self._number)):
+                observer.routed(layer, mirror.routed(layer, self._num_rows))
+                observer.look_ahead()
+                layer += 1
+            observer.look_ahead()
+            time.sleep(POLL_SECONDS)
+
+    def routing(self) -> dict[int, torch.Tensor]:
+        """What each layer has chosen in the step that was replayed: int32 `[rows, top_k]`."""
+        return dict(enumerate(self._ids[:, : self._num_rows].cpu()))
 
     def _lend(self, num_rows: int) -> FrameSets | None:
         if num_rows > self._sizes.max_rows or not self._knows_blocks():
             return None
-        return self._memory.lend(self._sizes.top_k * num_rows)
+        observer = self._experts.observer
+        num_ahead = observer.num_ahead if observer is not None and self._letters is not None else 0
+        return self._memory.lend(self._sizes.top_k * num_rows, num_ahead=num_ahead)
 
-    def _take_back(self, owners: Ints, keys: Ints) -> None:
-        self._memory.take_back(owners, keys)
-        is_used = np.zeros(owners.shape, bool)
-        layers, places = np.nonzero(keys == USED)
-        is_used[layers, owners[layers, places]] = True
+    def _take_back(self) -> None:
+        if not self._is_queued_back:  # the step has failed
+            self._state.queue_back()
+        sets = self._state.read_back()
+        if self._letters is not None:
+            self._letters.close()
+        self._memory.take_back(sets)
+        is_used = np.zeros(sets.owners.shape, bool)
+        layers, places = np.nonzero(sets.keys == USED)
+        is_used[layers, sets.owners[layers, places]] = True
         for counter in self._experts.counters:
             counter.note_all(is_used)
 
@@ -271,6 +235,7 @@ def captured_steps(
     frame_bytes: int,
     memory: MemoryManager,
     tier: HostTier,
+    letters: Letters | None,
     top_k: int,
     max_rows: int,
 ) -> CapturedSteps:
@@ -291,5 +256,11 @@ def captured_steps(
     )
     its = Sizes(num_layers, num_experts, top_k, max_rows)
     return CapturedSteps(
-        kernels, its, experts=experts, memory=memory, tier=tier, device=arena.device.type
+        kernels,
+        its,
+        experts=experts,
+        memory=memory,
+        tier=tier,
+        letters=letters,
+        device=arena.device.type,
     )

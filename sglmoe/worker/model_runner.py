@@ -110,8 +110,9 @@ class ModelRunner:
             output = self._runner.forward(batch).logits_output
             if replay is not None:
                 replay.queued()
+                replay.watch()
                 if returns_routing:
-                    self._experts.replayed(replay.routing(len(order)))
+                    self._experts.replayed(replay.routing())
             if self.recorder is not None:
                 self._record(self.recorder, order, time.perf_counter() - started)
             prompt_logprobs = prompt.answers(output)

@@ -4,7 +4,6 @@ One of the files that know sglang.
 """
 
 import logging
-import math
 import os
 import threading
 import time
@@ -16,10 +15,9 @@ import msgspec
 import setproctitle
 import torch
 
-from sglmoe.config import EngineConfig
-from sglmoe.errors import models
+from sglmoe.config import EngineConfig, PrefetchMode
 from sglmoe.errors.budgets import experts_held_beside_budget
-from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_geometry
+from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within
 from sglmoe.memory.background_copier import BackgroundCopier
 from sglmoe.memory.device_decode import NUM_STAGED, can_decode, staged_bytes
 from sglmoe.memory.device_transfer import page_lock
@@ -35,9 +33,11 @@ from sglmoe.units import parse_bytes
 from sglmoe.worker.captured_steps import CapturedSteps, captured_steps
 from sglmoe.worker.expert_copiers import expert_copiers
 from sglmoe.worker.model_runner_graphs import DecodeGraphs, capture_graphs, plan_decode_graphs
+from sglmoe.worker.model_runner_kv import KvLayout
 from sglmoe.worker.moe_layer import PagedExperts
 from sglmoe.worker.moe_layer_method import install
 from sglmoe.worker.packed_experts import plan_packing, use_packed
+from sglmoe.worker.step_messages import Letters
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,10 @@ def load_model(
     frames = arena[geometry.padding_bytes :]
     # One token's experts: below that a decode step of a single request would need several waves.
     floor = runner.model_config.hf_text_config.num_experts_per_tok if experts.shape else 0
-    memory, tier, packing = manage(frames, geometry, experts, floor_frames=floor, config=config)
+    letters = open_letters(graphs, experts, config, frames.device.type)
+    memory, tier, packing = manage(
+        frames, geometry, experts, floor_frames=floor, config=config, letters=letters
+    )
     kv.move_to(arena, geometry.page_tokens)
     if experts.shape:
         experts.attach(frames, geometry, frame_table=memory.frame_table, waves=memory.waves)
@@ -157,6 +160,7 @@ def load_model(
             frame_bytes=geometry.frame_bytes,
             memory=memory,
             tier=tier,
+            letters=letters,
             top_k=floor,
             max_rows=graphs.max_rows,
         )
@@ -177,6 +181,15 @@ def load_model(
         context_tokens=runner.model_config.context_len,
         load_seconds=time.perf_counter() - started,
     )
+
+
+def open_letters(
+    graphs: DecodeGraphs, experts: PagedExperts, config: EngineConfig, device: str
+) -> Letters | None:
+    """What tells steps without the host of prefetches; None where there are none of either."""
+    if not graphs.is_full or not experts.shape or config.expert_prefetch is PrefetchMode.OFF:
+        return None
+    return Letters(len(experts.layer_ids), experts.shape.num_experts, device)
 
 
 def read_rate() -> ReadRate | None:
@@ -218,61 +231,6 @@ def decoding_bytes(store: ExpertStore, device: str) -> int:
     return (NUM_STAGED + 1) * staged_bytes(store)
 
 
-class KvLayout(msgspec.Struct, frozen=True):
-    """How a token's KV lies in the arena: one row a layer for MLA, a row of K and a row of V a layer otherwise."""
-
-    pool: Any  # sglang's KV pool, whose per-layer tensors become views of the arena
-    layers: tuple[tuple[torch.Tensor, ...], ...]  # the stock buffers of each layer
-    row_shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, pool: Any) -> "KvLayout":
-        """Read the layout off a stock pool. Raises ValueError for pools that are neither MHA nor MLA."""
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
-
-        if type(pool) is MLATokenToKVPool:
-            layers: tuple[tuple[torch.Tensor, ...], ...] = tuple((b,) for b in pool.kv_buffer)
-        elif type(pool) is MHATokenToKVPool:
-            layers = tuple(zip(pool.k_buffer, pool.v_buffer, strict=True))
-        else:
-            raise models.unknown_kv(kind=type(pool).__name__)
-        shapes = {tuple(buffer.shape[1:]) for buffers in layers for buffer in buffers}
-        if len(shapes) != 1:
-            raise models.uneven_kv(shapes=str(shapes))
-        return cls(pool=pool, layers=layers, row_shape=shapes.pop())
-
-    @property
-    def token_rows(self) -> int:
-        return sum(len(buffers) for buffers in self.layers)
-
-    @property
-    def token_bytes(self) -> int:
-        buffer = self.layers[0][0]
-        return self.token_rows * math.prod(self.row_shape) * int(buffer.element_size())
-
-    def geometry(
-        self, arena_bytes: int, experts: PagedExperts, config: EngineConfig, graphs: DecodeGraphs
-    ) -> Geometry:
-        """Of an arena for such tokens and these experts; see `plan_geometry`."""
-        return plan_geometry(
-            arena_bytes=arena_bytes,
-            expert_bytes=experts.layout.num_bytes if experts.layout else 0,
-            token_bytes=self.token_bytes,
-            token_rows=self.token_rows,
-            page_tokens=config.page_tokens,
-            pads_batches=graphs.max_rows > 0,
-        )
-
-    def move_to(self, arena: torch.Tensor, page_tokens: int) -> None:
-        """Make the pool's tensors views of the arena (`uint8`), so that a token's id is its row (`Geometry`)."""
-        rows = arena.view(self.layers[0][0].dtype).view(-1, *self.row_shape)
-        views = [rows[index * page_tokens :] for index in range(self.token_rows)]
-        if len(self.layers[0]) == 1:
-            self.pool.kv_buffer = views
-        else:
-            self.pool.k_buffer, self.pool.v_buffer = views[0::2], views[1::2]
-
-
 def manage(
     frames: torch.Tensor,
     geometry: Geometry,
@@ -280,6 +238,7 @@ def manage(
     *,
     floor_frames: int,
     config: EngineConfig,
+    letters: Letters | None,
 ) -> tuple[MemoryManager, HostTier, Packing]:
     """The owner of the arena, and below it host memory, which fills in the background from now on.
 
@@ -310,7 +269,11 @@ def manage(
     background = None
     if num_experts:
         background = BackgroundCopier(
-            copiers.ahead, demand=demand, prefetch=prefetch, mark=copiers.mark
+            copiers.ahead,
+            demand=demand,
+            prefetch=prefetch,
+            mark=copiers.mark,
+            **({"came": letters.came} if letters else {}),
         )
     memory = MemoryManager(
         geometry,

@@ -41,6 +41,10 @@ class Observer(Protocol):
     def look_ahead(self) -> None:
         """Its experts are coming, or it is done."""
 
+    @property
+    def num_ahead(self) -> int:
+        """So many experts may it bring in while a step runs."""
+
 
 class ExpertShape(msgspec.Struct, frozen=True):
     """What all experts of a model have in common: w13 is `[2 * inner, hidden]`, w2 `[hidden, inner]`."""

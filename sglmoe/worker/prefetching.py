@@ -147,6 +147,14 @@ class Prefetching:
                 (its for its in outlook.wanted if is_next or its.layer > self._layer), limit
             )
 
+    @property
+    def num_ahead(self) -> int:
+        """So many experts does the link move while a step runs, if they are wanted."""
+        if not self._is_on:
+            return 0
+        now = self._now
+        return int(self._num_layers * now.layer_seconds / now.expert_seconds)
+
     def step_done(self, kind: StepKind, snapshot: MemorySnapshot, cost: StepCost) -> PrefetchReport:
         """To be called after every step; what is known of prefetching."""
         used = snapshot.prefetches_used - self._before.prefetches_used

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sglmoe.kernels import reference
-from sglmoe.worker import captured_steps
+from sglmoe.worker import captured_steps, step_messages
 from sglmoe.worker.moe_layer_method import activation_of
 
 # What CUDA can't capture: the host would have to wait for a value, or for the size of a result.
@@ -153,6 +153,13 @@ class RecordedKernels:
         self._experts.waves = lambda layer, needed: iter([needed])
         self._experts.counters = []
 
+    def commit(self, mailbox: Any, layer: int, state: Any, *, step: torch.Tensor) -> None:
+        def commit() -> torch.Tensor:
+            reference.commit(mailbox, layer, state, step=step)
+            return cast("torch.Tensor", state.frame_table)
+
+        as_one(commit, (*asdict(mailbox).values(), *asdict(state).values(), step))
+
     def decide(self, topk_ids: torch.Tensor, layer: int, *, state: Any, page_ins: Any) -> None:
         def decide() -> torch.Tensor:
             reference.decide(topk_ids, layer, state=state, page_ins=page_ins)
@@ -207,6 +214,7 @@ def capture_on_cpu(sizes: list[int], backend: str = "breakable") -> None:
     torch.cuda.CUDAGraph = RecordedGraph  # type: ignore[assignment, misc]
     torch.cpu.graph = whole_graph  # type: ignore[attr-defined]
     captured_steps.TritonKernels = RecordedKernels  # type: ignore[assignment, misc]
+    step_messages.post = reference.post
     torch.cpu.graph_pool_handle = lambda: (0, 0)  # type: ignore[attr-defined]
     torch.cpu.is_current_stream_capturing = lambda: False  # type: ignore[attr-defined]
     decode_cuda_graph_runner.graph_capture = lambda stream: nullcontext(

@@ -110,6 +110,7 @@ def test_a_letter_carries_the_bytes_that_were_copied_before_it() -> None:
     size = 2**24
     state = residency.DeviceResidency.empty(1, 8, 8, DEVICE)
     box = mailbox.Mailbox.empty(1, room=4, device=DEVICE)
+    step = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     arena = torch.zeros(2, size, dtype=torch.uint8, device=DEVICE)
     prefetch = torch.cuda.Stream()
     for number in range(1, 8):
@@ -123,7 +124,7 @@ def test_a_letter_carries_the_bytes_that_were_copied_before_it() -> None:
         looks = []
         while not looks or not bool(looks[-1][0]):
             for _ in range(8):  # queued one behind the other: nobody waits for the host in between
-                mailbox.commit(box, 0, state)
+                mailbox.commit(box, 0, state, step=step)
                 is_named = state.frame_table[0, 3] == 1
                 looks.append(torch.stack([is_named.to(torch.int64), arena[1].ne(number).sum()]))
         for is_named, num_wrong in torch.stack(looks).tolist():

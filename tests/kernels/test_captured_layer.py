@@ -57,6 +57,7 @@ def steps_of(layer: Layer) -> CapturedSteps:
         frame_bytes=layer.geometry.frame_bytes,
         memory=layer.memory,
         tier=filled_tier(layer),
+        letters=None,
         top_k=TOP_K,
         max_rows=MAX_ROWS,
     )
@@ -84,7 +85,7 @@ def test_lent_frames_give_the_stock_layers_bits(
             steps.queued()
         assert torch.equal(output[:num_rows], stock[:num_rows])
         assert not output[num_rows:].any()
-        assert torch.equal(steps.routing(num_rows)[0], ids[:num_rows])
+        assert torch.equal(steps.routing()[0], ids[:num_rows])
         resident = np.flatnonzero(layer.memory.frame_table[0] >= 0)
         assert set(ids[:num_rows].unique().tolist()) <= set(resident.tolist())
         assert layer.memory.violations() == []

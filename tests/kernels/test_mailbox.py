@@ -21,24 +21,28 @@ def layers(num_experts: int = 4, max_frames: int = 5) -> DeviceResidency:
     return state
 
 
+def number(step: int) -> torch.Tensor:
+    return torch.tensor([step], dtype=torch.int32)
+
+
 def test_a_posted_expert_becomes_a_resident_at_its_layers_boundary() -> None:
     state, mailbox = layers(), Mailbox.empty(2, room=2, device="cpu")
     post(mailbox, layer=0, expert=3, frame=15, step=0)
-    commit(mailbox, 1, state)
+    commit(mailbox, 1, state, step=number(0))
     assert state.frame_table[0].tolist() == [10, -1, -1, -1]  # another layer's boundary
-    commit(mailbox, 0, state)
+    commit(mailbox, 0, state, step=number(0))
     assert state.frame_table[0].tolist() == [10, -1, -1, 15]
     assert state.set_frames[0, :3].tolist() == [10, 11, 15]
     assert state.set_owners[0].tolist() == [0, -1, 3, -1, -1]
     assert state.set_keys[0, 2] == 7  # not used, and yet the last to go
-    commit(mailbox, 0, state)  # a letter is read once
+    commit(mailbox, 0, state, step=number(0))  # a letter is read once
     assert state.set_sizes.tolist() == [3, 0]
 
 
 def test_the_frame_of_an_expert_that_a_miss_brought_in_first_is_empty() -> None:
     state, mailbox = layers(), Mailbox.empty(2, room=2, device="cpu")
     post(mailbox, layer=0, expert=0, frame=15, step=0)
-    commit(mailbox, 0, state)
+    commit(mailbox, 0, state, step=number(0))
     assert state.frame_table[0, 0] == 10
     assert state.set_frames[0, :3].tolist() == [10, 11, 15]
     assert state.set_owners[0, :3].tolist() == [0, -1, -1]
@@ -48,7 +52,7 @@ def test_letters_go_round_in_their_room() -> None:
     state, mailbox = layers(), Mailbox.empty(2, room=2, device="cpu")
     for expert, frame in ((1, 20), (2, 21), (3, 22)):
         post(mailbox, layer=0, expert=expert, frame=frame, step=0)
-        commit(mailbox, 0, state)
+        commit(mailbox, 0, state, step=number(0))
     assert state.frame_table[0].tolist() == [10, 20, 21, 22]
     assert (mailbox.posted.tolist(), mailbox.committed.tolist()) == ([3, 0], [3, 0])
 
@@ -58,8 +62,7 @@ def test_a_letter_for_another_step_is_passed_over() -> None:
     state, mailbox = layers(), Mailbox.empty(2, room=2, device="cpu")
     for expert, step in ((1, 5), (1, 6), (2, 6), (3, 7)):
         post(mailbox, layer=0, expert=expert, frame=20 + expert, step=step)
-    mailbox.step[0] = 7
-    commit(mailbox, 0, state)
+    commit(mailbox, 0, state, step=number(7))
     assert state.frame_table[0].tolist() == [10, -1, -1, 23]
     assert state.set_frames[0, :3].tolist() == [10, 11, 23]
     assert (state.set_sizes.tolist(), mailbox.committed.tolist()) == ([3, 0], [4, 0])
@@ -74,14 +77,14 @@ def test_any_letters_are_committed_as_the_reference_does(data: st.DataObject) ->
     frame = 100
     for _ in range(data.draw(st.integers(1, 8))):
         layer = data.draw(st.integers(0, 1))
-        mailbox.step[0] = expected_mailbox.step[0] = data.draw(st.integers(0, 1))
+        step = number(data.draw(st.integers(0, 1)))
         for expert in data.draw(st.lists(st.integers(0, 3), max_size=room + 1)):
             letter = {"expert": expert, "frame": frame, "step": data.draw(st.integers(0, 1))}
             post(mailbox, layer=layer, **letter)
             reference.post(expected_mailbox, layer=layer, **letter)
             frame += 1
-        commit(mailbox, layer, state)
-        reference.commit(expected_mailbox, layer, expected)
+        commit(mailbox, layer, state, step=step)
+        reference.commit(expected_mailbox, layer, expected, step=step)
         pairs = ((state, expected), (mailbox, expected_mailbox))
         for got, wanted in pairs:
             for name, its in msgspec.structs.asdict(got).items():

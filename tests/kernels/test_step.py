@@ -36,6 +36,7 @@ class Machine:
         self.blocks = blocks.to(torch.uint8).view(-1, 1).repeat(1, FRAME_BYTES)
         self.arena = torch.full((NUM_FRAMES * FRAME_BYTES,), 255, dtype=torch.uint8)
         self.frames = self.arena.view(NUM_FRAMES, FRAME_BYTES)
+        self.number = torch.zeros(1, dtype=torch.int32)  # of the step
         self.mailbox = Mailbox.empty(NUM_LAYERS, ROOM, "cpu")
         shapes = (NUM_FRAMES + ROOM, NUM_FRAMES + ROOM, 1)
         self.page_ins = PageIns(*(torch.zeros(n, dtype=torch.int32) for n in shapes))
@@ -103,7 +104,7 @@ class Machine:
                 self.frames[its.frame, half] = self.blocks[number, half]
                 its.num_halves += 1
             elif its.step < 0:
-                its.step = int(self.mailbox.step)  # which may be over when it is posted
+                its.step = int(self.number)  # which may be over when it is posted
             else:
                 letter = {"layer": its.layer, "expert": its.expert, "frame": its.frame}
                 post(self.mailbox, **letter, step=its.step)
@@ -113,7 +114,7 @@ class Machine:
         state = self.state
         experts = st.lists(st.integers(-1, NUM_EXPERTS - 1), min_size=1, max_size=4)
         ids = self.data.draw(experts, label="routed")
-        commit(self.mailbox, layer, state)
+        commit(self.mailbox, layer, state, step=self.number)
         self.arrive()
         before = int(state.shortfall)
         decide(torch.tensor(ids, dtype=torch.int32), layer, state=state, page_ins=self.page_ins)
@@ -154,7 +155,7 @@ def test_what_a_layer_reads_is_there(data: st.DataObject) -> None:
     for _ in range(3):
         machine.read_back()
         machine.move_frames()
-        machine.mailbox.step.add_(1)
+        machine.number.add_(1)
         machine.state.used_key.add_(1)
         machine.state.shortfall.zero_()
         for layer in range(NUM_LAYERS):

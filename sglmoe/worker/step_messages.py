@@ -1,0 +1,71 @@
+"""Between a step that runs without the host and the host: which prefetches have come, and what routers have said.
+
+Letters (`kernels/mailbox.py`) tell the step of experts that have come. Each is for the step that ran when its expert was there:
+what is read is an expert that the host took to be on its way all that step long. The other way the step copies what each layer
+was routed to into host memory, and then its number, so whoever sees that sees the rest.
+"""
+
+from contextlib import nullcontext
+
+import torch
+
+from sglmoe.kernels.mailbox import Mailbox, post
+from sglmoe.memory.experts import Load
+from sglmoe.worker.routed import Routed
+
+
+class Letters:
+    """To the step. Opened and closed by the main thread, written by whatever thread has brought an expert."""
+
+    def __init__(self, num_layers: int, room: int, device: str):
+        self.mailbox = Mailbox.empty(num_layers, room, device)
+        self._stream = None if device == "cpu" else torch.cuda.Stream()
+        self._step: int | None = None  # that runs; None between steps
+
+    def open(self, step: int) -> None:
+        """What comes from now on is told to this step. Memory has landed what had come."""
+        self._step = step
+
+    def close(self) -> None:
+        """The step is over."""
+        self._step = None
+
+    def came(self, load: Load) -> None:
+        """The expert is in its frame, and the host has not been told."""
+        step = self._step
+        if step is None:
+            return
+        letter = {"layer": load.layer, "expert": load.expert, "frame": load.frame, "step": step}
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            post(self.mailbox, **letter)
+
+
+class RoutingMirror:
+    """From the step: what its routers have said, in host memory."""
+
+    def __init__(self, num_layers: int, max_rows: int, device: str):
+        self._room = (num_layers, max_rows)
+        self._is_pinned = device != "cpu"
+        self._tensors: list[torch.Tensor] = []  # ids, logits, hidden: [layers, rows, ...]
+        self._done = self._empty((num_layers,), torch.int32)  # the step whose routing is there
+        self._done_now = self._done.numpy()
+
+    def copy(self, routing: Routed, step: torch.Tensor) -> None:
+        """Queue the copies; to be captured, but for the first. `step`: int32 `[1]`, its number."""
+        parts = (routing.ids, routing.logits, routing.hidden)
+        if not self._tensors:
+            self._tensors = [self._empty((*self._room, *its.shape[1:]), its.dtype) for its in parts]
+        for mirrored, its in zip(self._tensors, parts, strict=True):
+            mirrored[routing.layer, : len(its)].copy_(its, non_blocking=True)
+        self._done[routing.layer : routing.layer + 1].copy_(step, non_blocking=True)
+
+    def has(self, layer: int, step: int) -> bool:
+        """Whether the step has come so far."""
+        return bool(self._done_now[layer] == step)
+
+    def routed(self, layer: int, num_rows: int) -> Routed:
+        """Of this many rows; overwritten by the next step."""
+        return Routed(layer, *(its[layer, :num_rows] for its in self._tensors))
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=self._is_pinned)
