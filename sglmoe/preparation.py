@@ -27,12 +27,14 @@ from sglmoe.errors.options import refused_flags as flags_are_refused
 from sglmoe.flags import flag_name, refused_environment, refused_flags
 from sglmoe.int4_models import SGLANG_METHOD
 from sglmoe.machine import measure_machine
-from sglmoe.plan.families import inner_size_of, moe_layers_of, num_experts_of
+from sglmoe.plan.families import inner_size_of
 from sglmoe.plan.model_shape import facts_of
 from sglmoe.start_up import ChildEntry
 from sglmoe.supported_models import (
     ModelFacts,
     Quantisation,
+    moe_layers_of,
+    num_experts_of,
     quantisation_of,
     refused_model,
     refused_weights,

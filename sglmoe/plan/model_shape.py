@@ -24,19 +24,23 @@ from sglmoe.memory.expert_layout import (
     plan_layout,
 )
 from sglmoe.plan.families import (
-    DEEPSEEK,
     SCALE,
-    Config,
     Shapes,
-    architecture_of,
     dense_shapes,
     head_dim_of,
     inner_size_of,
-    moe_layers_of,
-    num_experts_of,
     rotary_items,
 )
-from sglmoe.supported_models import ModelFacts, quantisation_of, refused_model
+from sglmoe.supported_models import (
+    DEEPSEEK,
+    Config,
+    ModelFacts,
+    architecture_of,
+    moe_layers_of,
+    num_experts_of,
+    quantisation_of,
+    refused_model,
+)
 from sglmoe.units import ceil_div
 
 # To which SGLang pads the vocabulary: DEFAULT_VOCAB_PADDING_SIZE.

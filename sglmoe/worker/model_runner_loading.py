@@ -30,6 +30,7 @@ from sglmoe.memory.packed_order import Packing
 from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.read_rate import READ_RATE, ReadRate
 from sglmoe.memory.store import ExpertStore
+from sglmoe.supported_models import refused_layers
 from sglmoe.units import parse_bytes
 from sglmoe.worker.expert_copiers import expert_copiers
 from sglmoe.worker.model_runner_graphs import DecodeGraphs, capture_graphs, plan_decode_graphs
@@ -122,6 +123,7 @@ def load_model(
     install(experts)
     on_progress("loading dense weights", 0, 0)
     runner = build_runner(server_args, gpu_id=gpu_id, nccl_port=nccl_port)
+    check_layers(runner, experts)
     close_store(experts)
     use_packed(store, config.packed_experts, server_args.model_path)
     dense_bytes = model_bytes(runner.model)
@@ -185,6 +187,14 @@ class TensorCounter:
             self._num_tensors += 1
             if self._num_tensors % 512 == 0:
                 self._on_progress("expert tensors found", self._num_tensors, 0)
+
+
+def check_layers(runner: Any, experts: PagedExperts) -> None:
+    """Raises ValueError where the model has experts that SGLang did not build on ours."""
+    config = runner.model_config.hf_config.to_dict()
+    built = type(runner.model).__name__
+    if why := refused_layers(config, built=built, paged=experts.layer_ids):
+        raise why
 
 
 def close_store(experts: PagedExperts) -> None:

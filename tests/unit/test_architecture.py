@@ -45,6 +45,7 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
         "predictor",
         "kernels",
         "packed_checkpoint",
+        "supported_models",
     },
     "start_up": {"machine"},
     "preload": {"scheduler", "worker"},

@@ -10,15 +10,10 @@ import torch
 
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.memory.expert_layout import Plain
-from sglmoe.plan.families import (
-    SCALE,
-    dense_shapes,
-    inner_size_of,
-    moe_layers_of,
-    num_experts_of,
-)
+from sglmoe.plan.families import SCALE, dense_shapes, inner_size_of
 from sglmoe.plan.measure import conversion_seconds, matrix_maker
 from sglmoe.plan.model_shape import read_model, resolve_dtype, shape_of, tensor_shapes
+from sglmoe.supported_models import moe_layers_of, num_experts_of
 
 MODELS = Path(__file__).parents[3] / "launch" / "models"
 # As their pages on Hugging Face give them.
