@@ -74,7 +74,8 @@ def architecture_of(config: Config) -> str:
 
 def num_experts_of(config: Config) -> int:
     """Routed experts of a layer; 0 for a dense model."""
-    return next((int(config[key]) for key in NUM_EXPERTS_KEYS if config.get(key)), 0)
+    said = {**config, **(config.get("ffn_config") or {})}  # DBRX's
+    return next((int(said[key]) for key in NUM_EXPERTS_KEYS if said.get(key)), 0)
 
 
 def moe_layers_of(config: Config) -> list[int]:

@@ -6,6 +6,7 @@ from sglmoe.supported_models import (
     PAGED_ARCHITECTURES,
     ModelFacts,
     Quantisation,
+    num_experts_of,
     quantisation_of,
     refused_layers,
     refused_model,
@@ -64,6 +65,20 @@ def test_layers_whose_experts_sglang_builds_without_us_are_refused_by_name() -> 
         words = str(refused_layers(DEEPSEEK, built="OtherForCausalLM", paged=paged))
         assert words.startswith("DeepseekV2ForCausalLM has experts in 2 layers")
         assert f"as OtherForCausalLM, in which those of {num_unpaged} can't be paged" in words
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"num_experts": 16},
+        {"num_local_experts": 16},
+        {"n_routed_experts": 16},
+        {"moe_num_experts": 16},
+        {"ffn_config": {"moe_num_experts": 16}},
+    ],
+)
+def test_however_a_config_calls_them_experts_are_counted(said: dict[str, object]) -> None:
+    assert num_experts_of(said) == 16
 
 
 def test_a_model_that_has_no_experts_needs_no_paged_layers() -> None:
