@@ -15,7 +15,8 @@ import msgspec
 import setproctitle
 import torch
 
-from sglmoe.config import EngineConfig
+from sglmoe.config import DEFAULT_MAX_RUNNING, EngineConfig
+from sglmoe.decode_graphs import DecodeGraphs
 from sglmoe.errors import models
 from sglmoe.errors.budgets import experts_held_beside_budget
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_geometry
@@ -33,15 +34,12 @@ from sglmoe.memory.store import ExpertStore
 from sglmoe.supported_models import refused_layers
 from sglmoe.units import parse_bytes
 from sglmoe.worker.expert_copiers import expert_copiers
-from sglmoe.worker.model_runner_graphs import DecodeGraphs, capture_graphs, plan_decode_graphs
+from sglmoe.worker.model_runner_graphs import capture_graphs, plan_decode_graphs
 from sglmoe.worker.moe_layer import PagedExperts
 from sglmoe.worker.moe_layer_method import install
 from sglmoe.worker.packed_experts import plan_packing, use_packed
 
 logger = logging.getLogger(__name__)
-
-# Arbitrary: requests that may run at once, where --max-running-requests does not say.
-DEFAULT_MAX_RUNNING = 256
 
 
 class Loaded(msgspec.Struct, frozen=True):
