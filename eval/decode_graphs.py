@@ -10,7 +10,7 @@ import sys
 from typing import Any, NamedTuple
 
 from eval.kernel_speed import described
-from sglmoe.worker.model_runner_graphs import graph_bytes
+from sglmoe.decode_graphs import graph_bytes
 
 CAPTURED = 4
 PROMPTS = [list(range(10 + index, 200, 7 + index)) for index in range(CAPTURED)]

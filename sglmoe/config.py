@@ -38,6 +38,8 @@ PREDICTORS = (
 GPU_BUDGET_RATIO = 0.85
 # ... and on a CPU for the four processes and the page cache that holds the checkpoint, the tier below the arena.
 CPU_BUDGET_RATIO = 0.5
+# Arbitrary: requests that may run at once, where --max-running-requests does not say.
+DEFAULT_MAX_RUNNING = 256
 # Arbitrary: how long requests may go on after SIGTERM.
 SHUTDOWN_SECONDS = 60.0
 # Arbitrary. Of the memory beside a GPU, for experts that are not on it.

@@ -87,11 +87,20 @@ def check_address(host: str, port: int) -> None:
 def plan_of(server_args: Any, config: EngineConfig) -> str:
     """What to expect of these flags on this machine, in a few lines; `python -m sglmoe.plan` says more."""
     from sglmoe.plan.at_start import start_report
+    from sglmoe.plan.server_flags import ServerFlags
+    from sglmoe.preparation import read_graph_flags
 
+    flags = ServerFlags(
+        dtype=server_args.dtype,
+        page_size=config.page_tokens,
+        max_running_requests=server_args.max_running_requests,
+        context_length=server_args.context_length,
+        graphs=read_graph_flags(server_args),
+    )
     return start_report(
         config,
         model_path=server_args.model_path,
-        dtype=server_args.dtype,
+        flags=flags,
         device=server_args.device,
         gpu_id=server_args.base_gpu_id,
     )

@@ -13,34 +13,32 @@ import torch
 
 from sglmoe.checkpoint import check_checkpoint
 from sglmoe.config import EngineConfig, Options, plan_config
+from sglmoe.decode_graphs import GraphFlags, check_graphs, default_max_rows
 from sglmoe.errors.models import not_understood
 from sglmoe.errors.options import (
     accelerator_beside_cpu,
     full_graphs_beside_packed_share,
-    graph_sizes_without_graphs,
-    graphs_on_a_cpu,
     itl_target_with_determinism,
     itl_target_with_whole_prompts,
     no_cuda_device,
     page_without_tokens,
 )
 from sglmoe.errors.options import refused_flags as flags_are_refused
-from sglmoe.flags import flag_name, refused_environment, refused_flags
+from sglmoe.flags import refused_environment, refused_flags
 from sglmoe.int4_models import SGLANG_METHOD
 from sglmoe.machine import measure_machine
-from sglmoe.plan.families import inner_size_of, moe_layers_of, num_experts_of
+from sglmoe.plan.families import inner_size_of
 from sglmoe.plan.model_shape import facts_of
 from sglmoe.start_up import ChildEntry
 from sglmoe.supported_models import (
     ModelFacts,
     Quantisation,
+    moe_layers_of,
+    num_experts_of,
     quantisation_of,
     refused_model,
     refused_weights,
 )
-
-# Arbitrary: of a captured decode step, where no flag says how many. Larger steps run eagerly; they spend their time on experts.
-MAX_CAPTURED_ROWS = 32
 
 
 def prepare(server_args: Any, options: Options) -> EngineConfig:
@@ -147,17 +145,19 @@ def choose_device(device: str | None) -> str:
 def settle_graphs(server_args: Any) -> None:
     """Check what is to be captured: nothing, unless it is asked for. Raises ValueError for what would be ignored."""
     server_args.disable_cuda_graph = True  # less than --cuda-graph-backend-decode
-    sizes = ("cuda_graph_bs_decode", "cuda_graph_max_bs_decode", "disable_cuda_graph_padding")
-    given = [flag_name(name) for name in sizes if getattr(server_args, name)]
-    backend = server_args.cuda_graph_backend_decode
-    if backend in (None, "disabled"):
-        if given:
-            raise graph_sizes_without_graphs(flag=given[0])
-    elif server_args.device != "cuda":
-        raise graphs_on_a_cpu(backend=backend)
-    elif not (server_args.cuda_graph_bs_decode or server_args.cuda_graph_max_bs_decode):
-        running = server_args.max_running_requests or MAX_CAPTURED_ROWS
-        server_args.cuda_graph_max_bs_decode = min(running, MAX_CAPTURED_ROWS)
+    flags = read_graph_flags(server_args)
+    check_graphs(flags, on_gpu=server_args.device == "cuda")
+    if flags.captures and not (flags.sizes or flags.max_size):
+        server_args.cuda_graph_max_bs_decode = default_max_rows(server_args.max_running_requests)
+
+
+def read_graph_flags(server_args: Any) -> GraphFlags:
+    return GraphFlags(
+        backend=server_args.cuda_graph_backend_decode,
+        sizes=tuple(server_args.cuda_graph_bs_decode or ()),
+        max_size=server_args.cuda_graph_max_bs_decode,
+        no_padding=bool(server_args.disable_cuda_graph_padding),
+    )
 
 
 def settle_for_paging(server_args: Any) -> None:

@@ -24,6 +24,7 @@ from sglmoe.plan.launch_plan import LaunchPlan, Question, plan_launch
 from sglmoe.plan.machine_limits import Limits, find_problems, measure_limits
 from sglmoe.plan.model_shape import Model, find_folder, read_model
 from sglmoe.plan.report import full_report
+from sglmoe.plan.server_flags import find_server_flags
 from sglmoe.units import parse_bytes
 
 PROGRAM = "python -m sglmoe.recipe"
@@ -98,7 +99,11 @@ def read_plan(path: Path, more: list[str]) -> tuple[LaunchPlan, list[str]]:
     """The plan on the recipe's machine, and what stands in its way on this one. Raises ValueError."""
     recipe, text = read_recipe(path)
     model = read_shape(recipe, path, device=text.device)
-    flags = {name: str(value) for name, value in recipe.flags.items()}
+    ours = {name: str(value) for name, value in recipe.flags.items()}
+    options = Options(
+        memory_budget=ours.pop("memory-budget", None), host_memory=ours.pop("host-memory", None)
+    )
+    arguments = (*(part for flag in ours.items() for part in as_arguments(*flag)), *more)
     question = Question(
         model_path=recipe.model,
         shape=model.shape,
@@ -107,11 +112,9 @@ def read_plan(path: Path, more: list[str]) -> tuple[LaunchPlan, list[str]]:
         demand=Demand(),
         costs=costs_of(model.shape, text.speeds(), request_tokens=Demand().request_tokens),
         costs_are=f"{text.name}, by its data sheet; {never_run(text)}",
-        options=Options(
-            memory_budget=flags.pop("memory-budget", None),
-            host_memory=flags.pop("host-memory", None),
-        ),
-        server_flags=(*(part for flag in flags.items() for part in as_arguments(*flag)), *more),
+        options=options,
+        flags=find_server_flags(arguments),
+        arguments=arguments,
     )
     plan = plan_launch(question)
     return plan, check_here(model, plan, text)

@@ -1,9 +1,9 @@
 """Which models can be served: those whose experts we can page, and dense ones.
 
-Pure: judges facts that the front doors read off sglang's ModelConfig.
+Pure: reads a config.json, and judges facts that the front doors read off sglang's ModelConfig.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,6 +11,8 @@ import msgspec
 from sglmoe.errors import models
 from sglmoe.errors.user_error import UserError
 from sglmoe.int4_models import CAPABILITY, SGLANG_METHOD, Int4, int4_of, refused_int4
+
+Config = Mapping[str, Any]
 
 # Model classes whose expert layers are sglang's FusedMoE with one [w13, w2] pair for each expert.
 PAGED_ARCHITECTURES = (
@@ -27,6 +29,9 @@ FP8_ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 FP8_CAPABILITY = (8, 9)
 # Of all, the ones in which sglang 0.5.23 gives a tied output layer the embedding's weights.
 TIED_ARCHITECTURES = ("DeepseekV2ForCausalLM", "PhiMoEForCausalLM")
+DEEPSEEK = "DeepseekV2ForCausalLM"
+# How configs of different families call the number of routed experts in a layer.
+NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 class Quantisation(msgspec.Struct, frozen=True):
@@ -59,6 +64,32 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     sliding_window_layers: bool = False
 
 
+def architecture_of(config: Config) -> str:
+    """SGLang's model class. Raises ValueError where the config names none."""
+    names = config.get("architectures") or [""]
+    if not names[0]:
+        raise models.no_architecture()
+    return str(names[0])
+
+
+def num_experts_of(config: Config) -> int:
+    """Routed experts of a layer; 0 for a dense model."""
+    said = {**config, **(config.get("ffn_config") or {})}  # DBRX's
+    return next((int(said[key]) for key in NUM_EXPERTS_KEYS if said.get(key)), 0)
+
+
+def moe_layers_of(config: Config) -> list[int]:
+    """The layers that have routed experts."""
+    layers = range(config.get("num_hidden_layers") or 0)
+    if not num_experts_of(config):
+        return []
+    if architecture_of(config) == DEEPSEEK:
+        first, every = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
+        return [layer for layer in layers if layer >= first and layer % every == 0]
+    every, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    return [layer for layer in layers if (layer + 1) % every == 0 and layer not in dense]
+
+
 def refused_model(model: ModelFacts) -> UserError | None:
     """Why this model can't be served and what to do, or None."""
     name = model.architecture
@@ -77,7 +108,26 @@ def refused_model(model: ModelFacts) -> UserError | None:
     return _refused_experts(model) if model.num_experts else None
 
 
-def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
+def refused_layers(config: Config, *, built: str, paged: Sequence[int]) -> UserError | None:
+    """Of a model that SGLang has built, as class `built`: experts that would count as dense weights, or None.
+
+    `paged`: the layers whose experts are paged. SGLang has classes with expert modules of their own, such as
+    QuantMixtralForCausalLM, which it takes by the quantisation.
+    """
+    layers = moe_layers_of(config)
+    unpaged = set(layers).difference(paged)
+    if not unpaged:
+        return None
+    return models.unpaged_experts(
+        name=architecture_of(config),
+        built=built,
+        num_unpaged=len(unpaged),
+        num_layers=len(layers),
+        known=PAGED_ARCHITECTURES,
+    )
+
+
+def quantisation_of(config: Config) -> Quantisation | None:
     """What a config.json says of its checkpoint's weights."""
     said = config.get("quantization_config") or {}
     method = said.get("quant_method")

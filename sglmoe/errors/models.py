@@ -115,6 +115,16 @@ def unknown_family(*, name: str, known: Sequence[str]) -> UserError:
     )
 
 
+def unpaged_experts(
+    *, name: str, built: str, num_unpaged: int, num_layers: int, known: Sequence[str]
+) -> UserError:
+    """`built`: the class that SGLang has taken for the model."""
+    return UserError(
+        f"{name} has experts in {num_layers} layers, and SGLang built it as {built}, in which those of {num_unpaged} can't be "
+        f"paged; use a bf16, fp16 or fp32 checkpoint of {', '.join(known)}, or {UNMODIFIED}"
+    )
+
+
 def tied_embeddings(*, name: str) -> UserError:
     return UserError(
         f"{name} with tie_word_embeddings=true: SGLang 0.5.23 does not tie the output layer "

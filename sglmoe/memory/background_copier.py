@@ -49,7 +49,7 @@ class BackgroundCopier:
         demand: LinkGate,
         prefetch: LinkGate,
         mark: Callable[[], Mark] = lambda: None,
-        came: Callable[[Load], None] = lambda load: None,
+        came: Callable[[Load], None] | None = None,
     ):
         self._copy = copy
         self._mark = mark
@@ -152,7 +152,8 @@ class BackgroundCopier:
     def _try_copy(self, job: _Job) -> bool:
         try:
             self._copy(job.load, job.mark, lambda: self._before_chunk(job))
-            self._came(job.load)
+            if self._came is not None:
+                self._came(job.load)
         except _Cancelled:
             return False
         except ExpertReadError as error:

@@ -24,6 +24,7 @@ from sglmoe.plan.launch_plan import Question, plan_launch
 from sglmoe.plan.machine_limits import Limits, measure_limits
 from sglmoe.plan.model_shape import Model, read_model
 from sglmoe.plan.report import draw, full_report
+from sglmoe.plan.server_flags import add_server_flags, as_arguments, server_flags
 from sglmoe.units import parse_bytes
 
 PROGRAM = "python -m sglmoe.plan"
@@ -59,9 +60,7 @@ def ask(options: argparse.Namespace) -> Question:
     costs, costs_are = costs_for(
         model, options, device, measure=is_here and not options.no_measuring
     )
-    server_flags = () if options.dtype == "auto" else ("--dtype", options.dtype)
-    if options.page_size:
-        server_flags = (*server_flags, "--page-size", str(options.page_size))
+    flags = server_flags(options)
     return Question(
         model_path=options.model_path,
         shape=model.shape,
@@ -75,8 +74,8 @@ def ask(options: argparse.Namespace) -> Question:
             parse_bytes(text, whole_bytes=machine.device_bytes)
             for text in filter(None, options.budgets.split(","))
         ),
-        page_tokens=options.page_size,
-        server_flags=server_flags,
+        flags=flags,
+        arguments=tuple(as_arguments(flags)),
     )
 
 
@@ -147,13 +146,12 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model-path", default=str(DEMO_MODEL), help="default: the demo model")
     parser.add_argument("--config-file", type=Path, help="config.json of a model that is not here")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--page-size", type=int)
     parser.add_argument("--memory-budget", metavar="SIZE", help="default: the server's")
     parser.add_argument(
         "--expert-memory", metavar="SIZE", help="the server's --host-memory; default: the server's"
     )
     parser.add_argument("--budgets", default="", help="to compare, with commas: 12GiB,16GiB,20GiB")
+    add_server_flags(parser)
     machine = parser.add_argument_group("another machine than this one")
     machine.add_argument("--gpu-memory", metavar="SIZE")
     machine.add_argument("--host-memory", metavar="SIZE", help="all that there is beside the GPU")

@@ -8,14 +8,15 @@ from sglmoe.plan.launch_plan import Question, plan_launch
 from sglmoe.plan.machine_limits import measure_limits
 from sglmoe.plan.model_shape import read_model
 from sglmoe.plan.report import short_report
+from sglmoe.plan.server_flags import ServerFlags
 
 
 def start_report(
-    config: EngineConfig, *, model_path: str, dtype: str, device: str, gpu_id: int
+    config: EngineConfig, *, model_path: str, flags: ServerFlags, device: str, gpu_id: int
 ) -> str:
     """A few lines. No plan is no reason not to start: then they say why there is none."""
     try:
-        model = read_model(model_path, dtype=dtype, device=device)
+        model = read_model(model_path, dtype=flags.dtype, device=device)
         question = Question(
             model_path=model_path,
             shape=model.shape,
@@ -30,7 +31,7 @@ def start_report(
                 host_memory=str(config.host_memory_bytes) if config.host_memory_bytes else None,
             ),
             budgets=(config.memory_budget_bytes,),
-            page_tokens=config.page_tokens,
+            flags=flags,
         )
         return short_report(plan_launch(question))
     except (ValueError, KeyError, OSError) as error:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from sglmoe.config import DEFAULT_MAX_RUNNING
+from sglmoe.decode_graphs import DecodeGraphs
 from sglmoe.memory.arena import Geometry, arena_bytes_within, check_floor, plan_geometry
 from sglmoe.memory.residency import (
     MissCurve,
@@ -68,7 +70,8 @@ class PlanSnapshot(msgspec.Struct, frozen=True):
     demand: Demand
     page_cache_bytes: int = 0  # that keeps experts beside --host-memory; on a CPU
     page_tokens: int | None = None
-    max_running: int = 256
+    max_running: int = DEFAULT_MAX_RUNNING
+    graphs: DecodeGraphs = DecodeGraphs()
 
 
 def plan_budget(now: PlanSnapshot, budget_bytes: int, host_bytes: int) -> BudgetPlan:
@@ -95,16 +98,23 @@ def plan_budget(now: PlanSnapshot, budget_bytes: int, host_bytes: int) -> Budget
 
 def geometry_of(now: PlanSnapshot, budget_bytes: int) -> Geometry:
     """The server's arena. Raises ValueError, with numbers and flag, where the budget is too small."""
-    shape = now.shape
-    geometry = plan_geometry(
-        arena_bytes=arena_bytes_within(budget_bytes, shape.dense_bytes),
-        expert_bytes=shape.expert_bytes,
-        token_bytes=shape.token_bytes,
-        token_rows=shape.token_rows,
-        page_tokens=now.page_tokens,
+    arena_bytes = arena_bytes_within(
+        budget_bytes, now.shape.dense_bytes, graph_bytes=now.graphs.reserved_bytes
     )
-    check_floor(geometry, shape.floor_frames)
+    geometry = _cut(now, arena_bytes)
+    check_floor(geometry, now.shape.floor_frames)
     return geometry
+
+
+def _cut(now: PlanSnapshot, arena_bytes: int) -> Geometry:
+    return plan_geometry(
+        arena_bytes=arena_bytes,
+        expert_bytes=now.shape.expert_bytes,
+        token_bytes=now.shape.token_bytes,
+        token_rows=now.shape.token_rows,
+        page_tokens=now.page_tokens,
+        pads_batches=now.graphs.max_rows > 0,
+    )
 
 
 def forecast(
@@ -161,19 +171,14 @@ def tier_ratio(shape: ModelShape, num_frames: int, host_bytes: int, page_cache_b
 def budgets_to_try(now: PlanSnapshot) -> Sequence[int]:
     """Shares of the experts, each beside the KV of the most requests that are asked about; in bytes."""
     shape, demand = now.shape, now.demand
-    smallest = plan_geometry(
-        arena_bytes=2**62,
-        expert_bytes=shape.expert_bytes,
-        token_bytes=shape.token_bytes,
-        token_rows=shape.token_rows,
-        page_tokens=now.page_tokens,
-    )
-    frame_tokens = smallest.pages_per_frame * smallest.page_tokens
+    any_arena = _cut(now, 2**62)
+    frame_tokens = any_arena.pages_per_frame * any_arena.page_tokens
     kv_frames = ceil_div(max(demand.concurrency) * demand.request_tokens, frame_tokens)
     frames = [
         max(shape.floor_frames, round(share * shape.all_experts)) + kv_frames for share in SHARES
     ]
-    return [shape.dense_bytes + count * smallest.frame_bytes for count in dict.fromkeys(frames)]
+    beside = shape.dense_bytes + now.graphs.reserved_bytes + any_arena.padding_bytes
+    return [beside + count * any_arena.frame_bytes for count in dict.fromkeys(frames)]
 
 
 def whole_bytes(now: PlanSnapshot) -> int:

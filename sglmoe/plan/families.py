@@ -4,41 +4,29 @@ For models whose checkpoint is not here; where it is, its headers are read inste
 Pure: knows the published layouts, reads nothing.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from sglmoe.errors.models import no_architecture
 from sglmoe.int4_models import Int4, is_left_out
 from sglmoe.memory.checkpoint_form import PER_WORD
-from sglmoe.supported_models import quantisation_of
+from sglmoe.supported_models import (
+    DEEPSEEK,
+    Config,
+    architecture_of,
+    moe_layers_of,
+    num_experts_of,
+    quantisation_of,
+)
 from sglmoe.units import ceil_div
 
-Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
-# How configs of different families call the number of routed experts in a layer.
-NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MIXTRAL_LIKE = ("MixtralForCausalLM", "PhiMoEForCausalLM")  # experts are called w1, w2, w3
 # SGLANG_ROPE_CACHE_SAFETY_MARGIN and SGLANG_ROPE_CACHE_ALIGN.
 ROPE_MARGIN, ROPE_MULTIPLE = 256, 128
 # Modules that SGLang has in the model's type whatever a checkpoint says.
 NOT_QUANTISED = ("embed_tokens", "lm_head", ".gate", "shared_expert_gate")
 SCALE = "_scale_inv"  # behind the name of a weight in fp8
-DEEPSEEK = "DeepseekV2ForCausalLM"
 PHI = "PhiMoEForCausalLM"
-
-
-def architecture_of(config: Config) -> str:
-    """SGLang's model class. Raises ValueError where the config names none."""
-    names = config.get("architectures") or [""]
-    if not names[0]:
-        raise no_architecture()
-    return str(names[0])
-
-
-def num_experts_of(config: Config) -> int:
-    """Routed experts of a layer; 0 for a dense model."""
-    return next((int(config[key]) for key in NUM_EXPERTS_KEYS if config.get(key)), 0)
 
 
 def inner_size_of(config: Config) -> int:
@@ -48,18 +36,6 @@ def inner_size_of(config: Config) -> int:
 
 def head_dim_of(config: Config) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def moe_layers_of(config: Config) -> list[int]:
-    """The layers that have routed experts."""
-    layers = range(config.get("num_hidden_layers") or 0)
-    if not num_experts_of(config):
-        return []
-    if architecture_of(config) == DEEPSEEK:
-        first, every = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
-        return [layer for layer in layers if layer >= first and layer % every == 0]
-    every, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
-    return [layer for layer in layers if (layer + 1) % every == 0 and layer not in dense]
 
 
 def dense_shapes(config: Config) -> Shapes:

@@ -2,7 +2,8 @@
 
 import msgspec
 
-from sglmoe.config import Machine, Options, plan_config
+from sglmoe.config import DEFAULT_MAX_RUNNING, Machine, Options, plan_config
+from sglmoe.decode_graphs import DecodeGraphs, captured_rows, check_graphs, graph_bytes
 from sglmoe.plan.budgets import (
     BudgetPlan,
     Demand,
@@ -19,6 +20,7 @@ from sglmoe.plan.machine_limits import (
     find_problems,
 )
 from sglmoe.plan.model_shape import ModelShape
+from sglmoe.plan.server_flags import ServerFlags
 from sglmoe.units import parse_bytes
 
 PROGRAM = "python -m sglmoe.launch_server"
@@ -36,8 +38,8 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     costs_are: str  # where they come from, in words
     options: Options = Options()
     budgets: tuple[int, ...] = ()  # to compare; those of `budgets_to_try` if none
-    page_tokens: int | None = None
-    server_flags: tuple[str, ...] = ()  # others for the command
+    flags: ServerFlags = ServerFlags()
+    arguments: tuple[str, ...] = ()  # of the command, beside those of `options`
 
 
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +51,7 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     demand: Demand
     costs: CostModel
     costs_are: str
+    graphs: DecodeGraphs
     chosen: BudgetPlan
     compared: tuple[BudgetPlan, ...]
     findings: tuple[Finding, ...]
@@ -61,8 +64,9 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 def plan_launch(asked: Question) -> LaunchPlan:
     """Fill in the server's own defaults where no flag is given. Raises ValueError for what the machine has not got."""
+    check_graphs(asked.flags.graphs, on_gpu=asked.machine.has_gpu)
     options = fill_in(asked)
-    config = plan_config(options, asked.machine, page_tokens=asked.page_tokens)
+    config = plan_config(options, asked.machine, page_tokens=asked.flags.page_size)
     now = snapshot_of(asked, config.memory_budget_bytes, config.host_memory_bytes)
     chosen = plan_budget(now, config.memory_budget_bytes, config.host_memory_bytes)
     budgets = asked.budgets or budgets_to_try(now)
@@ -73,6 +77,7 @@ def plan_launch(asked: Question) -> LaunchPlan:
         demand=asked.demand,
         costs=asked.costs,
         costs_are=asked.costs_are,
+        graphs=now.graphs,
         chosen=chosen,
         compared=tuple(
             plan_budget(
@@ -90,7 +95,7 @@ def plan_launch(asked: Question) -> LaunchPlan:
 def fill_in(asked: Question) -> Options:
     """The flags of the command: what was given, and the server's defaults, written so that they can be read."""
     options = asked.options
-    config = plan_config(options, asked.machine, page_tokens=asked.page_tokens)
+    config = plan_config(options, asked.machine, page_tokens=asked.flags.page_size)
     host_bytes = min(config.host_memory_bytes, asked.shape.all_expert_bytes)  # blocks of no use
     host = options.host_memory or (size_flag(host_bytes) if host_bytes else None)
     return msgspec.structs.replace(
@@ -109,7 +114,18 @@ def snapshot_of(asked: Question, budget_bytes: int, host_bytes: int) -> PlanSnap
         costs=asked.costs,
         demand=asked.demand,
         page_cache_bytes=left,
-        page_tokens=asked.page_tokens,
+        page_tokens=asked.flags.page_size,
+        max_running=asked.flags.max_running_requests or DEFAULT_MAX_RUNNING,
+        graphs=decode_graphs(asked.shape, asked.flags),
+    )
+
+
+def decode_graphs(shape: ModelShape, flags: ServerFlags) -> DecodeGraphs:
+    """What the server will capture, and set aside for that."""
+    max_rows = captured_rows(flags.graphs, flags.max_running_requests)
+    context_tokens = flags.context_length or shape.context_tokens
+    return DecodeGraphs(
+        max_rows, graph_bytes(max_rows, context_tokens=context_tokens, vocab_size=shape.vocab_size)
     )
 
 
@@ -119,7 +135,7 @@ def launch_command(asked: Question, options: Options) -> tuple[str, ...]:
         flags += ["--memory-budget", options.memory_budget]
     if options.host_memory:
         flags += ["--host-memory", options.host_memory]
-    return (*flags, *asked.server_flags)
+    return (*flags, *asked.arguments)
 
 
 def size_flag(size_bytes: int) -> str:

@@ -24,19 +24,23 @@ from sglmoe.memory.expert_layout import (
     plan_layout,
 )
 from sglmoe.plan.families import (
-    DEEPSEEK,
     SCALE,
-    Config,
     Shapes,
-    architecture_of,
     dense_shapes,
     head_dim_of,
     inner_size_of,
-    moe_layers_of,
-    num_experts_of,
     rotary_items,
 )
-from sglmoe.supported_models import ModelFacts, quantisation_of, refused_model
+from sglmoe.supported_models import (
+    DEEPSEEK,
+    Config,
+    ModelFacts,
+    architecture_of,
+    moe_layers_of,
+    num_experts_of,
+    quantisation_of,
+    refused_model,
+)
 from sglmoe.units import ceil_div
 
 # To which SGLang pads the vocabulary: DEFAULT_VOCAB_PADDING_SIZE.
@@ -46,6 +50,11 @@ FP8_BYTES, FP8_SCALE_BYTES = 1, 4
 # What SGLang's --dtype takes, and torch's names of it.
 DTYPES = {its: its for its in ("bfloat16", "float16", "float32")}
 DTYPES |= {"half": "float16", "float": "float32"}
+# How configs call the longest context, SGLang's CONTEXT_LENGTH_KEYS; the first that is there counts.
+CONTEXT_KEYS = (
+    *("max_sequence_length", "seq_length", "max_seq_len", "model_max_length"),
+    "max_position_embeddings",
+)
 EXPERT_TENSOR = re.compile(r"\.experts\.\d+\.")
 
 
@@ -64,6 +73,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     token_bytes: int  # a token's KV in all layers
     token_rows: int  # as so many rows; `memory/arena.py`
     context_tokens: int
+    vocab_size: int
     item_bytes: int  # of a number that is computed with, and of a weight that is not quantised
     format: ExpertFormat = Plain(
         "bfloat16"
@@ -191,7 +201,8 @@ def shape_of(
         dense_bytes=_dense_bytes(config, shapes, item_bytes, device),
         token_bytes=rows * row_items * item_bytes,
         token_rows=rows,
-        context_tokens=int(config.get("max_position_embeddings") or 0),
+        context_tokens=context_tokens_of(config),
+        vocab_size=config["vocab_size"],
         item_bytes=item_bytes,
         format=experts,
     )
@@ -214,6 +225,15 @@ def resolve_dtype(config: Config, dtype: str) -> str:
     if resolved not in DTYPES:
         raise not_a_choice(flag="--dtype", given=resolved, choices=list(DTYPES))
     return DTYPES[resolved]
+
+
+def context_tokens_of(config: Config) -> int:
+    """SGLang's `get_context_length`, which multiplies by a scaling of rope that does not say what it scales."""
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    is_said = "original_max_position_embeddings" in scaling or scaling.get("rope_type") == "llama3"
+    factor = 1 if is_said else scaling.get("factor", 1)
+    lengths = (config[key] for key in CONTEXT_KEYS if config.get(key) is not None)
+    return int(factor * next(lengths, 2048))
 
 
 def _kv_rows(config: Config) -> tuple[int, int]:

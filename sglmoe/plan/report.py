@@ -17,6 +17,7 @@ def full_report(plan: LaunchPlan) -> str:
     parts = [
         model_line(plan),
         machine_line(plan.machine),
+        *graph_lines(plan),
         "",
         budget_table(plan),
         "",
@@ -31,7 +32,7 @@ def full_report(plan: LaunchPlan) -> str:
 
 def short_report(plan: LaunchPlan) -> str:
     """What the server prints when it starts."""
-    lines = [model_line(plan), budget_line(plan.chosen, plan.shape)]
+    lines = [model_line(plan), *graph_lines(plan), budget_line(plan.chosen, plan.shape)]
     if plan.chosen.forecasts and plan.shape.num_experts:
         hits = ", ".join(f"{f.hit_ratio:.0%} x{f.concurrency}" for f in plan.chosen.forecasts)
         lines.append(
@@ -58,6 +59,16 @@ def machine_line(machine: Machine) -> str:
         f"Machine: GPU of {show_bytes(machine.device_bytes)} ({show_bytes(machine.free_device_bytes)} free), "
         f"{show_bytes(machine.host_bytes)} of host memory"
     )
+
+
+def graph_lines(plan: LaunchPlan) -> list[str]:
+    graphs = plan.graphs
+    if not graphs.max_rows:
+        return []
+    return [
+        f"CUDA graphs of decode steps of up to {graphs.max_rows} requests: {show_bytes(graphs.reserved_bytes)} of a budget, "
+        "by a rule of thumb"
+    ]
 
 
 def budget_line(budget: BudgetPlan, shape: ModelShape) -> str:

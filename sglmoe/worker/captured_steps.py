@@ -229,32 +229,29 @@ class CapturedSteps:
 
 
 def captured_steps(
+    its: Sizes,
     experts: PagedExperts,
     arena: torch.Tensor,
-    *,
     frame_bytes: int,
+    *,
     memory: MemoryManager,
     tier: HostTier,
     letters: Letters | None,
-    top_k: int,
-    max_rows: int,
 ) -> CapturedSteps:
-    """For steps of up to so many rows. Raises ValueError where they could never run, with the flag to change."""
-    num_layers, num_experts = memory.frame_table.shape
+    """Of those sizes, on those frames. Raises ValueError where they could never run, with the flag to change."""
     if tier.as_stored:
         raise full_graphs_need_plain_experts()
     if tier.blocks.shape[1] % VECTOR_BYTES:
         raise full_graphs_need_whole_vectors(
             expert_bytes=tier.blocks.shape[1], vector_bytes=VECTOR_BYTES
         )
-    if len(tier.blocks) < num_layers * num_experts:
+    if len(tier.blocks) < its.num_layers * its.num_experts:
         raise full_graphs_need_all_experts(
             host_bytes=tier.blocks.nbytes, expert_bytes=experts.store.total_bytes
         )
     kernels = TritonKernels(
         torch.from_numpy(tier.blocks), arena, frame_bytes=frame_bytes, experts=experts
     )
-    its = Sizes(num_layers, num_experts, top_k, max_rows)
     return CapturedSteps(
         kernels,
         its,

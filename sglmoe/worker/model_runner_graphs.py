@@ -12,24 +12,13 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import msgspec
 import torch
 
+from sglmoe.decode_graphs import DecodeGraphs, graph_bytes
 from sglmoe.errors.budgets import graphs_beside_budget
 from sglmoe.worker.captured_steps import CapturedSteps
 
 logger = logging.getLogger(__name__)
-
-# What SGLang sets aside for a row of the largest captured step: `reserve_for_graph_mb`. Not measured with breaks.
-ROW_BYTES = 2 * 2**20
-
-
-class DecodeGraphs(msgspec.Struct, frozen=True):
-    """Which steps are captured, and what of the budget is set aside for that."""
-
-    max_rows: int = 0  # of the largest batch; 0: none is captured
-    reserved_bytes: int = 0
-    is_full: bool = False  # else graphs break at each MoE layer
 
 
 def plan_decode_graphs(runner: Any) -> DecodeGraphs:
@@ -51,12 +40,6 @@ def plan_decode_graphs(runner: Any) -> DecodeGraphs:
         max_rows, context_tokens=config.context_len, vocab_size=config.vocab_size
     )
     return DecodeGraphs(max_rows, reserved_bytes, is_full)
-
-
-def graph_bytes(max_rows: int, *, context_tokens: int, vocab_size: int) -> int:
-    """What steps of up to so many rows are taken to need: SGLang's rule of thumb, and beside it two buffers of float32 logits,
-    and what attention kernels read KV ids from, int64 at most, for whole contexts."""
-    return max_rows * (ROW_BYTES + 2 * 4 * vocab_size + 8 * context_tokens)
 
 
 def capture_graphs(

@@ -10,9 +10,9 @@ import msgspec
 import torch
 
 from sglmoe.config import EngineConfig
+from sglmoe.decode_graphs import DecodeGraphs
 from sglmoe.errors import models
 from sglmoe.memory.arena import Geometry, plan_geometry
-from sglmoe.worker.model_runner_graphs import DecodeGraphs
 from sglmoe.worker.moe_layer import PagedExperts
 
 

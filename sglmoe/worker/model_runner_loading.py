@@ -8,41 +8,34 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import msgspec
 import setproctitle
 import torch
 
-from sglmoe.config import EngineConfig, PrefetchMode
+from sglmoe.config import DEFAULT_MAX_RUNNING, EngineConfig
+from sglmoe.decode_graphs import DecodeGraphs
 from sglmoe.errors.budgets import experts_held_beside_budget
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within
-from sglmoe.memory.background_copier import BackgroundCopier
-from sglmoe.memory.device_decode import NUM_STAGED, can_decode, staged_bytes
-from sglmoe.memory.device_transfer import page_lock
-from sglmoe.memory.experts import ABSENT
-from sglmoe.memory.host_tier import HostTier, make_blocks
-from sglmoe.memory.link_gate import LinkGate
+from sglmoe.memory.device_decode import NUM_STAGED, staged_bytes
+from sglmoe.memory.host_tier import HostTier
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.packed_order import Packing
-from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.read_rate import READ_RATE, ReadRate
 from sglmoe.memory.store import ExpertStore
+from sglmoe.supported_models import refused_layers
 from sglmoe.units import parse_bytes
 from sglmoe.worker.captured_steps import CapturedSteps, captured_steps
-from sglmoe.worker.expert_copiers import expert_copiers
-from sglmoe.worker.model_runner_graphs import DecodeGraphs, capture_graphs, plan_decode_graphs
+from sglmoe.worker.model_runner_graphs import capture_graphs, plan_decode_graphs
 from sglmoe.worker.model_runner_kv import KvLayout
 from sglmoe.worker.moe_layer import PagedExperts
 from sglmoe.worker.moe_layer_method import install
-from sglmoe.worker.packed_experts import plan_packing, use_packed
-from sglmoe.worker.step_messages import Letters
+from sglmoe.worker.owned_memory import Owned, manage
+from sglmoe.worker.packed_experts import use_packed
+from sglmoe.worker.step_state import Sizes
 
 logger = logging.getLogger(__name__)
-
-# Arbitrary: requests that may run at once, where --max-running-requests does not say.
-DEFAULT_MAX_RUNNING = 256
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -119,14 +112,12 @@ def load_model(
     wave of experts and one request.
     """
     started = time.perf_counter()
-    inner_multiple = CPU_INNER_MULTIPLE if server_args.device == "cpu" else 1
-    store = ExpertStore(rate=read_rate())
-    experts = PagedExperts(store, TensorCounter(on_progress).count, inner_multiple)
-    install(experts)
+    experts = new_experts(server_args, on_progress)
     on_progress("loading dense weights", 0, 0)
     runner = build_runner(server_args, gpu_id=gpu_id, nccl_port=nccl_port)
+    check_layers(runner, experts)
     close_store(experts)
-    use_packed(store, config.packed_experts, server_args.model_path)
+    use_packed(experts.store, config.packed_experts, server_args.model_path)
     dense_bytes = model_bytes(runner.model)
     runner.alloc_memory_pool()
     graphs = plan_decode_graphs(runner)
@@ -134,7 +125,7 @@ def load_model(
     arena_bytes = arena_bytes_within(
         config.memory_budget_bytes,
         dense_bytes,
-        decoding_bytes=decoding_bytes(store, server_args.device),
+        decoding_bytes=decoding_bytes(experts.store, server_args.device),
         graph_bytes=graphs.reserved_bytes,
     )
     geometry = kv.geometry(arena_bytes, experts, config, graphs)
@@ -142,36 +133,21 @@ def load_model(
     frames = arena[geometry.padding_bytes :]
     # One token's experts: below that a decode step of a single request would need several waves.
     floor = runner.model_config.hf_text_config.num_experts_per_tok if experts.shape else 0
-    letters = open_letters(graphs, experts, config, frames.device.type)
-    memory, tier, packing = manage(
-        frames, geometry, experts, floor_frames=floor, config=config, letters=letters
-    )
+    owned = manage(frames, geometry, experts, floor_frames=floor, config=config, graphs=graphs)
+    memory = owned.memory
     kv.move_to(arena, geometry.page_tokens)
     if experts.shape:
         experts.attach(frames, geometry, frame_table=memory.frame_table, waves=memory.waves)
     fit_token_table(runner, geometry, floor)
     on_progress("starting attention backends", 0, 0)
     runner.init_attention_backends()
-    captured = None
-    if graphs.is_full and experts.shape:
-        captured = captured_steps(
-            experts,
-            frames,
-            frame_bytes=geometry.frame_bytes,
-            memory=memory,
-            tier=tier,
-            letters=letters,
-            top_k=floor,
-            max_rows=graphs.max_rows,
-        )
-    with captured.capturing() if captured else nullcontext():
-        capture_graphs(runner, graphs, on_progress)
+    captured = capture(runner, graphs, experts, frames, geometry, owned, on_progress)
     return Loaded(
         runner=runner,
         experts=experts,
         memory=memory,
-        tier=tier,
-        packing=packing,
+        tier=owned.tier,
+        packing=owned.packing,
         dense_bytes=dense_bytes,
         geometry=geometry,
         graphs=graphs,
@@ -183,13 +159,13 @@ def load_model(
     )
 
 
-def open_letters(
-    graphs: DecodeGraphs, experts: PagedExperts, config: EngineConfig, device: str
-) -> Letters | None:
-    """What tells steps without the host of prefetches; None where there are none of either."""
-    if not graphs.is_full or not experts.shape or config.expert_prefetch is PrefetchMode.OFF:
-        return None
-    return Letters(len(experts.layer_ids), experts.shape.num_experts, device)
+def new_experts(server_args: Any, on_progress: Callable[[str, int, int], None]) -> PagedExperts:
+    """On which SGLang builds the layers of the next model that is constructed."""
+    inner_multiple = CPU_INNER_MULTIPLE if server_args.device == "cpu" else 1
+    store = ExpertStore(rate=read_rate())
+    experts = PagedExperts(store, TensorCounter(on_progress).count, inner_multiple)
+    install(experts)
+    return experts
 
 
 def read_rate() -> ReadRate | None:
@@ -216,6 +192,14 @@ class TensorCounter:
                 self._on_progress("expert tensors found", self._num_tensors, 0)
 
 
+def check_layers(runner: Any, experts: PagedExperts) -> None:
+    """Raises ValueError where the model has experts that SGLang did not build on ours."""
+    config = runner.model_config.hf_config.to_dict()
+    built = type(runner.model).__name__
+    if why := refused_layers(config, built=built, paged=experts.layer_ids):
+        raise why
+
+
 def close_store(experts: PagedExperts) -> None:
     """Check that every expert was found, and let go of the mapped checkpoint."""
     num_experts = experts.shape.num_experts if experts.shape else 0
@@ -231,71 +215,28 @@ def decoding_bytes(store: ExpertStore, device: str) -> int:
     return (NUM_STAGED + 1) * staged_bytes(store)
 
 
-def manage(
+def capture(
+    runner: Any,
+    graphs: DecodeGraphs,
+    experts: PagedExperts,
     frames: torch.Tensor,
     geometry: Geometry,
-    experts: PagedExperts,
-    *,
-    floor_frames: int,
-    config: EngineConfig,
-    letters: Letters | None,
-) -> tuple[MemoryManager, HostTier, Packing]:
-    """The owner of the arena, and below it host memory, which fills in the background from now on.
-
-    `frames`: the arena's, uint8 `[num_frames * frame_bytes]`.
-    """
-    num_layers = len(experts.layer_ids)
-    num_experts = experts.shape.num_experts if experts.shape else 0
-    is_cpu = frames.device.type == "cpu"
-    store = experts.store
-    as_stored = store.is_packed if is_cpu else can_decode(store, geometry.frame_bytes)
-    blocks = make_blocks(
-        config.host_memory_bytes,
-        store,
-        as_stored=as_stored,
-        lock_pages=None if is_cpu else page_lock,
+    owned: Owned,
+    on_progress: Callable[[str, int, int], None],
+) -> CapturedSteps | None:
+    """Capture decode steps, if any are to be: those that run without the host, if they do."""
+    if not graphs.is_full or not experts.shape:
+        capture_graphs(runner, graphs, on_progress)
+        return None
+    top_k = runner.model_config.hf_text_config.num_experts_per_tok
+    its = Sizes(len(experts.layer_ids), experts.shape.num_experts, top_k, graphs.max_rows)
+    memory, tier, _, letters = owned
+    captured = captured_steps(
+        its, experts, frames, geometry.frame_bytes, memory=memory, tier=tier, letters=letters
     )
-    tier = HostTier(blocks, num_layers=num_layers, num_experts=num_experts, as_stored=as_stored)
-    demand = LinkGate()
-    prefetch = LinkGate(above=demand)
-    copiers = expert_copiers(frames, geometry, store, tier, packs=config.packed_share != 0.0)
-    packing = plan_packing(
-        store,
-        config.packed_share,
-        copiers.decode_ratio,
-        frame_bytes=geometry.frame_bytes,
-        time_decoding=copiers.time_decoding,
-    )
-    background = None
-    if num_experts:
-        background = BackgroundCopier(
-            copiers.ahead,
-            demand=demand,
-            prefetch=prefetch,
-            mark=copiers.mark,
-            **({"came": letters.came} if letters else {}),
-        )
-    memory = MemoryManager(
-        geometry,
-        num_layers=num_layers,
-        num_experts=num_experts,
-        floor_frames=floor_frames,
-        load_experts=demand.guard(copiers.load),
-        background=background,
-        policy=config.memory_policy,
-        expert_ratio=config.expert_ratio,
-        host_counters=tier.counters,
-        packing=packing,
-    )
-    if len(blocks):
-        Promoter(
-            tier,
-            store,
-            prefetch,
-            heat=lambda: memory.expert_demand,
-            residents=lambda: memory.frame_table != ABSENT,
-        ).start()
-    return memory, tier, packing
+    with captured.capturing():
+        capture_graphs(runner, graphs, on_progress)
+    return captured
 
 
 def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:

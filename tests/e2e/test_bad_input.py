@@ -166,3 +166,27 @@ def test_a_truncated_checkpoint_refuses_to_start(tmp_path: Path) -> None:
     outcome = run_in_fork(start_with, tmp_path / "log", f"--model-path={model_dir}")
     assert outcome.exitcode not in (0, None)
     assert "model.safetensors" in "\n".join(outcome.log.splitlines()[-3:])
+
+
+def load_as_another_class(model_dir: Path) -> str:
+    """What a worker says of a Mixtral that SGLang builds, as it does for some quantisations, with expert modules of its own."""
+    from loaded_worker import LoadedWorker
+
+    def choose_another() -> None:
+        from sglang.srt.models.mixtral_quant import QuantMixtralForCausalLM
+        from sglang.srt.models.registry import ModelRegistry
+
+        ModelRegistry.models["MixtralForCausalLM"] = QuantMixtralForCausalLM
+
+    try:
+        LoadedWorker(model_dir, before_loading=choose_another)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_experts_that_would_count_as_dense_weights_refuse_to_start(tmp_path: Path) -> None:
+    model_dir = run_in_fork(make_checkpoint, "mixtral", tmp_path)
+    words = run_in_fork(load_as_another_class, model_dir)
+    assert "MixtralForCausalLM has experts in 3 layers" in words
+    assert "as QuantMixtralForCausalLM, in which those of 3 can't be paged" in words

@@ -19,10 +19,10 @@ from loaded_worker import LoadedWorker
 from recorded_graphs import RecordedGraph, capture_on_cpu
 from test_families_reference import random_prompts
 
+from sglmoe.decode_graphs import graph_bytes
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.store import ExpertReadError
 from sglmoe.protocol import LogprobSpec, MemorySnapshot, Row, RowResult
-from sglmoe.worker.model_runner_graphs import graph_bytes
 
 pytestmark = pytest.mark.usefixtures("preloaded")
 

@@ -7,37 +7,50 @@ import pytest
 from checkpoints import FAMILIES, make_checkpoint
 from command_lines import refused
 from forking import run_in_fork
+from recorded_graphs import capture_on_cpu
 
 from sglmoe.checkpoint import read_json
+from sglmoe.decode_graphs import GraphFlags
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.plan.budgets import Demand, PlanSnapshot, geometry_of
 from sglmoe.plan.cost_model import assumed_speeds, costs_of
+from sglmoe.plan.launch_plan import decode_graphs
 from sglmoe.plan.model_shape import ModelShape, read_model, shape_of
+from sglmoe.plan.server_flags import ServerFlags
 
 pytestmark = pytest.mark.usefixtures("preloaded")
 
 BUDGET_BYTES = 64 * 10**6  # `LoadedWorker`'s
+MAX_RUNNING = 4  # likewise
+NO_FLAGS = ServerFlags()
 RECIPES = sorted((Path(__file__).parents[2] / "launch").glob("*/*.toml"))
 
 
-def as_loaded(model_dir: Path) -> dict[str, Any]:
+def as_loaded(model_dir: Path, captured: tuple[int, ...] = ()) -> dict[str, Any]:
+    """`captured`: sizes of decode steps out of graphs."""
     from loaded_worker import LoadedWorker
 
-    loaded = LoadedWorker(model_dir).loaded
+    capture = (lambda: capture_on_cpu(list(captured))) if captured else None
+    loaded = LoadedWorker(model_dir, before_loading=capture).loaded
     geometry = loaded.geometry
     return {
+        "context_tokens": loaded.context_tokens,
         "dense_bytes": loaded.dense_bytes,
+        "graphs": loaded.graphs,
         "floor_frames": loaded.floor_frames,
         "geometry": geometry,
         "kv_tokens": geometry.kv_tokens(loaded.floor_frames),
     }
 
 
-def as_planned(shape: ModelShape) -> dict[str, Any]:
+def as_planned(shape: ModelShape, flags: ServerFlags = NO_FLAGS) -> dict[str, Any]:
     costs = costs_of(shape, assumed_speeds("cpu"), request_tokens=1)
-    geometry = geometry_of(PlanSnapshot(shape, costs, Demand()), BUDGET_BYTES)
+    graphs = decode_graphs(shape, flags)
+    geometry = geometry_of(PlanSnapshot(shape, costs, Demand(), graphs=graphs), BUDGET_BYTES)
     return {
+        "context_tokens": shape.context_tokens,
         "dense_bytes": shape.dense_bytes,
+        "graphs": graphs,
         "floor_frames": shape.floor_frames,
         "geometry": geometry,
         "kv_tokens": geometry.kv_tokens(shape.floor_frames),
@@ -52,6 +65,19 @@ def test_the_plan_has_the_servers_frames_and_kv_tokens(family: str, tmp_path: Pa
     assert as_planned(read_model(str(model_dir), device="cpu").shape) == loaded
     config = read_json(model_dir / "config.json")
     assert as_planned(shape_of(config, dense=None, dtype="auto", device="cpu")) == loaded
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("qwen3_moe", (1, 2)), ("deepseek_v2", (1, 2, 8))])
+def test_the_plan_counts_what_graphs_take(
+    family: str, sizes: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Of steps of no more requests than may run, and padding pages."""
+    model_dir = run_in_fork(make_checkpoint, family, tmp_path)
+    loaded = run_in_fork(as_loaded, model_dir, sizes)
+    assert loaded["graphs"].max_rows == min(sizes[-1], MAX_RUNNING)
+    assert loaded["geometry"].padding_pages > 0
+    flags = ServerFlags(max_running_requests=MAX_RUNNING, graphs=GraphFlags("breakable", sizes))
+    assert as_planned(read_model(str(model_dir), device="cpu").shape, flags) == loaded
 
 
 def refused_commands() -> dict[str, str]:

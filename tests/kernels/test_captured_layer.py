@@ -26,6 +26,7 @@ from sglmoe.memory.host_tier import HostTier, make_blocks
 from sglmoe.memory.promotion import Promotion
 from sglmoe.worker.captured_steps import CapturedSteps, captured_steps
 from sglmoe.worker.routed import Routed
+from sglmoe.worker.step_state import Sizes
 
 MAX_ROWS, TOP_K = 4, 2
 FP8 = BlockFp8(16, 32)  # an expert has to have a multiple of 16 bytes
@@ -52,14 +53,13 @@ def filled_tier(layer: Layer) -> HostTier:
 
 def steps_of(layer: Layer) -> CapturedSteps:
     return captured_steps(
+        Sizes(1, NUM_EXPERTS, TOP_K, MAX_ROWS),
         layer.experts,
         layer.arena,
-        frame_bytes=layer.geometry.frame_bytes,
+        layer.geometry.frame_bytes,
         memory=layer.memory,
         tier=filled_tier(layer),
         letters=None,
-        top_k=TOP_K,
-        max_rows=MAX_ROWS,
     )
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "sglmoe"
 
 FOUNDATION = {"units", "errors", "config", "protocol"}
 LAUNCH = {"checkpoint", "config", "demo_model", "errors", "flags", "machine", "start_up"}
-LAUNCH |= {"int4_models", "supported_models"}
+LAUNCH |= {"decode_graphs", "int4_models", "supported_models"}
 MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "units": set(),
     "errors": {"units"},
@@ -27,6 +27,7 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "cpu_platform": {"cpu_gptq", "cpu_kernels"},
     "config": {"units", "errors"},
     "machine": {"config"},
+    "decode_graphs": {"config", "errors"},
     "protocol": {"units"},
     "transport": {"protocol"},
     "nameless_memory": set(),
@@ -44,7 +45,9 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
         "prediction",
         "predictor",
         "kernels",
+        "decode_graphs",
         "packed_checkpoint",
+        "supported_models",
     },
     "start_up": {"machine"},
     "preload": {"scheduler", "worker"},
@@ -67,6 +70,7 @@ FORBIDDEN = {  # packages that a part must not see
     "checkpoint": DEVICE | {"zmq", "sglang"},
     "packed_checkpoint": DEVICE | {"zmq", "sglang"},
     "config": DEVICE | {"zmq", "sglang"},
+    "decode_graphs": DEVICE | {"zmq", "sglang"},
     "recipe": DEVICE | {"zmq", "sglang"},
     "protocol": DEVICE | {"zmq", "sglang", "pickle"},
     "transport": DEVICE | {"sglang", "pickle"},

@@ -35,6 +35,7 @@ SHAPE = ModelShape(
     token_bytes=100_000,
     token_rows=1,
     context_tokens=4096,
+    vocab_size=1024,
     item_bytes=2,
 )
 

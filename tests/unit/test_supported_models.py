@@ -6,7 +6,9 @@ from sglmoe.supported_models import (
     PAGED_ARCHITECTURES,
     ModelFacts,
     Quantisation,
+    num_experts_of,
     quantisation_of,
+    refused_layers,
     refused_model,
 )
 
@@ -47,6 +49,41 @@ def test_tied_embeddings_are_refused_where_sglang_forgets_the_tie() -> None:
 def test_what_can_not_be_served_says_why(fact: dict[str, object], word: str) -> None:
     refusal = refused_model(ModelFacts(architecture="OtherForCausalLM", **fact))  # type: ignore[arg-type]
     assert word in str(refusal)
+
+
+DEEPSEEK = {  # a dense layer, and two with experts
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 16,
+}
+
+
+def test_layers_whose_experts_sglang_builds_without_us_are_refused_by_name() -> None:
+    assert refused_layers(DEEPSEEK, built="DeepseekV2ForCausalLM", paged=[1, 2]) is None
+    for paged, num_unpaged in (([], 2), ([2], 1)):
+        words = str(refused_layers(DEEPSEEK, built="OtherForCausalLM", paged=paged))
+        assert words.startswith("DeepseekV2ForCausalLM has experts in 2 layers")
+        assert f"as OtherForCausalLM, in which those of {num_unpaged} can't be paged" in words
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"num_experts": 16},
+        {"num_local_experts": 16},
+        {"n_routed_experts": 16},
+        {"moe_num_experts": 16},
+        {"ffn_config": {"moe_num_experts": 16}},
+    ],
+)
+def test_however_a_config_calls_them_experts_are_counted(said: dict[str, object]) -> None:
+    assert num_experts_of(said) == 16
+
+
+def test_a_model_that_has_no_experts_needs_no_paged_layers() -> None:
+    dense = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3}
+    assert refused_layers(dense, built="LlamaForCausalLM", paged=[]) is None
 
 
 def qwen3_in_fp8(**facts: object) -> ModelFacts:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import COSTS, TINY, budget_of
 
+from sglmoe.decode_graphs import DecodeGraphs
 from sglmoe.plan.budgets import Demand, PlanSnapshot, budgets_to_try, plan_budget, tier_ratio
 from sglmoe.plan.cost_model import CostModel, Speeds, costs_of
 from sglmoe.plan.routing import expert_uses, reference_skew, scaled_to
@@ -70,6 +71,23 @@ def test_budgets_to_try_end_where_nothing_is_missing() -> None:
     last = budgets_to_try(NOW)[-1]
     assert plan_budget(NOW, last, 0).forecasts[0].hit_ratio == 1.0
     assert plan_budget(NOW, last - 1, 0).forecasts[0].hit_ratio < 1.0
+
+
+def test_graphs_and_padding_take_of_the_budget_what_they_need() -> None:
+    """Frames of 1024 bytes; a page of 16 tokens has 256, and a tensor may begin behind any."""
+    graphs = DecodeGraphs(max_rows=4, reserved_bytes=3000)
+    now = msgspec.structs.replace(NOW, graphs=graphs)
+    enough = budget_of(17) + 3000 + 256
+    plain, captured = plan_budget(NOW, budget_of(17), 0), plan_budget(now, enough, 0)
+    assert captured.geometry is not None
+    assert captured.geometry.padding_pages == 1
+    assert captured.geometry.num_frames == 17
+    assert captured.forecasts == plain.forecasts
+    less = plan_budget(now, enough - 1, 0)
+    assert less.geometry is not None
+    assert less.geometry.num_frames == 16
+    assert budgets_to_try(now) == [budget + 3000 + 256 for budget in budgets_to_try(NOW)]
+    assert "and CUDA graphs 2.93 KiB" in plan_budget(now, 8000, 0).refusal
 
 
 @given(st.integers(3, 40), st.floats(0, 8), st.integers(1, 16))

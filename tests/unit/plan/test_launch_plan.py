@@ -7,6 +7,7 @@ import pytest
 from tiny_model import COSTS, TINY, budget_of
 
 from sglmoe.config import EngineConfig, Machine, Options
+from sglmoe.decode_graphs import DecodeGraphs, GraphFlags, graph_bytes
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.launch_server import read_options
 from sglmoe.plan.at_start import start_report
@@ -14,12 +15,13 @@ from sglmoe.plan.budgets import Demand
 from sglmoe.plan.launch_plan import LaunchPlan, Question, plan_launch, size_flag
 from sglmoe.plan.machine_limits import Limits
 from sglmoe.plan.report import full_report, short_report
+from sglmoe.plan.server_flags import ServerFlags
 from sglmoe.units import parse_bytes
 
 GIB = 2**30
 GPU = Machine(8 * GIB, 8 * GIB, 16 * GIB, has_gpu=True)
 BOX = Machine(16 * GIB, 16 * GIB, 16 * GIB, has_gpu=False)
-UNLIMITED, USUAL = Limits(), Demand()
+UNLIMITED, USUAL, NO_FLAGS = Limits(), Demand(), ServerFlags()
 # 64 experts of 256 MiB: 16 GiB, and a GiB of dense weights.
 BIG = msgspec.structs.replace(
     TINY, num_experts=32, expert_bytes=2**28, dense_bytes=GIB, token_bytes=2**14
@@ -27,7 +29,11 @@ BIG = msgspec.structs.replace(
 
 
 def plan(
-    machine: Machine = GPU, limits: Limits = UNLIMITED, demand: Demand = USUAL, **options: str
+    machine: Machine = GPU,
+    limits: Limits = UNLIMITED,
+    demand: Demand = USUAL,
+    flags: ServerFlags = NO_FLAGS,
+    **options: str,
 ) -> LaunchPlan:
     return plan_launch(
         Question(
@@ -38,6 +44,7 @@ def plan(
             demand=demand,
             costs=COSTS,
             costs_are="made up",
+            flags=flags,
             options=Options(**options),
         )
     )
@@ -172,6 +179,42 @@ def test_the_smallest_arena_that_works_is_planned() -> None:
     ).can_start
 
 
+CAPTURED = ServerFlags(max_running_requests=8, context_length=100, graphs=GraphFlags("breakable"))
+
+
+def test_captured_steps_are_counted_and_told() -> None:
+    """Of the 8 requests that may run, each with a context of 100 tokens: less than the 32 that would be captured."""
+    the = plan(flags=CAPTURED)
+    taken = graph_bytes(8, context_tokens=100, vocab_size=TINY.vocab_size)
+    assert the.graphs == DecodeGraphs(8, taken)
+    line = "CUDA graphs of decode steps of up to 8 requests: 16.07 MiB of a budget"
+    for report in (full_report(the), short_report(the)):
+        assert line in report
+    assert "CUDA graphs" not in full_report(plan())
+    whole = plan(flags=ServerFlags(graphs=GraphFlags("breakable")))
+    assert whole.graphs == DecodeGraphs(
+        32, graph_bytes(32, context_tokens=TINY.context_tokens, vocab_size=TINY.vocab_size)
+    )
+    four_frames = str(GIB + 4 * 2**28)
+    for flags, num_frames in ((NO_FLAGS, 4), (CAPTURED, 3)):
+        geometry = plan(flags=flags, memory_budget=four_frames).chosen.geometry
+        assert geometry is not None
+        assert geometry.num_frames == num_frames
+
+
+def test_fewer_may_run_where_a_flag_says_so() -> None:
+    demand = Demand(concurrency=(1, 32))
+    running = [its.num_running for its in plan(demand=demand, flags=CAPTURED).chosen.forecasts]
+    assert running == [1, 8]
+
+
+def test_graphs_that_a_server_would_refuse_are_refused() -> None:
+    with pytest.raises(ValueError, match="there is no CUDA device to capture on"):
+        plan(BOX, flags=CAPTURED)
+    with pytest.raises(ValueError, match="--cuda-graph-max-bs-decode is about"):
+        plan(flags=ServerFlags(graphs=GraphFlags(max_size=8)))
+
+
 def test_the_page_cache_is_a_tier_only_without_a_gpu() -> None:
     """With 8 GiB and 2 for the server taken of 16, pages of the checkpoint may have 6; so fewer loads are from disk."""
     of_box, of_gpu = (
@@ -184,7 +227,7 @@ def test_the_page_cache_is_a_tier_only_without_a_gpu() -> None:
 
 def test_a_server_on_this_machine_says_its_plan_or_why_there_is_none(tmp_path: Path) -> None:
     config = EngineConfig(memory_budget_bytes=8 * 10**6, host_memory_bytes=0)
-    asked = {"dtype": "auto", "device": "cpu", "gpu_id": 0}
+    asked = {"flags": NO_FLAGS, "device": "cpu", "gpu_id": 0}
     said = start_report(config, model_path=str(DEMO_MODEL), **asked)
     assert "104 frames of 48.00 KiB for 192 experts and KV" in said  # (8e6 - 2839296) / 49152
     (tmp_path / "config.json").write_text("{}")

@@ -10,15 +10,16 @@ import torch
 
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.memory.expert_layout import Plain
-from sglmoe.plan.families import (
-    SCALE,
-    dense_shapes,
-    inner_size_of,
-    moe_layers_of,
-    num_experts_of,
-)
+from sglmoe.plan.families import SCALE, dense_shapes, inner_size_of
 from sglmoe.plan.measure import conversion_seconds, matrix_maker
-from sglmoe.plan.model_shape import read_model, resolve_dtype, shape_of, tensor_shapes
+from sglmoe.plan.model_shape import (
+    context_tokens_of,
+    read_model,
+    resolve_dtype,
+    shape_of,
+    tensor_shapes,
+)
+from sglmoe.supported_models import moe_layers_of, num_experts_of
 
 MODELS = Path(__file__).parents[3] / "launch" / "models"
 # As their pages on Hugging Face give them.
@@ -83,6 +84,25 @@ def test_fp8_halves_experts_and_linear_weights_and_adds_scales() -> None:
     quantised = 48 * (4096 + 512 + 512 + 4096) * 2048 - 4096 * 2048
     assert after.dense_bytes == before.dense_bytes - quantised + 4 * quantised // 128**2
     assert after.token_bytes == before.token_bytes
+
+
+@pytest.mark.parametrize(
+    ("said", "context_tokens"),
+    [
+        ({}, 40_960),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 81_920),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 8}},
+            40_960,
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, 40_960),
+        ({"seq_length": 100, "model_max_length": 7}, 100),
+        ({"max_position_embeddings": None}, 2048),
+    ],
+)
+def test_the_longest_context_is_sglangs(said: dict[str, object], context_tokens: int) -> None:
+    config = json.loads((MODELS / "qwen3-30b-a3b.json").read_text()) | said
+    assert context_tokens_of(config) == context_tokens
 
 
 def in_int4(method: str, **said: object) -> dict[str, object]:

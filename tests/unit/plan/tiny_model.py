@@ -17,6 +17,7 @@ TINY = ModelShape(
     token_bytes=16,
     token_rows=4,
     context_tokens=4096,
+    vocab_size=1024,
     item_bytes=2,
 )
 COSTS = CostModel(

@@ -58,7 +58,6 @@ class Machine:
             load_experts=lambda loads: None,
         )
         self.uses = UseCounter(NUM_LAYERS, NUM_EXPERTS)
-        self.waves = self.uses.counting(self.memory.waves)
         times = StepTimes()
         self.watch = StepWatch(times, Price(1, 1), num_experts=0)
         self.planner = ResidencyPlanner(
@@ -102,7 +101,8 @@ class Machine:
         before = self.memory.snapshot(0).expert_misses
         for layer in range(NUM_LAYERS):
             used = sorted({e for request in self.running for e in self.route(request, layer)})
-            for _ in self.waves(layer, np.array(used, np.intp)):
+            self.uses.note(layer, np.array(used, np.intp))
+            for _ in self.memory.waves(layer, used):
                 pass  # what a model would compute takes no time here
         snapshot = self.memory.snapshot(0)
         loading = (snapshot.expert_misses - before) * self.load_seconds

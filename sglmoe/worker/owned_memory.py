@@ -1,0 +1,118 @@
+"""The owner of the arena, and who it works with: host memory, copiers, and what tells steps without the host of prefetches."""
+
+from typing import NamedTuple
+
+import torch
+
+from sglmoe.config import EngineConfig, PrefetchMode
+from sglmoe.decode_graphs import DecodeGraphs
+from sglmoe.memory.arena import Geometry
+from sglmoe.memory.background_copier import BackgroundCopier
+from sglmoe.memory.device_decode import can_decode
+from sglmoe.memory.device_transfer import page_lock
+from sglmoe.memory.experts import ABSENT
+from sglmoe.memory.host_tier import HostTier, make_blocks
+from sglmoe.memory.link_gate import LinkGate
+from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.packed_order import Packing
+from sglmoe.memory.promoter import Promoter
+from sglmoe.worker.expert_copiers import expert_copiers
+from sglmoe.worker.moe_layer import PagedExperts
+from sglmoe.worker.packed_experts import plan_packing
+from sglmoe.worker.step_messages import Letters
+
+
+class Owned(NamedTuple):
+    """The owner of the arena, and who it works with."""
+
+    memory: MemoryManager
+    tier: HostTier
+    packing: Packing
+    letters: Letters | None
+
+
+def manage(
+    frames: torch.Tensor,
+    geometry: Geometry,
+    experts: PagedExperts,
+    *,
+    floor_frames: int,
+    config: EngineConfig,
+    graphs: DecodeGraphs,
+) -> Owned:
+    """The owner of the arena, and below it host memory, which fills in the background from now on.
+
+    `frames`: the arena's, uint8 `[num_frames * frame_bytes]`.
+    """
+    num_layers = len(experts.layer_ids)
+    num_experts = experts.shape.num_experts if experts.shape else 0
+    letters = open_letters(graphs, experts, config, frames.device.type)
+    store = experts.store
+    tier = make_tier(experts, config.host_memory_bytes, geometry, is_cpu=frames.is_cpu)
+    demand = LinkGate()
+    prefetch = LinkGate(above=demand)
+    copiers = expert_copiers(frames, geometry, store, tier, packs=config.packed_share != 0.0)
+    packing = plan_packing(
+        store,
+        config.packed_share,
+        copiers.decode_ratio,
+        frame_bytes=geometry.frame_bytes,
+        time_decoding=copiers.time_decoding,
+    )
+    background = None
+    if num_experts:
+        background = BackgroundCopier(
+            copiers.ahead,
+            demand=demand,
+            prefetch=prefetch,
+            mark=copiers.mark,
+            came=letters.came if letters else None,
+        )
+    memory = MemoryManager(
+        geometry,
+        num_layers=num_layers,
+        num_experts=num_experts,
+        floor_frames=floor_frames,
+        load_experts=demand.guard(copiers.load),
+        background=background,
+        policy=config.memory_policy,
+        expert_ratio=config.expert_ratio,
+        host_counters=tier.counters,
+        packing=packing,
+    )
+    if len(tier.blocks):
+        Promoter(
+            tier,
+            store,
+            prefetch,
+            heat=lambda: memory.expert_demand,
+            residents=lambda: memory.frame_table != ABSENT,
+        ).start()
+    return Owned(memory, tier, packing, letters)
+
+
+def make_tier(
+    experts: PagedExperts, host_bytes: int, geometry: Geometry, *, is_cpu: bool
+) -> HostTier:
+    """Host memory for experts, empty: page-locked where a GPU reads it."""
+    store = experts.store
+    as_stored = store.is_packed if is_cpu else can_decode(store, geometry.frame_bytes)
+    blocks = make_blocks(
+        host_bytes, store, as_stored=as_stored, lock_pages=None if is_cpu else page_lock
+    )
+    num_experts = experts.shape.num_experts if experts.shape else 0
+    return HostTier(
+        blocks,
+        num_layers=len(experts.layer_ids),
+        num_experts=num_experts,
+        as_stored=as_stored,
+    )
+
+
+def open_letters(
+    graphs: DecodeGraphs, experts: PagedExperts, config: EngineConfig, device: str
+) -> Letters | None:
+    """What tells steps without the host of prefetches; None where there are none of either."""
+    if not graphs.is_full or not experts.shape or config.expert_prefetch is PrefetchMode.OFF:
+        return None
+    return Letters(len(experts.layer_ids), experts.shape.num_experts, device)
