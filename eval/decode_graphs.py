@@ -1,8 +1,8 @@
-"""Decode steps eager and out of captured graphs that break at each MoE layer: `python -m eval.decode_graphs`.
+"""Decode steps eager, out of graphs that break at each MoE layer, and out of full ones: `python -m eval.decode_graphs`.
 
-One engine after the other serves the demo model, with half of its experts in frames: requests alone, whose steps are captured
-without padding, so that answers have to be the same to the bit (the status is 1 otherwise), then 3 and 4 at once, of which the
-former are padded. What decode steps cost is as the worker has measured it. No GPU has run this yet.
+One engine after the other serves the demo model, with half of its experts in frames and all in host memory: requests alone,
+whose steps are captured without padding, so that answers have to be the same to the bit (the status is 1 otherwise), then 3
+and 4 at once, of which the former are padded. What decode steps cost is as the worker has measured it. No GPU has run this yet.
 """
 
 import json
@@ -36,7 +36,7 @@ def ask(engine: Any, prompts: list[list[int]]) -> list[Any]:
     return [(its["output_ids"], its["meta_info"]["output_token_logprobs"]) for its in outputs]
 
 
-def measure(backend: str) -> Found:
+def measure(backend: str, **options: Any) -> Found:
     """With SGLang's `--cuda-graph-backend-decode`."""
     from sglmoe import Engine
 
@@ -47,7 +47,9 @@ def measure(backend: str) -> Found:
         max_running_requests=8,
         random_seed=0,
         cuda_graph_backend_decode=backend,
+        host_memory="64MB",
         **flags,
+        **options,
     )
     try:
         alone = [ask(engine, [prompt])[0] for prompt in PROMPTS]
@@ -61,10 +63,15 @@ def measure(backend: str) -> Found:
 
 
 def main() -> int:
-    eager, captured = measure("disabled"), measure("breakable")
-    same_bits = captured.alone == eager.alone
-    found = {**described(), "same_bits": same_bits, "eager": eager[1:], "captured": captured[1:]}
-    print(json.dumps(found, indent=1))
+    eager = measure("disabled")
+    captured = {
+        "breakable": measure("breakable"),
+        "full": measure("full"),
+        "full, prefetching": measure("full", expert_prefetch="on"),
+    }
+    same_bits = all(its.alone == eager.alone for its in captured.values())
+    steps = {name: its[1:] for name, its in ({"eager": eager} | captured).items()}
+    print(json.dumps({**described(), "same_bits": same_bits, **steps}, indent=1))
     return 0 if same_bits else 1
 
 

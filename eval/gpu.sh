@@ -15,10 +15,10 @@ nvidia-smi > "$out/device.txt" 2>&1
 for module in xxhash threadpoolctl psutil rich pytest; do
     "$python" -c "import $module" 2> /dev/null || echo "missing: $module" | tee -a "$out/device.txt"
 done
-timeout 240 "$python" -m pytest tests/gpu --ignore tests/gpu/test_graphs.py -p no:cacheprovider -o filterwarnings= 2>&1 | tee "$out/tests.txt"
+timeout 200 "$python" -m pytest tests/gpu --ignore tests/gpu/test_graphs.py -p no:cacheprovider -o filterwarnings= 2>&1 | tee "$out/tests.txt"
 failed=${PIPESTATUS[0]}
-timeout 240 "$python" -m eval.kernel_speed "$out/kernel_speed.json" 2>&1 | tee "$out/kernel_speed.txt"
+timeout 190 "$python" -m eval.kernel_speed "$out/kernel_speed.json" 2>&1 | tee "$out/kernel_speed.txt"
 slow=${PIPESTATUS[0]}
 # What tests/gpu/test_graphs.py asks, and how long steps take.
-timeout 110 "$python" -m eval.decode_graphs 2>&1 | tee "$out/decode_graphs.txt"
+timeout 190 "$python" -m eval.decode_graphs 2>&1 | tee "$out/decode_graphs.txt"
 exit $((failed | slow | PIPESTATUS[0]))

@@ -65,8 +65,8 @@ def full_graphs_need_plain_experts() -> UserError:
 
 def full_graphs_need_whole_vectors(*, expert_bytes: int, vector_bytes: int) -> UserError:
     return UserError(
-        f"--cuda-graph-backend-decode=full: steps without the host move {vector_bytes} bytes at a time, and an expert of this "
-        f"model has {expert_bytes}: use breakable"
+        f"--cuda-graph-backend-decode=full: steps without the host move whole {show_bytes(vector_bytes)}, and an expert of "
+        f"this model has {show_bytes(expert_bytes)}: use breakable"
     )
 
 

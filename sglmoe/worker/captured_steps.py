@@ -115,7 +115,7 @@ class CapturedSteps:
         self._experts = experts
         self._memory = memory
         self._tier = tier
-        self._letters = letters
+        self.letters = letters
         self._mirror = RoutingMirror(its.num_layers, its.max_rows, device) if letters else None
         self._state = StepState(its, device)
         self._number = 0  # of the step
@@ -147,9 +147,9 @@ class CapturedSteps:
         ids.copy_(routing.ids).masked_fill_(is_padding, -1)
         routing = Routed(layer, ids, routing.logits, routing.hidden)
         kernels, state = self._kernels, self._state.residency
-        if self._letters is not None and self._mirror is not None:
+        if self.letters is not None and self._mirror is not None:
             self._mirror.copy(routing, self._state.number)
-            kernels.commit(self._letters.mailbox, layer, state, step=self._state.number)
+            kernels.commit(self.letters.mailbox, layer, state, step=self._state.number)
         kernels.decide(ids, layer, state=state, page_ins=self._page_ins)
         kernels.page_in(self._page_ins)
         output = kernels.forward(
@@ -170,8 +170,8 @@ class CapturedSteps:
         self._num_rows = num_rows
         self._is_queued_back = False
         self._state.upload(self._number, sets, self._memory.frame_table, num_rows)
-        if self._letters is not None:
-            self._letters.open(self._number)
+        if self.letters is not None:
+            self.letters.open(self._number)
         try:
             yield True
         finally:
@@ -204,15 +204,15 @@ class CapturedSteps:
         if num_rows > self._sizes.max_rows or not self._knows_blocks():
             return None
         observer = self._experts.observer
-        num_ahead = observer.num_ahead if observer is not None and self._letters is not None else 0
+        num_ahead = observer.num_ahead if observer is not None and self.letters is not None else 0
         return self._memory.lend(self._sizes.top_k * num_rows, num_ahead=num_ahead)
 
     def _take_back(self) -> None:
         if not self._is_queued_back:  # the step has failed
             self._state.queue_back()
         sets = self._state.read_back()
-        if self._letters is not None:
-            self._letters.close()
+        if self.letters is not None:
+            self.letters.close()
         self._memory.take_back(sets)
         is_used = np.zeros(sets.owners.shape, bool)
         layers, places = np.nonzero(sets.keys == USED)

@@ -28,7 +28,7 @@ class Owned(NamedTuple):
     memory: MemoryManager
     tier: HostTier
     packing: Packing
-    letters: Letters | None
+    letters: Letters | None  # where prefetches are told to steps that run without the host
 
 
 def manage(
@@ -46,7 +46,6 @@ def manage(
     """
     num_layers = len(experts.layer_ids)
     num_experts = experts.shape.num_experts if experts.shape else 0
-    letters = open_letters(graphs, experts, config, frames.device.type)
     store = experts.store
     tier = make_tier(experts, config.host_memory_bytes, geometry, is_cpu=frames.is_cpu)
     demand = LinkGate()
@@ -59,13 +58,16 @@ def manage(
         frame_bytes=geometry.frame_bytes,
         time_decoding=copiers.time_decoding,
     )
+    letters = None
+    if graphs.is_full and num_experts and config.expert_prefetch is not PrefetchMode.OFF:
+        letters = Letters(num_layers, num_experts, frames.device.type, copiers.mark)
     background = None
     if num_experts:
         background = BackgroundCopier(
             copiers.ahead,
             demand=demand,
             prefetch=prefetch,
-            mark=copiers.mark,
+            mark=letters.mark if letters else copiers.mark,
             came=letters.came if letters else None,
         )
     memory = MemoryManager(
@@ -107,12 +109,3 @@ def make_tier(
         num_experts=num_experts,
         as_stored=as_stored,
     )
-
-
-def open_letters(
-    graphs: DecodeGraphs, experts: PagedExperts, config: EngineConfig, device: str
-) -> Letters | None:
-    """What tells steps without the host of prefetches; None where there are none of either."""
-    if not graphs.is_full or not experts.shape or config.expert_prefetch is PrefetchMode.OFF:
-        return None
-    return Letters(len(experts.layer_ids), experts.shape.num_experts, device)

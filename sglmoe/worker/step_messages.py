@@ -5,26 +5,42 @@ what is read is an expert that the host took to be on its way all that step long
 was routed to into host memory, and then its number, so whoever sees that sees the rest.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 
 from sglmoe.kernels.mailbox import Mailbox, post
+from sglmoe.memory.background_copier import Mark
 from sglmoe.memory.experts import Load
 from sglmoe.worker.routed import Routed
 
+NO_STEP = -1
+
 
 class Letters:
-    """To the step. Opened and closed by the main thread, written by whatever thread has brought an expert."""
+    """To the step. Opened and closed by the main thread, written by whatever thread has brought an expert.
 
-    def __init__(self, num_layers: int, room: int, device: str):
+    `mark`: see `BackgroundCopier`.
+    """
+
+    def __init__(self, num_layers: int, room: int, device: str, mark: Callable[[], Mark]):
         self.mailbox = Mailbox.empty(num_layers, room, device)
         self._stream = None if device == "cpu" else torch.cuda.Stream()
         self._step: int | None = None  # that runs; None between steps
+        self._new_mark = mark
+        self._mark: Mark = None  # in front of the step
+        self._post(0, 0, 0, NO_STEP)  # compiles it, while nobody waits
 
     def open(self, step: int) -> None:
-        """What comes from now on is told to this step. Memory has landed what had come."""
+        """What comes from now on is told to this step, which is not queued yet. Memory has landed what had come."""
+        self._mark = self._new_mark()
         self._step = step
+
+    def mark(self) -> Mark:
+        """What reads a frame's last tenant was queued before. Frames that are free while a step runs are no part of it, so what
+        they are filled with need not wait for its end."""
+        return self._new_mark() if self._step is None else self._mark
 
     def close(self) -> None:
         """The step is over."""
@@ -35,9 +51,11 @@ class Letters:
         step = self._step
         if step is None:
             return
-        letter = {"layer": load.layer, "expert": load.expert, "frame": load.frame, "step": step}
+        self._post(load.layer, load.expert, load.frame, step)
+
+    def _post(self, layer: int, expert: int, frame: int, step: int) -> None:
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            post(self.mailbox, **letter)
+            post(self.mailbox, layer=layer, expert=expert, frame=frame, step=step)
 
 
 class RoutingMirror:

@@ -20,6 +20,7 @@ class LoadedWorker:
         *,
         budget: str = "64MB",
         host_memory: str | None = None,
+        expert_prefetch: str | None = None,
         before_loading: Callable[[], None] | None = None,
         **flags: Any,
     ):
@@ -39,7 +40,10 @@ class LoadedWorker:
             log_level="warning",
             **{"max_running_requests": 4} | flags,
         )
-        config = prepare(server_args, Options(memory_budget=budget, host_memory=host_memory))
+        config = prepare(
+            server_args,
+            Options(memory_budget=budget, host_memory=host_memory, expert_prefetch=expert_prefetch),
+        )
         start_process(server_args, 0, process_name="WORKER")
         if before_loading is not None:
             before_loading()

@@ -141,7 +141,10 @@ def whole_graph(*, cuda_graph: RecordedGraph, **_: Any) -> Iterator[None]:
 
 
 class RecordedKernels:
-    """In the place of `TritonKernels`: what they must do, in torch, each as one operation."""
+    """In the place of `TritonKernels`: what they must do, in torch, each as one operation. `at_boundary`, where it is set, is
+    called with the layer first, whenever one is computed: what happens beside the device."""
+
+    at_boundary: ClassVar[Callable[[int], None] | None] = None
 
     def __init__(
         self, blocks: torch.Tensor, arena: torch.Tensor, *, frame_bytes: int, experts: Any
@@ -155,6 +158,8 @@ class RecordedKernels:
 
     def commit(self, mailbox: Any, layer: int, state: Any, *, step: torch.Tensor) -> None:
         def commit() -> torch.Tensor:
+            if RecordedKernels.at_boundary is not None:
+                RecordedKernels.at_boundary(layer)
             reference.commit(mailbox, layer, state, step=step)
             return cast("torch.Tensor", state.frame_table)
 
