@@ -244,7 +244,7 @@ class Frames:
     def assign(self, owners: Mapping[int, tuple[int, int]]) -> None:
         """Turn each of these frames, free or another expert's, into EXPERT(layer, expert)."""
         assert not self.are_lent
-        taken = {frame for frame in owners if self._kinds[frame] is FrameKind.FREE}
+        taken = {frame for frame in owners if frame not in self._experts}
         if taken:
             self._free = [frame for frame in self._free if frame not in taken]
         for frame in taken:

@@ -81,7 +81,7 @@ class ExpertOrder:
 
     def first_few_of(self, layer: int, num_experts: int) -> list[Candidate]:
         """The evictable residents of a layer to go next, in their order."""
-        experts = np.flatnonzero(self._table.evictable()[layer])
+        experts = np.flatnonzero(self._table.evictable_of(layer))
         values = self.now()[layer, experts]
         order = values.argsort(kind="stable")[:num_experts]
         pairs = zip(experts[order].tolist(), values[order].tolist(), strict=True)

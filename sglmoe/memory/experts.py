@@ -84,6 +84,13 @@ class ExpertTable:
             evictable[self._pinned_layer, self.pinned] = False
         return evictable
 
+    def evictable_of(self, layer: int) -> npt.NDArray[np.bool_]:
+        """`is_evictable` of one layer: bool `[num_experts]`."""
+        evictable: npt.NDArray[np.bool_] = self.frame_table[layer] != ABSENT
+        if layer == self._pinned_layer:
+            evictable[self.pinned] = False
+        return evictable
+
     def begin(self, load: Load) -> None:
         """Note that an absent expert is on its way into the frame, which it owns."""
         key = load.layer, load.expert

@@ -58,6 +58,7 @@ class FrameLender:
 
     def lend(self, least: int) -> FrameSets | None:
         """See `MemoryManager.lend`."""
+        assert self._lent is None, "frames are lent already"
         self._pager.settle()
         self._prefetches.land()
         least = min(least, self._num_experts)

@@ -36,19 +36,17 @@ def lay_out(
 
     Values are none below 0, and so are the bits of float32, which then have the same order as int32.
     """
-    num_experts = frame_table.shape[1]
     frames = np.full(frame_table.shape, ABSENT, np.int32)
     owners, keys = frames.copy(), np.zeros_like(frames)
+    place = np.arange(frame_table.shape[1])
     is_resident = frame_table != ABSENT
-    residents = np.flatnonzero(is_resident)
-    num_resident = np.count_nonzero(is_resident, axis=1)
-    rows = np.arange(len(sizes)) * num_experts
-    places = _runs(rows, num_resident)
-    frames.ravel()[places] = frame_table.ravel()[residents]
-    owners.ravel()[places] = residents - np.repeat(rows, num_resident)
-    values_left = np.minimum(values.ravel()[residents], MAX_VALUE)
-    keys.ravel()[places] = values_left.astype(np.float32).view(np.int32)
-    frames.ravel()[_runs(rows + num_resident, sizes - num_resident)] = free_frames
+    is_owned = place < np.count_nonzero(is_resident, axis=1)[:, np.newaxis]
+    is_empty = (place < sizes[:, np.newaxis]) & ~is_owned
+    residents = np.flatnonzero(is_resident)  # layer by layer, and so are the owned places
+    frames[is_owned] = frame_table.take(residents)
+    owners[is_owned] = residents % len(place)
+    keys[is_owned] = np.minimum(values.take(residents), MAX_VALUE).astype(np.float32).view(np.int32)
+    frames[is_empty] = free_frames
     return FrameSets(sizes.astype(np.int32), frames, owners, keys)
 
 
@@ -106,10 +104,3 @@ def spread(amount: int, room: Counts) -> Counts:
     is_given = has_room & (has_room.cumsum().reshape(has_room.shape) <= amount)
     given: Counts = np.count_nonzero(is_given, axis=0)
     return given
-
-
-def _runs(starts: Counts, lengths: Counts) -> npt.NDArray[np.intp]:
-    """The numbers of all these runs, one run after the other."""
-    before = np.cumsum(lengths) - lengths
-    numbers: npt.NDArray[np.intp] = np.arange(int(lengths.sum()))
-    return numbers + np.repeat(starts - before, lengths)
