@@ -62,6 +62,7 @@ class ExpertPager:
         self.misses = 0
         self.num_waves = 0
         self.num_split_layers = 0
+        self.lent_steps = 0
         self.stall_seconds = 0.0
         self.late_seconds = 0.0  # of these, for prefetches that came late
         self.load_seconds = 0.0  # that demand loads took, whether anybody waited or not
@@ -104,6 +105,7 @@ class ExpertPager:
         """Count those of a step without the host, which asks for no waves."""
         self.hits += hits
         self.misses += misses
+        self.lent_steps += 1
 
     def counters(self) -> dict[str, Any]:
         """These totals, as `MemorySnapshot` calls them."""
@@ -115,6 +117,7 @@ class ExpertPager:
             "load_seconds": self.load_seconds,
             "num_waves": self.num_waves,
             "num_split_layers": self.num_split_layers,
+            "lent_steps": self.lent_steps,
             "experts_streamed": self.streaming.num_streamed if self.streaming else 0,
         }
 

@@ -73,6 +73,10 @@ COUNTERS = {
     "sglmoe_stall_seconds": ("Time that passes waited for experts.", "stall_seconds"),
     "sglmoe_waves": ("Waves of expert computation.", "num_waves"),
     "sglmoe_split_layers": ("Layer passes of more than one wave.", "num_split_layers"),
+    "sglmoe_lent_steps": (
+        "Decode steps that paged experts in without the host.",
+        "lent_steps",
+    ),
     "sglmoe_experts_evicted": ("Experts evicted.", "experts_evicted"),
     "sglmoe_pages_evicted": ("Cached KV pages evicted.", "pages_evicted"),
     "sglmoe_ghost_hit_tokens": (

@@ -1,13 +1,16 @@
 """What captured decode steps take, and what is done before SGLang captures them. That runs in `tests/e2e/test_graphs.py`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from sglmoe.decode_graphs import DecodeGraphs
 from sglmoe.worker import model_runner_graphs
-from sglmoe.worker.model_runner_graphs import capture_graphs, keep_to_one_stream
+from sglmoe.worker.model_runner_graphs import FullGraphs, capture_graphs, keep_to_one_stream
 
 MIB = 2**20
 
@@ -59,3 +62,60 @@ def test_experts_are_computed_on_the_stream_that_is_captured() -> None:
     keep_to_one_stream(model)
     assert model.block.alt_stream is None
     assert model.attention.alt_stream is not None
+
+
+class Steps:
+    """In the place of `CapturedSteps`: frames for two rows at most."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    @contextmanager
+    def lent(self, num_rows: int) -> Iterator[bool]:
+        self.log.append(f"lend for {num_rows}")
+        yield num_rows <= 2
+        self.log.append("take back")
+
+
+def batch(num_rows: int, *, decodes: bool = True) -> Any:
+    mode = SimpleNamespace(is_decode=lambda: decodes)
+    return SimpleNamespace(batch_size=num_rows, forward_mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "decodes", "may_replay", "log"),
+    [
+        (2, True, True, ["lend for 2", "take back"]),
+        (3, True, True, ["lend for 3", "take back"]),  # in vain
+        (2, False, True, []),  # a prefill
+        (2, True, False, []),  # a step that is traced
+        (9, True, True, []),  # no graph is as large
+    ],
+)
+def test_sglang_sees_graphs_in_steps_that_have_frames_and_in_no_others(
+    num_rows: int, decodes: bool, may_replay: bool, log: list[str]
+) -> None:
+    graphs = SimpleNamespace(can_run_graph=lambda its: its.batch_size <= 4)
+    sglang = SimpleNamespace(decode_cuda_graph_runner=graphs)
+    steps = Steps()
+    full = FullGraphs(sglang, steps)  # type: ignore[arg-type]
+    for _ in range(2):
+        steps.log.clear()
+        with full.begin(batch(num_rows, decodes=decodes), may_replay=may_replay) as replay:
+            replays = num_rows <= 2 and decodes and may_replay
+            assert replay is (steps if replays else None)
+            assert sglang.decode_cuda_graph_runner is (graphs if replays else None)
+        assert steps.log == log
+
+
+def test_without_steps_of_ours_sglang_replays_what_it_can() -> None:
+    sglang = SimpleNamespace(decode_cuda_graph_runner="graphs")
+    with FullGraphs(sglang, None).begin(batch(1), may_replay=True) as replay:
+        assert replay is None
+    assert sglang.decode_cuda_graph_runner == "graphs"
+
+
+def test_full_graphs_have_no_break_to_prepare(steps: list[str]) -> None:
+    graphs = DecodeGraphs(8, is_full=True)
+    capture_graphs(runner(steps), graphs, on_progress=lambda *_: steps.append("told"))
+    assert steps == ["told", "captured"]
