@@ -221,9 +221,9 @@ class Frames:
         return self._experts
 
     def next_free(self, num_frames: int) -> list[int]:
-        """So many of the free ones: those that are taken next."""
+        """So many of the free ones, in the order in which they would be taken."""
         assert num_frames <= len(self._free)
-        return self._free[len(self._free) - num_frames :]
+        return self._free[len(self._free) - num_frames :][::-1]
 
     def take_for_expert(self, layer: int, expert: int) -> int:
         """Turn a free frame, of which there must be one, into EXPERT(layer, expert)."""

@@ -156,6 +156,34 @@ def test_packed_frames_are_a_kind_of_their_own() -> None:
     assert frames.violations() == []
 
 
+def test_frames_go_straight_to_experts_whoever_had_them() -> None:
+    frames = Frames(4)
+    frames.take_for_expert(0, 1)
+    assert frames.next_free(2) == [1, 2]
+    frames.assign({0: (0, 2), 2: (1, 3)})
+    assert frames.expert(0) == (0, 2)
+    assert frames.expert(2) == (1, 3)
+    assert (frames.num_free, frames.num_expert) == (2, 2)
+    assert frames.next_free(2) == [1, 3]
+    assert frames.violations() == []
+
+
+def test_lent_frames_do_not_change_hands() -> None:
+    frames = Frames(3)
+    frame = frames.take_for_kv()
+    frames.are_lent = True
+    for attempt in (
+        frames.take_for_kv,
+        frames.take_for_packed,
+        lambda: frames.take_for_expert(0, 0),
+        lambda: frames.give(frame),
+        lambda: frames.assign({1: (0, 0)}),
+    ):
+        with pytest.raises(AssertionError):
+            attempt()
+    assert frames.violations() == []
+
+
 def test_giving_a_frame_back_twice_is_caught() -> None:
     frames = Frames(2)
     frame = frames.take_for_kv()

@@ -114,6 +114,10 @@ def test_first_of_a_layer() -> None:
     first = experts.order.first_of(1)
     assert first is not None
     assert (first.layer, first.expert) == (1, 1)
+    few = experts.order.first_few_of(1, 3)
+    assert [its.expert for its in few] == [1, 2, 0]
+    assert [its.value for its in few] == sorted(its.value for its in few)
+    assert len(experts.order.first_few_of(1, 9)) == 4
     experts.table.pin(1, np.arange(4))
     assert experts.order.first_of(1) is None
 

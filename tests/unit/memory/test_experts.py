@@ -56,6 +56,30 @@ def test_a_pinned_expert_can_not_be_evicted(table: ExpertTable, frames: Frames) 
         table.evict(0, 0)
 
 
+def test_newcomers_get_the_frames_of_whom_they_replace_or_free_ones(
+    table: ExpertTable, frames: Frames
+) -> None:
+    place(table, frames, 0, 3)
+    place(table, frames, 1, 3)
+    table.is_unused[1, 3] = True
+    layers, evicted, newcomers = np.array([[0, 1, 1], [3, 3, -1], [1, 0, 2]])
+    table.replace(layers, evicted, newcomers, frames=np.array([0, 1, 2], np.int32))
+    assert table.frame_table.tolist() == [[-1, 0, -1, -1], [1, -1, 2, -1]]
+    assert (table.num_resident, table.num_unused_evicted) == ([1, 2], 1)
+    assert table.violations() == []
+
+
+def test_an_expert_may_move_to_the_frame_of_another(table: ExpertTable, frames: Frames) -> None:
+    place(table, frames, 0, 0)
+    place(table, frames, 0, 1)
+    swapped = np.array([0, 0]), np.array([0, 1]), np.array([1, 0])
+    table.replace(*swapped, frames=np.array([0, 1], np.int32))
+    assert table.frame_table[0].tolist() == [1, 0, -1, -1]
+    assert table.violations() == []
+    with pytest.raises(AssertionError, match="a newcomer is a resident"):
+        table.replace(*(np.array([its]) for its in (0, -1, 0)), frames=np.array([2], np.int32))
+
+
 def test_violations_notice_a_frame_with_another_owner(table: ExpertTable, frames: Frames) -> None:
     table.place(Load(frames.take_for_expert(0, 1), 0, 0))
     assert table.violations() == [

@@ -49,6 +49,27 @@ def look(tier: HostTier) -> TierSnapshot:
     return tier.snapshot(heat=np.zeros((2, 4)), is_resident=np.zeros((2, 4), np.bool_))
 
 
+def test_it_tells_which_block_holds_which_expert_and_whether_that_is_final(
+    tier: HostTier, store: ExpertStore
+) -> None:
+    bring_in(tier, store, 3, 1)
+    blocks = tier.block_table()
+    assert blocks.tolist() == [[-1, 1, -1, 0], [-1, -1, -1, -1]]
+    blocks[:] = 7  # a copy
+    bring_in(tier, store, 0, 2)
+    assert tier.block_table().tolist() == [[2, 1, 3, 0], [-1, -1, -1, -1]]
+    assert not tier.holds_all  # all blocks are full, and may change hands
+
+    roomy = HostTier(make_blocks(1000, store), num_layers=2, num_experts=4)
+    for layer, expert in np.ndindex(2, 4):
+        assert not roomy.holds_all
+        block = roomy.begin(Promotion(layer, expert))
+        assert block is not None
+        assert not roomy.holds_all
+        roomy.finish(block, 6)
+    assert roomy.holds_all
+
+
 def test_a_missed_expert_is_read_from_disk_once_and_from_host_memory_after_that(
     tier: HostTier, store: ExpertStore
 ) -> None:

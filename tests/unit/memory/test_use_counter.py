@@ -45,6 +45,15 @@ def test_recent_steps_weigh_more() -> None:
     assert steps.probability()[0] == pytest.approx([1 / 3, 2 / 3, 0, 0])
 
 
+def test_what_is_noted_counts_as_what_waves_are_asked_for() -> None:
+    steps = Steps()
+    steps.run([0, 2], [3])
+    for layer, experts in enumerate(([0, 2], [3])):
+        steps.counter.note(layer, np.array(experts))
+    steps.counter.end_step(1)
+    assert np.array(steps.probability()) == pytest.approx(np.array([[1, 0, 1, 0], [0, 0, 0, 1]]))
+
+
 def test_prefills_do_not_count() -> None:
     steps = Steps()
     steps.run([0, 1, 2, 3], [0, 1, 2, 3], num_decoding=0)
