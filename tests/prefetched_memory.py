@@ -35,7 +35,9 @@ class Background:
         return ended
 
     def promote(self, load: Load) -> None:
-        self.under_way.remove(load)
+        if load in self.under_way:
+            self.under_way.remove(load)
+        self.ended = [arrival for arrival in self.ended if arrival.load != load]
         self.promoted.append(load)
 
     def wait(self, load: Load) -> bool:

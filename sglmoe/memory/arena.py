@@ -190,7 +190,8 @@ class Frames:
         self._experts: dict[int, tuple[int, int]] = {}
         self._free = list(range(num_frames - 1, -1, -1))
         self.num_packed = 0
-        self.are_lent = False  # to a step without the host: then none changes hands here
+        self._lent: list[int] = []  # free ones that a step without the host may fill
+        self.are_lent = False  # to such a step: meanwhile only experts take others
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -205,7 +206,8 @@ class Frames:
 
     @property
     def num_kv(self) -> int:
-        return len(self._kinds) - len(self._free) - len(self._experts) - self.num_packed
+        num_free = len(self._free) + len(self._lent)
+        return len(self._kinds) - num_free - len(self._experts) - self.num_packed
 
     def kind(self, frame: int) -> FrameKind:
         return self._kinds[frame]
@@ -220,14 +222,27 @@ class Frames:
     def expert_frames(self) -> Iterable[int]:
         return self._experts
 
-    def next_free(self, num_frames: int) -> list[int]:
-        """So many of the free ones, in the order in which they would be taken."""
+    def lend(self, num_frames: int) -> list[int]:
+        """So many of the free ones, in the order in which they would be taken: no others may have them until `end_lending`."""
         assert num_frames <= len(self._free)
-        return self._free[len(self._free) - num_frames :][::-1]
+        assert not self.are_lent
+        start = len(self._free) - num_frames
+        self._lent = self._free[start:][::-1]
+        del self._free[start:]
+        self.are_lent = True
+        return self._lent
+
+    def end_lending(self) -> None:
+        """Those that were lent are free as they were."""
+        assert self.are_lent
+        self._free += reversed(self._lent)
+        self._lent = []
+        self.are_lent = False
 
     def take_for_expert(self, layer: int, expert: int) -> int:
         """Turn a free frame, of which there must be one, into EXPERT(layer, expert)."""
-        frame = self._take(FrameKind.EXPERT)
+        frame = self._free.pop()
+        self._kinds[frame] = FrameKind.EXPERT
         self._experts[frame] = (layer, expert)
         return frame
 
@@ -273,7 +288,7 @@ class Frames:
             for kind in FrameKind
         }
         found = []
-        if sorted(self._free) != sorted(by_kind[FrameKind.FREE]):
+        if sorted(self._free + self._lent) != sorted(by_kind[FrameKind.FREE]):
             found.append("the list of free frames differs from the frames marked free")
         if self._experts.keys() != by_kind[FrameKind.EXPERT]:
             found.append("the experts' frames differ from the frames marked expert")

@@ -20,10 +20,13 @@ from sglmoe.memory.frame_sets import (
     plan_sizes,
 )
 from sglmoe.memory.prefetches import Prefetches
+from sglmoe.units import ceil_div
 
 IsPlace: TypeAlias = npt.NDArray[np.bool_]  # [num_layers, num_experts], of the places of sets
 
 QUOTA_STEPS = 16  # arbitrary: what experts are worth changes little in so many steps
+# Arbitrary: of the frames that sets can have, one in so many at most is kept for prefetches.
+FRAMES_PER_SPARE = 16
 
 
 class FrameLender:
@@ -56,7 +59,7 @@ class FrameLender:
         self._quotas: Counts | None = None
         self._quota_age = 0  # steps
 
-    def lend(self, least: int) -> FrameSets | None:
+    def lend(self, least: int, num_ahead: int) -> FrameSets | None:
         """See `MemoryManager.lend`."""
         assert self._lent is None, "frames are lent already"
         self._pager.settle()
@@ -65,26 +68,48 @@ class FrameLender:
         if not self._make_least(least):
             return None
         self._make_way()
-        sizes = self._plan_sizes(least)
+        sizes = self._plan_sizes(least, self._num_spare(least, num_ahead))
         for layer in np.flatnonzero(sizes < self._table.num_resident).tolist():
             self._evictor.shrink(layer, int(sizes[layer]))
         num_empty = int(sizes.sum()) - sum(self._table.num_resident)
-        free_frames = np.array(self._frames.next_free(num_empty), np.int32)
+        free_frames = np.array(self._frames.lend(num_empty), np.int32)
         self._lent = lay_out(self._table.frame_table, self._order.now(), sizes, free_frames)
-        self._frames.are_lent = True
         return self._lent
 
-    def take_back(self, owners: Places, keys: Places) -> None:
+    def has_spare(self, layer: int) -> bool:
+        """While frames are lent: whether a prefetch may have one, which may join the layer's set."""
+        assert self._lent is not None
+        num_places = int(self._lent.sizes[layer]) + self._table.num_loading[layer]
+        return num_places < int(self._most()[layer]) and self._frames.num_free > 0
+
+    def take_back(self, sets: FrameSets) -> None:
         """See `MemoryManager.take_back`."""
         lent, self._lent = self._lent, None
         assert lent is not None, "nothing is lent"
-        self._frames.are_lent = False
-        is_place = lent.frames != ABSENT
-        is_new = (owners != lent.owners) & is_place
-        is_used = (keys == USED) & is_place
-        self._replace(lent, owners, is_new)
-        self._note_uses(owners, is_used, is_hit=is_used & ~is_new)
+        self._frames.end_lending()
+        before = self._end_joined(lent, sets)
+        is_place = np.arange(self._num_experts) < sets.sizes[:, np.newaxis]
+        is_new = (sets.owners != before) & is_place
+        is_used = (sets.keys == USED) & is_place
+        self._replace(before, sets, is_new)
+        self._note_uses(sets.owners, is_used, is_hit=is_used & ~is_new)
         self._prefetches.end_layers()
+
+    def _end_joined(self, lent: FrameSets, sets: FrameSets) -> Places:
+        """End the prefetches that have joined a set; who had its places before the step made anything of them."""
+        layers = np.flatnonzero(sets.sizes > lent.sizes).tolist()
+        if not layers:
+            return lent.owners
+        before = lent.owners.copy()
+        load_into = {load.frame: load for load in self._table.loading.values()}
+        for layer in layers:
+            for place in range(int(lent.sizes[layer]), int(sets.sizes[layer])):
+                load = load_into[int(sets.frames[layer, place])]
+                is_there = bool(sets.owners[layer, place] == load.expert)
+                self._prefetches.end_joined(load, is_there=is_there)
+                if is_there:
+                    before[layer, place] = load.expert
+        return before
 
     def _make_least(self, least: int) -> bool:
         """Whether each layer can have so many frames, if prefetches give theirs up for it; then they do."""
@@ -104,20 +129,25 @@ class FrameLender:
         while self._frames.num_free < expected and self._evictor.make_way():
             pass
 
-    def _plan_sizes(self, least: int) -> Counts:
+    def _num_spare(self, least: int, num_ahead: int) -> int:
+        """Frames that sets could have, for prefetches."""
+        beyond_least = self._num_frames - self._num_layers * least
+        return max(0, min(num_ahead, ceil_div(self._num_frames, FRAMES_PER_SPARE), beyond_least))
+
+    def _plan_sizes(self, least: int, num_spare: int) -> Counts:
         most = self._most()
         return plan_sizes(
             np.array(self._table.num_resident),
-            most if self._layer_frames else self._current_quotas(least),
+            most if self._layer_frames else self._current_quotas(least, num_spare),
             self._misses,
-            num_free=self._frames.num_free,
+            num_free=self._frames.num_free - num_spare,
             least=least,
             most=most,
         )
 
-    def _current_quotas(self, least: int) -> Counts:
+    def _current_quotas(self, least: int, num_spare: int) -> Counts:
         """Quotas of late, or new ones where these can't be kept."""
-        quotas, num_frames = self._quotas, self._num_frames
+        quotas, num_frames = self._quotas, self._num_frames - num_spare
         self._quota_age += 1
         if (
             quotas is None
@@ -132,7 +162,7 @@ class FrameLender:
     @property
     def _num_frames(self) -> int:
         """That sets can have."""
-        return sum(self._table.num_resident) + self._frames.num_free
+        return self._frames.num_free + sum(self._table.num_resident)
 
     def _most(self) -> Counts:
         """The most that each set can have."""
@@ -140,13 +170,13 @@ class FrameLender:
             return np.full(self._num_layers, self._num_experts)
         return self._layer_frames - np.array(self._table.num_loading)
 
-    def _replace(self, lent: FrameSets, owners: Places, is_new: IsPlace) -> None:
-        """Who has a place that was another's, or nobody's, has its frame."""
+    def _replace(self, before: Places, sets: FrameSets, is_new: IsPlace) -> None:
+        """Who has a place that was another's before, or nobody's, has its frame."""
         layers, places = np.nonzero(is_new)
-        newcomers = owners[layers, places].astype(np.intp)
-        evicted = lent.owners[layers, places].astype(np.intp)
+        newcomers = sets.owners[layers, places].astype(np.intp)
+        evicted = before[layers, places].astype(np.intp)
         self._prefetches.drop_these(zip(layers.tolist(), newcomers.tolist(), strict=True))
-        self._table.replace(layers, evicted, newcomers, frames=lent.frames[layers, places])
+        self._table.replace(layers, evicted, newcomers, frames=sets.frames[layers, places])
         self._evictor.experts_evicted += int(np.count_nonzero(evicted != ABSENT))
         self._misses = np.bincount(layers, minlength=self._num_layers)
 

@@ -24,9 +24,9 @@ class FrameSets(msgspec.Struct, frozen=True, eq=False):
     """The sets of L layers of E experts, of E places at most: by owner, then the empty ones. Not to be changed."""
 
     sizes: npt.NDArray[np.int32]  # [L], the first so many places of a row count
-    frames: Places  # -1 beyond
+    frames: Places  # -1 beyond, when they are lent
     owners: Places  # the expert in each place, ABSENT: none
-    keys: Places  # the lowest changes hands first; below USED
+    keys: Places  # the lowest changes hands first; USED of what the step has used
 
 
 def lay_out(

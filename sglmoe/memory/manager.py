@@ -27,7 +27,7 @@ from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry, check_floor
 from sglmoe.memory.expert_values import Probabilities
 from sglmoe.memory.experts import ExpertIds
-from sglmoe.memory.frame_sets import FrameSets, Places
+from sglmoe.memory.frame_sets import FrameSets
 from sglmoe.memory.kv_pages import Pages, no_pages
 from sglmoe.memory.link_gate import LoadExperts
 from sglmoe.memory.memory_map import draw_memory
@@ -302,14 +302,16 @@ class MemoryManager:
         self._evictor.fit_packed(min(num_frames, self._max_kv_frames - self._frames.num_kv))
         self._slabs.hold(experts)
 
-    def lend(self, least: int) -> FrameSets | None:
-        """Frames for a step without the host, which may replace experts within each layer's set; until `take_back` nothing
-        else may be asked of memory. None, and nobody evicted, if a layer can't have `least`, or one for each expert."""
-        return self._lender.lend(least)
+    def lend(self, least: int, num_ahead: int = 0) -> FrameSets | None:
+        """Frames for a step without the host, which may replace experts within each layer's set. Until `take_back` nothing
+        else may be asked of memory but `expect` and `prefetch`, for which up to `num_ahead` frames stay free. None, and nobody
+        evicted, if a layer can't have `least`, or one for each expert."""
+        return self._lender.lend(least, num_ahead)
 
-    def take_back(self, owners: Places, keys: Places) -> None:
-        """What the step has made of `FrameSets.owners` and `keys`: who is in each place, and USED where it used that."""
-        self._lender.take_back(owners, keys)
+    def take_back(self, sets: FrameSets) -> None:
+        """What the step has made of them: who is in each place, USED where it used that, and prefetches that came meanwhile
+        in further places, behind those that were lent."""
+        self._lender.take_back(sets)
 
     @property
     def num_on_their_way(self) -> int:

@@ -122,6 +122,15 @@ class Prefetches:
         self.counters.late += is_there
         return is_there
 
+    def end_joined(self, load: Load, *, is_there: bool) -> None:
+        """A step without the host has found it in its frame; the expert is a resident, or has lost the frame again."""
+        assert self._background is not None
+        del self._due[load.layer, load.expert]
+        self._background.promote(load)
+        came = self._background.wait(load)
+        assert came, f"{load} was told to a step, and has failed"
+        self._end(load, is_there=is_there)
+
     def use(self, layer: int | ExpertIds, residents: ExpertIds) -> None:
         """The layer has found these; or each its own layer."""
         if self.counters.landed:

@@ -77,7 +77,7 @@ class Tenants:
             table=self.table,
             order=self.experts,
             frames=self.frames,
-            make_frame=self.evictor.make_spare_frame,
+            make_frame=self._make_spare_frame,
             is_packed=self.slabs.is_packed,
         )
         self.pager = ExpertPager(
@@ -99,6 +99,11 @@ class Tenants:
             prefetches=self.prefetches,
             layer_frames=self._layer_frames,
         )
+
+    def _make_spare_frame(self, layer: int, value: float) -> bool:
+        if self.frames.are_lent:
+            return self.lender.has_spare(layer)
+        return self.evictor.make_spare_frame(layer, value)
 
 
 def frame_values(values: ExpertValues, slabs: PackedSlabs, packing: Packing) -> ExpertValues:

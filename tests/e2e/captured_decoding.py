@@ -26,6 +26,7 @@ from sglmoe.memory.arena import Geometry
 from sglmoe.memory.prefetch import Wanted
 from sglmoe.memory.store import ExpertReadError
 from sglmoe.protocol import LogprobSpec, MemorySnapshot, Row, RowResult
+from sglmoe.worker.routed import Routed
 
 SIZES = [1, 2, 4]  # of captured steps: one of three requests is padded, one of five is not captured
 STEPS = 6
@@ -121,7 +122,8 @@ def decode(
 
 
 def foresee(worker: LoadedWorker, rows: list[RowResult]) -> None:
-    """In this step have what the next layer will use prefetched at each boundary, one by one, before the step goes on."""
+    """In this step have what the next layer will use prefetched at each boundary, one by one, before the step goes on; and see
+    that the observer is told what routers say."""
     memory, captured = worker.loaded.memory, worker.loaded.captured
     assert captured is not None
     assert captured.letters is not None
@@ -129,7 +131,14 @@ def foresee(worker: LoadedWorker, rows: list[RowResult]) -> None:
     numbers = worker.loaded.experts.layer_ids  # sglang's
     routed = [row.routed_experts for row in rows]
     ids = [np.frombuffer(its.ids, np.int32).reshape(its.shape) for its in routed if its]
-    worker.loaded.experts.observer = SimpleNamespace(num_ahead=1, routed=max, look_ahead=int)
+
+    def check_routed(layer: int, its: Routed) -> None:
+        assert its.ids.tolist() == [request[0, numbers[layer]].tolist() for request in ids]
+        assert its.logits.isfinite().all()
+        assert its.hidden.isfinite().all()
+
+    observer = SimpleNamespace(num_ahead=1, routed=check_routed, look_ahead=int)
+    worker.loaded.experts.observer = observer
 
     def at_boundary(layer: int) -> None:
         if layer + 1 == len(numbers):
