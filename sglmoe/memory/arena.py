@@ -8,6 +8,7 @@ evicted.
 import math
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from itertools import chain
 
 import msgspec
 
@@ -217,7 +218,8 @@ class Frames:
         return self._experts[frame]
 
     def free_frames(self) -> Iterable[int]:
-        return self._free
+        """Those that hold nothing, lent or not."""
+        return chain(self._free, self._lent)
 
     def expert_frames(self) -> Iterable[int]:
         return self._experts

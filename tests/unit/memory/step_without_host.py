@@ -1,10 +1,9 @@
-"""What the device makes of frame sets in a step without the host: `kernels.residency.decide`, in plain Python."""
+"""What the device makes of frame sets in a step without the host: `mailbox.commit` and `residency.decide`, in Python."""
 
 from collections.abc import Sequence, Set
 from typing import NamedTuple
 
-import numpy as np
-
+from sglmoe.memory.experts import ABSENT, Load
 from sglmoe.memory.frame_sets import USED, FrameSets
 
 
@@ -14,20 +13,31 @@ class PageIn(NamedTuple):
     frame: int
 
 
-class Outcome(NamedTuple):
-    owners: np.ndarray
-    keys: np.ndarray
-    page_ins: list[PageIn]
-    shortfall: int  # experts that found no place
+class Step:
+    """Begun with what was lent. A place beyond a set's size is left as garbage."""
 
+    def __init__(self, lent: FrameSets):
+        self.sets = FrameSets(
+            *(its.copy() for its in (lent.sizes, lent.frames, lent.owners, lent.keys))
+        )
+        self.page_ins: list[PageIn] = []
+        self.shortfall = 0  # experts that found no place
+        for layer, size in enumerate(lent.sizes.tolist()):
+            self.sets.owners[layer, size:], self.sets.keys[layer, size:] = 3, USED
 
-def run_step(sets: FrameSets, routed: Sequence[Set[int]]) -> Outcome:
-    """Each layer uses its `routed` experts. A place beyond a set's size is left as garbage."""
-    outcome = Outcome(sets.owners.copy(), sets.keys.copy(), [], 0)
-    for layer, needed in enumerate(routed):
-        size = int(sets.sizes[layer])
-        owners, keys = outcome.owners[layer], outcome.keys[layer]
-        owners[size:], keys[size:] = 3, USED
+    def join(self, load: Load) -> None:
+        """The letter of a prefetch is read: its frame is a place of the layer's set from now on."""
+        layer, sets = load.layer, self.sets
+        place = int(sets.sizes[layer])
+        is_new = load.expert not in sets.owners[layer, :place]
+        sets.frames[layer, place] = load.frame
+        sets.owners[layer, place] = load.expert if is_new else ABSENT
+        sets.keys[layer, place] = USED - 1
+        sets.sizes[layer] += 1
+
+    def compute(self, layer: int, needed: Set[int]) -> None:
+        size = int(self.sets.sizes[layer])
+        owners, keys = self.sets.owners[layer], self.sets.keys[layer]
         found = [place for place in range(size) if owners[place] in needed]
         free = [place for place in range(size) if owners[place] not in needed]
         free.sort(key=lambda place: (owners[place] >= 0, keys[place] * (owners[place] >= 0), place))
@@ -35,8 +45,14 @@ def run_step(sets: FrameSets, routed: Sequence[Set[int]]) -> Outcome:
         served = list(zip(missing, free, strict=False))
         for expert, place in served:
             owners[place] = expert
-            frame = int(sets.frames[layer, place])
-            outcome.page_ins.append(PageIn(layer, expert, frame))
+            self.page_ins.append(PageIn(layer, expert, int(self.sets.frames[layer, place])))
         keys[found + [place for _, place in served]] = USED
-        outcome = outcome._replace(shortfall=outcome.shortfall + len(missing) - len(served))
-    return outcome
+        self.shortfall += len(missing) - len(served)
+
+
+def run_step(lent: FrameSets, routed: Sequence[Set[int]]) -> Step:
+    """Each layer uses its `routed` experts; nothing comes meanwhile."""
+    step = Step(lent)
+    for layer, needed in enumerate(routed):
+        step.compute(layer, needed)
+    return step

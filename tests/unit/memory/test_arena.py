@@ -159,24 +159,35 @@ def test_packed_frames_are_a_kind_of_their_own() -> None:
 def test_frames_go_straight_to_experts_whoever_had_them() -> None:
     frames = Frames(4)
     frames.take_for_expert(0, 1)
-    assert frames.next_free(2) == [1, 2]
     frames.assign({0: (0, 2), 2: (1, 3)})
     assert frames.expert(0) == (0, 2)
     assert frames.expert(2) == (1, 3)
     assert (frames.num_free, frames.num_expert) == (2, 2)
-    assert frames.next_free(2) == [1, 3]
     assert frames.violations() == []
 
 
-def test_lent_frames_do_not_change_hands() -> None:
+def test_lent_frames_are_free_again_as_they_were() -> None:
+    frames = Frames(5)
+    frames.take_for_kv()
+    assert frames.lend(3) == [1, 2, 3]
+    assert (frames.num_free, frames.num_kv) == (1, 1)
+    assert frames.take_for_expert(0, 0) == 4  # a prefetch's
+    assert frames.violations() == []
+    frames.end_lending()
+    assert (frames.num_free, frames.num_kv) == (3, 1)
+    assert frames.take_for_kv() == 1
+    assert frames.violations() == []
+
+
+def test_while_frames_are_lent_others_do_not_change_hands() -> None:
     frames = Frames(3)
     frame = frames.take_for_kv()
-    frames.are_lent = True
+    frames.lend(0)
     for attempt in (
         frames.take_for_kv,
         frames.take_for_packed,
-        lambda: frames.take_for_expert(0, 0),
         lambda: frames.give(frame),
+        lambda: frames.lend(1),
         lambda: frames.assign({1: (0, 0)}),
     ):
         with pytest.raises(AssertionError):

@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefetched_memory import Memory, tiny_geometry
-from step_without_host import PageIn, run_step
+from step_without_host import PageIn, Step, run_step
 
 from sglmoe.config import MemoryPolicy
+from sglmoe.memory.experts import Load
 from sglmoe.memory.frame_sets import USED, FrameSets
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.memory.prefetch import Arrival
 
 
 def lend(memory: MemoryManager, least: int = 1) -> FrameSets:
@@ -23,7 +25,7 @@ def lend(memory: MemoryManager, least: int = 1) -> FrameSets:
 def step(memory: MemoryManager, *routed: set[int], least: int = 1) -> list[PageIn]:
     """A whole step without the host, whose layers use these; what was paged in."""
     outcome = run_step(lend(memory, least), routed)
-    memory.take_back(outcome.owners, outcome.keys)
+    memory.take_back(outcome.sets)
     assert memory.violations() == []
     assert not outcome.shortfall
     return outcome.page_ins
@@ -32,7 +34,7 @@ def step(memory: MemoryManager, *routed: set[int], least: int = 1) -> list[PageI
 def set_sizes(memory: MemoryManager, least: int = 1) -> list[int]:
     """Of a step that is not taken."""
     sets = lend(memory, least)
-    memory.take_back(sets.owners, sets.keys)
+    memory.take_back(sets)
     return sets.sizes.tolist()
 
 
@@ -74,7 +76,7 @@ def test_a_step_without_the_host() -> None:
     owners = np.array([[0, 1, 3, -1], [1, 0, -1, -1]], np.int32)
     keys = sets.keys.copy()
     keys[0, 1:3] = keys[1, :2] = USED
-    memory.take_back(owners, keys)
+    memory.take_back(FrameSets(sets.sizes, sets.frames, owners, keys))
     assert memory.violations() == []
     assert memory.frame_table.tolist() == [[3, 4, -1, 6], [7, 5, -1, -1]]
     assert hits_and_misses(memory) == (1, 6)
@@ -100,8 +102,10 @@ def test_the_device_gets_what_it_needs_to_evict_by_policy() -> None:
 
 def test_what_a_step_did_not_fill_is_free_again() -> None:
     memory = Memory()
-    assert lend(memory).sizes.tolist() == [4, 4]
-    memory.take_back(np.array([[2, -1, -1, -1]] * 2), np.array([[USED, 0, 0, 0]] * 2))
+    sets = lend(memory)
+    assert sets.sizes.tolist() == [4, 4]
+    owners, keys = np.array([[2, -1, -1, -1]] * 2), np.array([[USED, 0, 0, 0]] * 2)
+    memory.take_back(FrameSets(sets.sizes, sets.frames, owners, keys))
     assert memory.violations() == []
     assert memory.residents() == ["0.2", "1.2"]
     assert memory.snapshot(0).free_frames == 6
@@ -242,7 +246,7 @@ def test_frames_on_their_way_are_lent_to_nobody() -> None:
     assert sets.sizes.tolist() == [4, 3]
     memory.background_loads.arrive()
     outcome = run_step(sets, [{0}, {0}])
-    memory.take_back(outcome.owners, outcome.keys)
+    memory.take_back(outcome.sets)
     assert memory.residents() == ["0.0", "0.1", "1.0"]
     assert memory.counts() == (1, 0, 0, 0)
     assert step(memory, {1}, {0}) == []
@@ -259,7 +263,7 @@ def test_whoever_was_on_its_way_and_paged_in_meanwhile_is_given_up(has_arrived: 
     if has_arrived:
         memory.background_loads.arrive()
     outcome = run_step(sets, [{0}, {2}])
-    memory.take_back(outcome.owners, outcome.keys)
+    memory.take_back(outcome.sets)
     assert memory.violations() == []
     assert memory.background_loads.log == ["cancel 1.2"]
     assert memory.counts() == (1, 0, 0, 1)
@@ -272,7 +276,7 @@ def test_what_was_for_a_step_that_has_passed_is_given_up() -> None:
     memory.want("0.1", "1.1")
     sets = memory.lend(1)
     assert sets is not None
-    memory.take_back(sets.owners, sets.keys)
+    memory.take_back(sets)
     assert memory.background_loads.log == ["cancel 0.1", "cancel 1.1"]
     memory.want("0.1", "1.1")  # for the next one, to which they are not late
     memory.begin_step()
@@ -315,12 +319,158 @@ def test_while_frames_are_lent_none_changes_hands() -> None:
         lambda: list(memory.waves(0, [0])),
         lambda: memory.extend("r", 8),
         lambda: memory.lend(1),
-        lambda: memory.want("1.1"),
         memory.clear,
     ):
         with pytest.raises(AssertionError):
             attempt()
-    memory.take_back(sets.owners, sets.keys)
+    memory.take_back(sets)
     assert memory.violations() == []
     with pytest.raises(AssertionError, match="nothing is lent"):
-        memory.take_back(sets.owners, sets.keys)
+        memory.take_back(sets)
+
+
+# ------------------------------------------------------------------------- prefetches that come while it runs
+
+
+def lend_with_spare(memory: Memory, *, num_ahead: int = 1) -> Step:
+    """Experts 0 and 1 of each layer are resident, and a request has three of the eight frames."""
+    start(memory, 3)
+    memory.run(0, 0, 1)
+    memory.run(1, 0, 1)
+    memory.begin_step()
+    sets = memory.lend(2, num_ahead)
+    assert sets is not None
+    return Step(sets)
+
+
+def prefetch(memory: Memory, key: str) -> Load:
+    assert memory.want(key) == 1
+    return memory.background_loads.under_way[-1]
+
+
+def test_spare_frames_are_in_no_set_and_free_again_if_nothing_came() -> None:
+    memory = Memory()
+    step = lend_with_spare(memory)
+    assert step.sets.sizes.tolist() == [2, 2]  # frame 7 is spare
+    memory.take_back(step.sets)
+    assert memory.violations() == []
+    assert memory.snapshot(0).free_frames == 1
+    assert set_sizes(memory) == [3, 2]
+
+
+def test_what_is_spare_is_taken_from_whoever_is_worth_least_but_not_from_the_least_of_a_layer() -> (
+    None
+):
+    memory = Memory()
+    start(memory, 4)
+    memory.run(0, 0, 1)
+    memory.run(1, 2, 3)
+    memory.begin_step()
+    assert memory.lend(2, 1) is not None  # each has two, and there is no other frame
+    assert memory.want("1.0") == 0
+
+
+def test_a_prefetch_that_comes_in_time_joins_and_is_used() -> None:
+    memory = Memory()
+    step = lend_with_spare(memory)
+    load = prefetch(memory, "1.2")
+    assert memory.want("1.3") == 0  # there is one spare frame
+    memory.background_loads.arrive()
+    step.compute(0, {0})
+    step.join(load)
+    step.compute(1, {0, 2})
+    memory.take_back(step.sets)
+    assert memory.violations() == []
+    assert step.page_ins == []
+    assert memory.residents() == ["0.0", "0.1", "1.0", "1.1", "1.2"]
+    assert memory.counts() == (1, 1, 0, 0)
+    assert hits_and_misses(memory) == (3, 4)
+
+
+def test_one_that_joins_and_is_not_used_is_a_resident_that_nothing_has_used() -> None:
+    memory = Memory()
+    step = lend_with_spare(memory)
+    step.join(prefetch(memory, "1.2"))
+    memory.take_back(step.sets)
+    assert memory.residents() == ["0.0", "0.1", "1.0", "1.1", "1.2"]
+    assert memory.counts() == (1, 0, 0, 0)
+    assert memory.run(1, 2) == [[2]]
+    assert memory.counts() == (1, 1, 0, 0)
+
+
+def test_the_frame_of_one_that_joined_may_be_anothers_by_now() -> None:
+    memory = Memory()
+    step = lend_with_spare(memory)
+    load = prefetch(memory, "1.2")
+    step.join(load)
+    step.compute(1, {0, 1, 3})
+    assert step.page_ins == [PageIn(1, 3, load.frame)]
+    memory.take_back(step.sets)
+    assert memory.violations() == []
+    assert memory.frame_table[1].tolist()[2:] == [-1, load.frame]
+    assert memory.counts() == (1, 0, 0, 1)
+
+
+def test_one_that_a_miss_has_brought_in_first_leaves_an_empty_place() -> None:
+    memory = Memory()
+    step = lend_with_spare(memory)
+    load = prefetch(memory, "1.2")
+    step.compute(1, {0, 2})
+    step.join(
+        load
+    )  # a later boundary would have to be another step's; the device's order is no concern here
+    memory.take_back(step.sets)
+    assert memory.violations() == []
+    assert memory.residents() == ["0.0", "0.1", "1.0", "1.2"]
+    assert memory.snapshot(0).free_frames == 1
+    assert memory.counts() == (1, 0, 0, 1)
+
+
+def test_a_layer_whose_set_would_be_full_gets_no_prefetch() -> None:
+    memory = Memory(num_frames=16)
+    memory.run(0, 0, 1)
+    memory.begin_step()
+    sets = memory.lend(1, 1)
+    assert sets is not None
+    assert sets.sizes.tolist() == [4, 4]
+    assert memory.want("0.2") == 0
+    memory.take_back(sets)
+    assert memory.violations() == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_whatever_comes_whenever_memory_is_true_again(data: st.DataObject) -> None:
+    """Frames hold what memory says they do; what came is where it was brought."""
+    memory = Memory(policy=data.draw(st.sampled_from(list(MemoryPolicy))))
+    if data.draw(st.booleans()):
+        start(memory, data.draw(st.integers(1, 3)))
+    held: dict[int, tuple[int, int]] = {}
+    coming = memory.background_loads.under_way
+    for _ in range(data.draw(st.integers(1, 4))):
+        memory.begin_step()
+        sets = memory.lend(data.draw(st.integers(1, 2)), data.draw(st.integers(0, 2)))
+        if sets is None:
+            continue
+        step, since_lent = Step(sets), list(coming)
+        for layer in range(2):
+            key = f"{data.draw(st.integers(0, 1))}.{data.draw(st.integers(0, 3))}"
+            since_lent += coming[len(coming) :] if memory.want(key) == 0 else [coming[-1]]
+            came = data.draw(st.lists(st.sampled_from(since_lent or [None]), unique=True))
+            for load in filter(None, came):
+                held[load.frame] = load.layer, load.expert
+                since_lent.remove(load)
+                coming.remove(load)
+                memory.background_loads.ended.append(Arrival(load, is_there=True))
+                if load.layer >= layer and data.draw(st.booleans()):
+                    step.join(load)
+            step.compute(layer, data.draw(st.sets(st.integers(0, 3), min_size=1, max_size=2)))
+        for layer, expert, frame in step.page_ins:
+            held[frame] = layer, expert
+        memory.take_back(step.sets)
+        assert memory.violations() == []
+        for layer, expert in np.argwhere(memory.frame_table >= 0).tolist():
+            assert held[int(memory.frame_table[layer, expert])] == (layer, expert)
+        now = memory.snapshot(0)
+        num_ended = now.prefetches_begun - memory.num_on_their_way
+        assert num_ended >= now.prefetches_used + now.prefetches_wasted

@@ -441,7 +441,7 @@ class MemoryMachine(RuleBasedStateMachine):
         outcome = run_step(sets, routed)
         for layer, expert, frame in outcome.page_ins:
             self.arena[frame] = expert_number(layer, expert)
-        self.memory.take_back(outcome.owners, outcome.keys)
+        self.memory.take_back(outcome.sets)
         now, num_used = self.memory.snapshot(0), sum(map(len, routed)) - outcome.shortfall
         assert not outcome.shortfall or max(map(len, routed)) > least
         assert now.expert_misses - counted.expert_misses == len(outcome.page_ins)
