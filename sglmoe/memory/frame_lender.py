@@ -132,7 +132,8 @@ class FrameLender:
     def _num_spare(self, least: int, num_ahead: int) -> int:
         """Frames that sets could have, for prefetches."""
         beyond_least = self._num_frames - self._num_layers * least
-        return max(0, min(num_ahead, ceil_div(self._num_frames, FRAMES_PER_SPARE), beyond_least))
+        most = ceil_div(self._num_frames, FRAMES_PER_SPARE)
+        return min(max(0, num_ahead), most, beyond_least)
 
     def _plan_sizes(self, least: int, num_spare: int) -> Counts:
         most = self._most()

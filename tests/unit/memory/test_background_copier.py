@@ -24,6 +24,7 @@ class Bench:
         self.prefetch = LinkGate(above=self.demand)
         self.chunks: list[tuple[int, int]] = []  # frame, chunk
         self.at_chunk: Callable[[Load, int], None] = lambda load, chunk: None
+        self.came: list[tuple[int, int]] = []  # frame, chunks copied by then
         self.marks = count()
         self.copied_after: list[int] = []
         self.copier = BackgroundCopier(
@@ -31,6 +32,7 @@ class Bench:
             demand=self.demand,
             prefetch=self.prefetch,
             mark=lambda: next(self.marks),
+            came=lambda load: self.came.append((load.frame, len(self.chunks))),
         )
 
     def copy(self, load: Load, mark: int, before_chunk: Callable[[], None]) -> None:
@@ -192,3 +194,14 @@ def test_closing_leaves_what_is_under_way(bench: Bench) -> None:
     threading.Timer(0.05, go_on.set).start()
     bench.copier.close()
     assert bench.chunks == [(0, 0)]
+
+
+def test_what_has_come_is_told_once_before_it_is_finished_and_no_failure_is(bench: Bench) -> None:
+    there, go_on = bench.stop_at(C, 1)
+    for load in (A, B, C):
+        bench.copier.begin(load)
+    assert there.wait(WAIT_SECONDS)
+    threading.Timer(0.05, go_on.set).start()
+    bench.copier.cancel(C)
+    assert len(bench.eventually_finished(2)) == 2
+    assert bench.came == [(0, 2), (1, 4)]

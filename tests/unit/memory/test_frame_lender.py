@@ -474,3 +474,16 @@ def test_whatever_comes_whenever_memory_is_true_again(data: st.DataObject) -> No
         now = memory.snapshot(0)
         num_ended = now.prefetches_begun - memory.num_on_their_way
         assert num_ended >= now.prefetches_used + now.prefetches_wasted
+
+
+def test_a_spare_frame_is_made_where_all_are_in_use() -> None:
+    memory = Memory()
+    memory.run(0, 0, 1, 2, 3)
+    memory.run(1, 0, 1, 2, 3)
+    memory.begin_step()
+    for _ in range(2):  # by new quotas, and by those of the step before
+        sets = memory.lend(1, 1)
+        assert sets is not None
+        assert sets.sizes.sum() == 7
+        memory.take_back(sets)
+    assert memory.snapshot(0).experts_evicted == 1

@@ -23,7 +23,7 @@ from sglmoe.worker import step_messages
 from sglmoe.worker.captured_steps import CapturedSteps
 from sglmoe.worker.routed import Routed
 from sglmoe.worker.step_messages import Letters
-from sglmoe.worker.step_state import Sizes
+from sglmoe.worker.step_state import Sizes, StepState
 
 FRAME_BYTES, TOP_K, MAX_ROWS = 100, 2, 3
 
@@ -124,13 +124,13 @@ def test_layers_read_the_experts_that_they_are_routed_to() -> None:
 
 def test_rows_that_pad_a_step_bring_nobody_in_and_get_zeros() -> None:
     bench = Bench()
-    (first, second) = bench.step([[0, 1], [2, 3], [9, 9]], [[3, 0], [2, 1], [9, 9]], num_rows=1)
-    assert first == [[1, 2], [0, 0], [0, 0]]
-    assert second == [[14, 11], [0, 0], [0, 0]]
-    assert bench.memory.residents() == ["0.0", "0.1", "1.0", "1.3"]
+    (first, second) = bench.step([[2, 1], [0, 3], [9, 9]], [[3, 2], [0, 1], [9, 9]], num_rows=1)
+    assert first == [[3, 2], [0, 0], [0, 0]]
+    assert second == [[14, 13], [0, 0], [0, 0]]
+    assert bench.memory.residents() == ["0.1", "0.2", "1.2", "1.3"]
     assert {layer: ids.tolist() for layer, ids in bench.steps.routing().items()} == {
-        0: [[0, 1]],
-        1: [[3, 0]],
+        0: [[2, 1]],
+        1: [[3, 2]],
     }
 
 
@@ -155,6 +155,42 @@ def test_nothing_is_lent_before_host_memory_holds_all_experts_nor_for_more_rows_
         with bench.steps.lent(num_rows) as is_lent:
             assert is_lent == may_run
         assert bench.memory.violations() == []
+
+
+def test_for_as_many_rows_as_experts_may_have_too_few_frames_nothing_is_lent() -> None:
+    """Two rows may need all four experts of each layer, and a request has three of the eight frames."""
+    bench = Bench()
+    bench.memory.admit("r", bytes(4 * 24), "")
+    assert bench.memory.extend("r", 24)
+    for num_rows, may_run in ((1, True), (2, False)):
+        with bench.steps.lent(num_rows) as is_lent:
+            assert is_lent == may_run
+
+
+def test_whoever_is_worth_least_gives_way_on_the_device() -> None:
+    """Three frames for each layer, in which 0 was used every other time, 1 every time, 2 never since."""
+    bench = Bench()
+    bench.memory.admit("r", bytes(4 * 16), "")
+    assert bench.memory.extend("r", 16)
+    bench.step([[2, 0]], [[2, 0]], num_rows=1)
+    for _ in range(4):
+        bench.step([[0, 1]], [[0, 1]], num_rows=1)
+    bench.step([[1, 3]], [[1, 3]], num_rows=1)
+    assert bench.memory.residents() == ["0.0", "0.1", "0.3", "1.0", "1.1", "1.3"]
+
+
+def test_experts_that_found_no_frame_are_an_error_of_ours() -> None:
+    state = StepState(Sizes(2, 4, TOP_K, MAX_ROWS), "cpu")
+    sets, table = Memory().lend(1), np.zeros((2, 4), np.int32)
+    assert sets is not None
+    state.upload(1, sets, table, 1)
+    state.residency.shortfall.add_(2)
+    state.queue_back()
+    with pytest.raises(AssertionError, match="2 experts found no frame"):
+        state.read_back()
+    state.upload(2, sets, table, 1)  # and of the next step it says nothing
+    state.queue_back()
+    assert state.read_back().sizes.tolist() == sets.sizes.tolist()
 
 
 def test_a_step_that_fails_in_the_middle_leaves_memory_as_the_device_has_it() -> None:

@@ -373,3 +373,14 @@ def test_layers_with_different_experts_are_refused() -> None:
         experts.add_layer(1, ExpertShape(NUM_EXPERTS, HIDDEN, 2 * INNER, PLAIN))
     with pytest.raises(ValueError, match="differ from layer to layer"):
         experts.add_layer(1, ExpertShape(NUM_EXPERTS, HIDDEN, INNER, FP8))
+
+
+def test_counters_are_told_what_a_layer_uses_before_it_waits_for_it() -> None:
+    experts, memory = make_experts(num_frames=3)
+    told: list[list[int]] = []
+    counter = SimpleNamespace(note=lambda layer, its: told.append([layer, *its.tolist()]))
+    experts.counters = [counter]  # type: ignore[list-item]
+    run(experts, num_tokens=5)
+    routing, _ = routed_batch(5)
+    assert told == [[0, *routing.ids.unique().tolist()]]
+    assert memory.snapshot(0).num_waves > 1
