@@ -86,7 +86,7 @@ def plan_sizes(
     """
     lacking = np.maximum(quotas - num_resident, 0)
     wanted: Counts = np.minimum(lacking, misses)
-    wanted = np.maximum(wanted, (least - num_resident).clip(0))
+    wanted = np.maximum(wanted, least - num_resident)
     num_left = num_free - int(wanted.sum())
     if num_left <= 0:
         surplus = np.maximum(num_resident - quotas, 0)

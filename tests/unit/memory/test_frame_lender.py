@@ -8,8 +8,10 @@ from prefetched_memory import Memory, tiny_geometry
 from step_without_host import PageIn, Step, run_step
 
 from sglmoe.config import MemoryPolicy
+from sglmoe.memory.expert_values import Values
 from sglmoe.memory.experts import Load
-from sglmoe.memory.frame_sets import USED, FrameSets
+from sglmoe.memory.frame_lender import QUOTA_STEPS
+from sglmoe.memory.frame_sets import USED, Counts, FrameSets, plan_quotas
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.prefetch import Arrival
 
@@ -98,6 +100,18 @@ def test_the_device_gets_what_it_needs_to_evict_by_policy() -> None:
     assert step(memory, {0}, {0}, least=1) == [PageIn(0, 0, 4)]
     # 3 was used longest ago; its place, not 1's or 2's, is expert 0's now.
     assert memory.residents() == ["0.0", "0.1", "0.2", "1.0"]
+
+
+@pytest.mark.parametrize("policy", [its for its in MemoryPolicy if its is not MemoryPolicy.STATIC])
+def test_memory_learns_what_each_layer_has_used(policy: MemoryPolicy) -> None:
+    memory = Memory(policy=policy)
+    start(memory, 2)
+    memory.run(0, 0, 1)
+    memory.run(1, 0, 1)
+    for _ in range(2):
+        assert step(memory, {1}, {0}) == []
+    assert memory.extend("r", 8 * 6)
+    assert memory.residents() == ["0.1", "1.0"]
 
 
 def test_what_a_step_did_not_fill_is_free_again() -> None:
@@ -194,12 +208,49 @@ def test_frames_go_from_layer_to_layer_as_these_miss() -> None:
     assert hits_and_misses(memory)[1] == misses
 
 
+def test_layers_that_use_as_much_have_as_many_frames() -> None:
+    memory = Memory()
+    start(memory, 2)
+    for _ in range(3):
+        step(memory, {0}, {0})
+    # The first layer's experts are nearer, and those of both as likely.
+    assert set_sizes(memory) == [3, 3]
+
+
+def test_quotas_are_made_anew_where_they_give_a_layer_too_few() -> None:
+    memory = Memory()
+    start(memory, 3)
+    for _ in range(5):
+        memory.begin_step()
+        memory.run(0, 0, 1, 2, 3)
+        memory.run(1, 0)
+    assert set_sizes(memory, 1) == [4, 1]
+    assert set_sizes(memory, 2) == [3, 2]
+
+
+def test_quotas_last_for_some_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, num_made = Memory(), 0
+
+    def counted(values: Values, num_frames: int, least: int) -> Counts:
+        nonlocal num_made
+        num_made += 1
+        return plan_quotas(values, num_frames, least)
+
+    monkeypatch.setattr("sglmoe.memory.frame_lender.plan_quotas", counted)
+    for _ in range(QUOTA_STEPS):
+        step(memory, {0}, {0})
+    assert num_made == 1
+    step(memory, {0}, {0})
+    assert num_made == 2
+
+
 def test_prefixes_that_are_worth_less_make_way_for_as_many_misses_as_there_were() -> None:
     memory = Memory()
     cache(memory, 6)
     step(memory, {0}, {0})
     memory.set_prices(expert_nanoseconds=1, token_nanoseconds=10**9)
     assert step(memory, {1}, {1}) == [PageIn(0, 1, 6), PageIn(1, 1, 7)]  # nothing makes way
+    assert step(memory, {2}, {2}) == [PageIn(0, 2, 6), PageIn(1, 2, 7)]  # nor do experts
     assert memory.snapshot(0).kv_frames == 6
     memory.set_prices(expert_nanoseconds=10**9, token_nanoseconds=1)
     assert set_sizes(memory) == [2, 2]  # two have missed
@@ -280,9 +331,10 @@ def test_what_was_for_a_step_that_has_passed_is_given_up() -> None:
     assert memory.background_loads.log == ["cancel 0.1", "cancel 1.1"]
     memory.want("0.1", "1.1")  # for the next one, to which they are not late
     memory.begin_step()
+    memory.run(0, 0)
     assert memory.num_on_their_way == 2
-    assert memory.run(0, 1) == [[1]]
-    assert memory.background_loads.log[2:] == ["wait for 0.1"]
+    memory.run(1, 0)
+    assert memory.background_loads.log[2:] == ["cancel 0.1"]
 
 
 def test_prefetches_give_their_frames_up_before_the_least_is_short() -> None:
@@ -308,6 +360,21 @@ def test_a_prefetched_resident_that_goes_unused_is_wasted() -> None:
 
 
 # ------------------------------------------------------------------------------------ while frames are lent
+
+
+def test_a_layer_that_was_left_in_the_middle_has_neither_pins_nor_loads() -> None:
+    memory = Memory(policy=MemoryPolicy.LRU)
+    start(memory, 6)
+    memory.run(0, 0)
+    memory.run(1, 0)
+    layer = memory.waves(0, [0])
+    next(layer)
+    sets = memory.lend(1)
+    assert sets is not None
+    outcome = run_step(sets, [{1}, {0}])
+    memory.take_back(outcome.sets)
+    assert memory.residents() == ["0.1", "1.0"]
+    assert memory.violations() == []
 
 
 def test_while_frames_are_lent_none_changes_hands() -> None:

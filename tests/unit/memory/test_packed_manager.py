@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from prefetched_memory import Background, tiny_geometry
+from step_without_host import run_step
 
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.experts import Load
@@ -261,6 +262,24 @@ def test_with_a_share_loads_leave_packed_experts_alone_even_if_they_save_nothing
         memory.run_all()
     assert memory.packed == 4
     assert memory.snapshot(0).packed_hits > 0
+
+
+@pytest.mark.parametrize(("ratio", "num_frames"), [(1.0, [3, 2, 1, 1]), (0.1, [3, 3, 3, 3])])
+def test_those_that_save_nothing_make_way_for_what_steps_without_the_host_missed(
+    ratio: float, num_frames: list[int]
+) -> None:
+    memory = packed_memory(ratio=ratio)
+    seen = []
+    for routed in ({0}, {1}, set[int](), {0}):
+        memory.begin_step()
+        sets = memory.lend(1)
+        assert sets is not None
+        seen.append(memory.packed)
+        assert not set(memory._slabs.held_frames()) & set(sets.frames.ravel().tolist())
+        outcome = run_step(sets, [routed, {0}])
+        memory.take_back(outcome.owners, outcome.keys)
+        assert memory.violations() == []
+    assert seen == num_frames
 
 
 def test_what_is_packed_is_not_prefetched() -> None:
