@@ -131,7 +131,7 @@ class FrameLender:
 
     def _num_spare(self, least: int, num_ahead: int) -> int:
         """Frames that sets could have, for prefetches."""
-        beyond_least = self._num_frames - self._num_layers * least
+        beyond_least: int = self._num_frames - self._num_layers * least
         most = ceil_div(self._num_frames, FRAMES_PER_SPARE)
         return min(max(0, num_ahead), most, beyond_least)
 
