@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from sglmoe.config import EngineConfig, Options
-from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.decode_graphs import GraphFlags
 from sglmoe.launch_server import check_address, plan_of, read_options
+from sglmoe.plan import at_start
+from sglmoe.plan.server_flags import ServerFlags
 
 
 def test_our_flags_are_found_among_sglangs() -> None:
@@ -33,16 +35,30 @@ def test_our_flags_are_found_among_sglangs() -> None:
     assert read_options(argv) == expected
 
 
-def test_a_server_plans_by_the_flags_that_it_was_given() -> None:
-    """One is refused before this; here it shows that all reach the plan."""
-    config = EngineConfig(memory_budget_bytes=8 * 10**6, host_memory_bytes=0, page_tokens=4)
-    given = {"model_path": str(DEMO_MODEL), "dtype": "float32", "device": "cpu", "base_gpu_id": 0}
-    given |= {"max_running_requests": 2, "context_length": 100, "disable_cuda_graph_padding": False}
-    given |= {"cuda_graph_bs_decode": None, "cuda_graph_max_bs_decode": None}
-    plain = plan_of(SimpleNamespace(**given, cuda_graph_backend_decode=None), config)
-    assert "frames of 96.00 KiB" in plain  # twice those of bfloat16
-    captured = plan_of(SimpleNamespace(**given, cuda_graph_backend_decode="breakable"), config)
-    assert "there is no CUDA device to capture on" in captured
+def test_a_server_plans_by_the_flags_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page size is in our config: SGLang's side is not told of it."""
+    monkeypatch.setattr(at_start, "start_report", lambda config, **asked: str(asked["flags"]))
+    given = SimpleNamespace(
+        model_path="its",
+        dtype="half",
+        device="cuda",
+        base_gpu_id=0,
+        max_running_requests=2,
+        context_length=100,
+        cuda_graph_backend_decode="breakable",
+        cuda_graph_bs_decode=[1, 2],
+        cuda_graph_max_bs_decode=8,
+        disable_cuda_graph_padding=True,
+    )
+    config = EngineConfig(memory_budget_bytes=1, host_memory_bytes=0, page_tokens=4)
+    expected = ServerFlags(
+        dtype="half",
+        page_size=4,
+        max_running_requests=2,
+        context_length=100,
+        graphs=GraphFlags("breakable", (1, 2), 8, no_padding=True),
+    )
+    assert plan_of(given, config) == str(expected)
 
 
 def test_abbreviations_are_left_to_sglang() -> None:

@@ -224,6 +224,12 @@ def test_fewer_may_run_where_a_flag_says_so() -> None:
     assert running == [1, 8]
 
 
+def test_pages_are_as_large_as_a_flag_says() -> None:
+    geometry = plan(flags=ServerFlags(page_size=2)).chosen.geometry
+    assert geometry is not None
+    assert geometry.page_tokens == 2
+
+
 def test_graphs_that_a_server_would_refuse_are_refused() -> None:
     with pytest.raises(ValueError, match="there is no CUDA device to capture on"):
         plan(BOX, flags=CAPTURED)
