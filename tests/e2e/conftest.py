@@ -1,5 +1,6 @@
 """Fixtures of the end-to-end tests. See `forking` for how they share one import of SGLang."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,11 @@ import pytest
 from forking import preload
 
 SETTLE_SECONDS = 5.0
+
+# OpenMP's threads sleep while they wait for each other, and bits stay the same. Spinning, they take the cores from servers'
+# other processes: beside a busy one 21 requests to a tiny model took 5 to 13 s, sleeping 1 s, and with nobody else 0.8 and 1 s.
+# Here, because it is read when torch is imported, by which time no test has been.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

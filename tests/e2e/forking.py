@@ -9,6 +9,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -79,6 +80,11 @@ def _run(
         results.send((True, function(*args, **kwargs)))
     except BaseException:
         results.send((False, traceback.format_exc()))
+    # Not the orderly end of a multiprocessing child: it waits for our engine's processes, which are the session's fork
+    # server's children, so that no shutdown finds them, and which die with this one.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def share_fork_server() -> None:

@@ -61,19 +61,32 @@ def check_budgets(model_dir: Path, dtype: str, roomy: Interview, theirs: Intervi
         assert (memory["num_split_layers"] > 0) >= (name == "waves")
 
 
-def test_every_budget_gives_the_answers_of_the_twin(models: Fp8Checkpoints) -> None:
-    theirs = run_in_fork(interview_sglang, models.twin, "bfloat16")
-    roomy = run_in_fork(interview_sglmoe, models.fp8, "auto", "200MB")
+@pytest.fixture(scope="module")
+def theirs(models: Fp8Checkpoints) -> Interview:
+    """What the twin answers."""
+    return run_in_fork(interview_sglang, models.twin, "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def roomy(models: Fp8Checkpoints) -> Interview:
+    """What we answer where all experts fit."""
+    return run_in_fork(interview_sglmoe, models.fp8, "auto", "200MB")
+
+
+def test_every_budget_gives_the_answers_of_the_twin(
+    models: Fp8Checkpoints, theirs: Interview, roomy: Interview
+) -> None:
     check_same(roomy, theirs)
     # Half of what the twin's experts take, and 24 bytes of scales each: two for gates, two for ups, two for downs.
     assert roomy.state["limits"]["expert_bytes"] == 3 * 16 * (3 * 64 * 128 + 24)
     check_budgets(models.fp8, "auto", roomy, theirs)
 
 
-def test_the_unmodified_server_answers_as_its_twin_does(models: Fp8Checkpoints) -> None:
+def test_the_unmodified_server_answers_as_its_twin_does(
+    models: Fp8Checkpoints, theirs: Interview
+) -> None:
     """On our CPU platform: its own quantised layers with our equivalents of their kernels."""
-    in_fp8, twin = (run_in_fork(interview_sglang, path, "bfloat16") for path in models)
-    assert in_fp8 == twin
+    assert run_in_fork(interview_sglang, models.fp8, "bfloat16") == theirs
 
 
 def differences() -> list[str]:
@@ -97,9 +110,9 @@ def test_weights_stand_for_what_sglang_takes_them_for() -> None:
     assert run_in_fork(differences) == []
 
 
-def test_host_memory_and_prefetching_change_no_bit(models: Fp8Checkpoints) -> None:
-    theirs = run_in_fork(interview_sglang, models.twin, "bfloat16")
-    roomy = run_in_fork(interview_sglmoe, models.fp8, "auto", "200MB")
+def test_host_memory_and_prefetching_change_no_bit(
+    models: Fp8Checkpoints, theirs: Interview, roomy: Interview
+) -> None:
     budget = frames_budget(roomy.state, budgets(roomy)["quarter"])
     check_same(run_in_fork(interview_below, models.fp8, budget), theirs)
 

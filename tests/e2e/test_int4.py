@@ -41,9 +41,21 @@ def models(
     return run_in_fork(make_gptq_checkpoints, "qwen3_moe", folder, group=GROUP, **kind)
 
 
-def test_every_budget_gives_the_answers_of_the_twin(models: GptqCheckpoints) -> None:
-    theirs = run_in_fork(interview_sglang, models.twin, "bfloat16")
-    roomy = run_in_fork(interview_sglmoe, models.gptq, "bfloat16", "200MB")
+@pytest.fixture(scope="module")
+def theirs(models: GptqCheckpoints) -> Interview:
+    """What the twin answers."""
+    return run_in_fork(interview_sglang, models.twin, "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def roomy(models: GptqCheckpoints) -> Interview:
+    """What we answer where all experts fit."""
+    return run_in_fork(interview_sglmoe, models.gptq, "bfloat16", "200MB")
+
+
+def test_every_budget_gives_the_answers_of_the_twin(
+    models: GptqCheckpoints, theirs: Interview, roomy: Interview
+) -> None:
     check_same(roomy, theirs)
     has_zeros = not read_json(models.gptq / "config.json")["quantization_config"]["sym"]
     expert_bytes = EXPERT_BYTES + has_zeros * 3 * 256 // 2
@@ -59,10 +71,11 @@ def interview_wna16(model_dir: Path) -> Interview:
         return Interview(*interview(engine), state={})
 
 
-def test_the_unmodified_server_answers_as_its_twin_does(models: GptqCheckpoints) -> None:
+def test_the_unmodified_server_answers_as_its_twin_does(
+    models: GptqCheckpoints, theirs: Interview
+) -> None:
     """On our CPU platform: its own loader and experts, with our equivalents of its kernels."""
-    in_int4 = run_in_fork(interview_wna16, models.gptq)
-    assert in_int4 == run_in_fork(interview_sglang, models.twin, "bfloat16")
+    assert run_in_fork(interview_wna16, models.gptq) == theirs
 
 
 def test_another_family_answers_as_its_twin(tmp_path: Path) -> None:
@@ -78,9 +91,9 @@ def test_another_family_answers_as_its_twin(tmp_path: Path) -> None:
     assert as_planned(read_model(str(gptq), device="cpu").shape) == run_in_fork(as_loaded, gptq)
 
 
-def test_host_memory_and_prefetching_change_no_bit(models: GptqCheckpoints) -> None:
-    theirs = run_in_fork(interview_sglang, models.twin, "bfloat16")
-    roomy = run_in_fork(interview_sglmoe, models.gptq, "bfloat16", "200MB")
+def test_host_memory_and_prefetching_change_no_bit(
+    models: GptqCheckpoints, theirs: Interview, roomy: Interview
+) -> None:
     budget = frames_budget(roomy.state, budgets(roomy)["quarter"])
     check_same(run_in_fork(interview_below, models.gptq, budget), theirs)
 

@@ -50,10 +50,15 @@ def mixed_requests(*, as_asked: bool = True) -> list[tuple[list[int], dict[str, 
     return requests
 
 
-def answers(
-    model_dir: Path, memory_budget: str, **options: Any
-) -> tuple[list[Any], list[Any], dict[str, Any]]:
-    """Each alone, all together, and the state of memory in the end."""
+class Answers(NamedTuple):
+    """To each alone, to all together, and the engine's state in the end."""
+
+    alone: list[Any]
+    together: list[Any]
+    state: dict[str, Any]
+
+
+def answers(model_dir: Path, memory_budget: str, **options: Any) -> Answers:
     requests = mixed_requests()
     with running_sglmoe(
         model_dir,
@@ -70,16 +75,16 @@ def answers(
             return_logprob=[i % 3 == 0 for i in range(16)],
             return_routed_experts=True,
         )
-        return alone, [output["output_ids"] for output in together], state_of(engine)
+        return Answers(alone, [output["output_ids"] for output in together], state_of(engine))
 
 
-def answers_in_halves(model_dir: Path, memory_budget: str, **options: Any) -> tuple[Any, ...]:
+def answers_in_halves(model_dir: Path, memory_budget: str, **options: Any) -> Answers:
     """As `answers`, by a scheduler that alternates between two halves."""
     decode_in_halves()
     return answers(model_dir, memory_budget, **options)
 
 
-def answers_of_held_prompts(model_dir: Path, memory_budget: str) -> tuple[Any, ...]:
+def answers_of_held_prompts(model_dir: Path, memory_budget: str) -> Answers:
     """As `answers`, by a scheduler that lets prompts wait while anybody decodes."""
     hold_prompts_back()
     return answers(model_dir, memory_budget, fill_passes="on")
@@ -99,10 +104,19 @@ def ask_alone(engine: Any, requests: list[tuple[list[int], dict[str, Any]]]) -> 
     ]
 
 
-def test_mixed_requests_match_their_solo_runs(tmp_path: Path) -> None:
-    model_dir = run_in_fork(
-        make_checkpoint, "qwen3_moe", tmp_path, dtype="float32", attention_gain=1.0
-    )
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
+    folder = tmp_path_factory.mktemp("mixed")
+    return run_in_fork(make_checkpoint, "qwen3_moe", folder, dtype="float32", attention_gain=1.0)
+
+
+@pytest.fixture(scope="module")
+def roomy(model_dir: Path) -> Answers:
+    """Where all experts and everybody's KV fit."""
+    return run_in_fork(answers, model_dir, "200MB")
+
+
+def test_mixed_requests_match_their_solo_runs(model_dir: Path, roomy: Answers) -> None:
     theirs, unasked = run_in_fork(answers_of_sglang, model_dir)
     without_effect = [
         KINDS[i % len(KINDS)].asked
@@ -110,13 +124,13 @@ def test_mixed_requests_match_their_solo_runs(tmp_path: Path) -> None:
         if KINDS[i % len(KINDS)].asked and theirs[i] == unasked[i]
     ]
     assert without_effect == [], "a server that ignores these would pass"
-    roomy_alone, roomy_together, roomy = run_in_fork(answers, model_dir, "200MB")
+    roomy_alone, roomy_together, state = roomy
     # Alone against alone: a penalty that is never counted would be the same alone and together.
     assert roomy_alone == theirs
     assert roomy_together == roomy_alone
     assert len({tuple(tokens) for tokens in roomy_alone}) >= 15  # a favoured token fills two
     # 20 frames: 16 requests of up to 144 tokens take turns, and most experts are absent.
-    budget = frames_budget(roomy, 20)
+    budget = frames_budget(state, 20)
     tight_alone, tight_together, tight = run_in_fork(answers, model_dir, budget)
     assert tight_alone == roomy_alone
     assert tight_together == roomy_alone
@@ -124,12 +138,9 @@ def test_mixed_requests_match_their_solo_runs(tmp_path: Path) -> None:
     assert tight["memory"]["num_split_layers"] > 0
 
 
-def test_halves_that_take_turns_answer_the_same(tmp_path: Path) -> None:
+def test_halves_that_take_turns_answer_the_same(model_dir: Path, roomy: Answers) -> None:
     """A request's pages stay where they are, whoever decodes with it: nothing to merge, nothing to index anew."""
-    model_dir = run_in_fork(
-        make_checkpoint, "qwen3_moe", tmp_path, dtype="float32", attention_gain=1.0
-    )
-    alone, together, whole = run_in_fork(answers, model_dir, "200MB")
+    alone, together, whole = roomy
     alone_again, in_halves, halved = run_in_fork(answers_in_halves, model_dir, "200MB")
     assert alone_again == alone
     assert in_halves == together == alone
@@ -145,15 +156,14 @@ def test_halves_that_take_turns_answer_the_same(tmp_path: Path) -> None:
     assert state["admitted_out_of_turn"] > 0
 
 
-def test_prompts_that_wait_for_fuller_passes_answer_the_same(tmp_path: Path) -> None:
-    model_dir = run_in_fork(
-        make_checkpoint, "qwen3_moe", tmp_path, dtype="float32", attention_gain=1.0
-    )
-    alone, _, roomy = run_in_fork(answers, model_dir, "200MB")
-    tight = frames_budget(roomy, 20)  # where they come to run one after the other
-    alone_again, held_together, state = run_in_fork(answers_of_held_prompts, model_dir, tight)
+def test_prompts_that_wait_for_fuller_passes_answer_the_same(
+    model_dir: Path, roomy: Answers
+) -> None:
+    alone, _, state = roomy
+    tight = frames_budget(state, 20)  # where they come to run one after the other
+    alone_again, held_together, held = run_in_fork(answers_of_held_prompts, model_dir, tight)
     assert alone_again == held_together == alone
-    assert state["held_passes"] > 0
+    assert held["held_passes"] > 0
 
 
 def penalised_answers(running: Any, model_dir: Path, **options: Any) -> list[Any]:
@@ -161,11 +171,8 @@ def penalised_answers(running: Any, model_dir: Path, **options: Any) -> list[Any
         return ask_alone(engine, mixed_requests()[1:3])
 
 
-def test_penalties_count_at_once_without_overlap(tmp_path: Path) -> None:
+def test_penalties_count_at_once_without_overlap(model_dir: Path) -> None:
     """SGLang's overlapped scheduler, the default above, counts a token one step late."""
-    model_dir = run_in_fork(
-        make_checkpoint, "qwen3_moe", tmp_path, dtype="float32", attention_gain=1.0
-    )
     theirs = run_in_fork(
         penalised_answers, running_engine, model_dir, disable_overlap_schedule=True
     )

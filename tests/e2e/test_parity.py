@@ -92,11 +92,28 @@ def check_same(ours: Interview, theirs: Interview) -> None:
     assert [o.tokens for o in ours.together] == [o.tokens for o in theirs.together]
 
 
-@pytest.mark.parametrize("family", PAGED_FAMILIES)
-def test_every_budget_gives_the_answers_of_unmodified_sglang(family: str, tmp_path: Path) -> None:
-    model_dir = run_in_fork(make_checkpoint, family, tmp_path, dtype="float32", attention_gain=1.0)
+class Compared(NamedTuple):
+    """A family's checkpoint in float32, and what both engines answer where nothing has to give way."""
+
+    model_dir: Path
+    theirs: Interview
+    roomy: Interview
+
+
+@pytest.fixture(scope="module", params=PAGED_FAMILIES)
+def compared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, preloaded: None
+) -> Compared:
+    folder = tmp_path_factory.mktemp("parity")
+    model_dir = run_in_fork(
+        make_checkpoint, request.param, folder, dtype="float32", attention_gain=1.0
+    )
     theirs = run_in_fork(interview_sglang, model_dir, "float32")
-    roomy = run_in_fork(interview_sglmoe, model_dir, "float32", "200MB")
+    return Compared(model_dir, theirs, run_in_fork(interview_sglmoe, model_dir, "float32", "200MB"))
+
+
+def test_every_budget_gives_the_answers_of_unmodified_sglang(compared: Compared) -> None:
+    model_dir, theirs, roomy = compared
     check_same(roomy, theirs)
     memory = roomy.state["memory"]
     assert memory["experts_evicted"] == memory["num_split_layers"] == 0
@@ -116,11 +133,8 @@ def pages_per_frame(memory: dict[str, Any], interview: Interview) -> int:
     return int(memory["total_pages"]) // int(kv_frames)
 
 
-@pytest.mark.parametrize("family", PAGED_FAMILIES)
-def test_fewer_frames_than_a_layer_has_experts(family: str, tmp_path: Path) -> None:
-    model_dir = run_in_fork(make_checkpoint, family, tmp_path, dtype="float32", attention_gain=1.0)
-    theirs = run_in_fork(interview_sglang, model_dir, "float32")
-    roomy = run_in_fork(interview_sglmoe, model_dir, "float32", "200MB")
+def test_fewer_frames_than_a_layer_has_experts(compared: Compared) -> None:
+    model_dir, theirs, roomy = compared
     memory, limits = roomy.state["memory"], roomy.state["limits"]
     kv_frames = -(-340 // (memory["page_tokens"] * pages_per_frame(memory, roomy)))
     budget = frames_budget(roomy.state, kv_frames + limits["floor_frames"])

@@ -56,6 +56,14 @@ def test_a_recipe_hands_more_flags_on() -> None:
     assert plan.command[-2:] == ("--port", "1")
 
 
+def test_a_recipe_counts_flags_that_take_of_the_budget() -> None:
+    path = LAUNCH / "24gb" / "qwen3-30b-a3b.toml"
+    more = ["--cuda-graph-backend-decode=breakable", "--max-running-requests=4"]
+    plan, _ = recipe.read_plan(path, more)
+    assert plan.graphs.max_rows == 4
+    assert plan.command[-2:] == tuple(more)
+
+
 def write_recipe(folder: Path, **changes: str) -> Path:
     fields = {
         "model": "nobody/small",

@@ -1,11 +1,15 @@
 """The command line, as far as it can be read without sglang."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 
-from sglmoe.config import Options
-from sglmoe.launch_server import check_address, read_options
+from sglmoe.config import EngineConfig, Options
+from sglmoe.decode_graphs import GraphFlags
+from sglmoe.launch_server import check_address, plan_of, read_options
+from sglmoe.plan import at_start
+from sglmoe.plan.server_flags import ServerFlags
 
 
 def test_our_flags_are_found_among_sglangs() -> None:
@@ -29,6 +33,32 @@ def test_our_flags_are_found_among_sglangs() -> None:
         packed_share="auto",
     )
     assert read_options(argv) == expected
+
+
+def test_a_server_plans_by_the_flags_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page size is in our config: SGLang's side is not told of it."""
+    monkeypatch.setattr(at_start, "start_report", lambda config, **asked: str(asked["flags"]))
+    given = SimpleNamespace(
+        model_path="its",
+        dtype="half",
+        device="cuda",
+        base_gpu_id=0,
+        max_running_requests=2,
+        context_length=100,
+        cuda_graph_backend_decode="breakable",
+        cuda_graph_bs_decode=[1, 2],
+        cuda_graph_max_bs_decode=8,
+        disable_cuda_graph_padding=True,
+    )
+    config = EngineConfig(memory_budget_bytes=1, host_memory_bytes=0, page_tokens=4)
+    expected = ServerFlags(
+        dtype="half",
+        page_size=4,
+        max_running_requests=2,
+        context_length=100,
+        graphs=GraphFlags("breakable", (1, 2), 8, no_padding=True),
+    )
+    assert plan_of(given, config) == str(expected)
 
 
 def test_abbreviations_are_left_to_sglang() -> None:

@@ -1,5 +1,6 @@
 """From a model and a machine to a command, and what an operator is told before it runs."""
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ from sglmoe.config import EngineConfig, Machine, Options
 from sglmoe.decode_graphs import DecodeGraphs, GraphFlags, graph_bytes
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.launch_server import read_options
+from sglmoe.plan.__main__ import main
 from sglmoe.plan.at_start import start_report
 from sglmoe.plan.budgets import Demand
 from sglmoe.plan.launch_plan import LaunchPlan, Question, plan_launch, size_flag
@@ -202,10 +204,30 @@ def test_captured_steps_are_counted_and_told() -> None:
         assert geometry.num_frames == num_frames
 
 
+def test_the_command_takes_the_servers_flags_and_hands_them_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = Path(__file__).parents[3] / "launch" / "models" / "qwen3-30b-a3b.json"
+    given = ["--cuda-graph-backend-decode", "breakable", "--cuda-graph-bs-decode", "1", "8"]
+    machine = ["--gpu-memory", "24GiB", "--host-memory", "64GiB"]
+    arguments = ["--model-path", "nobody/qwen3", "--config-file", str(config), *machine, *given]
+    assert main([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["graphs"]["max_rows"] == 8
+    assert said["graphs"]["reserved_bytes"] == 8 * (2 * 2**20 + 8 * 151_936 + 8 * 40_960)
+    assert said["command"][-5:] == given
+
+
 def test_fewer_may_run_where_a_flag_says_so() -> None:
     demand = Demand(concurrency=(1, 32))
     running = [its.num_running for its in plan(demand=demand, flags=CAPTURED).chosen.forecasts]
     assert running == [1, 8]
+
+
+def test_pages_are_as_large_as_a_flag_says() -> None:
+    geometry = plan(flags=ServerFlags(page_size=2)).chosen.geometry
+    assert geometry is not None
+    assert geometry.page_tokens == 2
 
 
 def test_graphs_that_a_server_would_refuse_are_refused() -> None:
