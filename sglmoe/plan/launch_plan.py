@@ -1,9 +1,12 @@
 """From a model and a machine to flags: which budget, what it will bring, what stands in the way, and the command. Pure."""
 
+from collections.abc import Iterator
+
 import msgspec
 
 from sglmoe.config import DEFAULT_MAX_RUNNING, Machine, Options, plan_config
 from sglmoe.decode_graphs import DecodeGraphs, captured_rows, check_graphs, graph_bytes
+from sglmoe.errors.budgets import full_graphs_need_all_experts
 from sglmoe.plan.budgets import (
     BudgetPlan,
     Demand,
@@ -87,7 +90,10 @@ def plan_launch(asked: Question) -> LaunchPlan:
             )
             for budget in sorted(budgets)
         ),
-        findings=tuple(find_problems(asked.shape, chosen, asked.machine, asked.limits)),
+        findings=(
+            *find_problems(asked.shape, chosen, asked.machine, asked.limits),
+            *find_graph_problems(asked, config.host_memory_bytes),
+        ),
         command=launch_command(asked, options),
     )
 
@@ -96,8 +102,9 @@ def fill_in(asked: Question) -> Options:
     """The flags of the command: what was given, and the server's defaults, written so that they can be read."""
     options = asked.options
     config = plan_config(options, asked.machine, page_tokens=asked.flags.page_size)
-    host_bytes = min(config.host_memory_bytes, asked.shape.all_expert_bytes)  # blocks of no use
-    host = options.host_memory or (size_flag(host_bytes) if host_bytes else None)
+    host = options.host_memory
+    if host is None and config.host_memory_bytes:
+        host = host_flag(config.host_memory_bytes, asked.shape.all_expert_bytes)
     return msgspec.structs.replace(
         options,
         memory_budget=options.memory_budget or size_flag(config.memory_budget_bytes),
@@ -129,6 +136,16 @@ def decode_graphs(shape: ModelShape, flags: ServerFlags) -> DecodeGraphs:
     )
 
 
+def find_graph_problems(asked: Question, host_bytes: int) -> Iterator[Finding]:
+    """Steps that run without the host read experts from host memory alone."""
+    is_full = asked.flags.graphs.backend == "full"
+    if is_full and host_bytes < asked.shape.all_expert_bytes:
+        why = full_graphs_need_all_experts(
+            host_bytes=host_bytes, expert_bytes=asked.shape.all_expert_bytes
+        )
+        yield Finding(Severity.PROBLEM, str(why))
+
+
 def launch_command(asked: Question, options: Options) -> tuple[str, ...]:
     flags = [*PROGRAM.split(), "--model-path", asked.model_path]
     if options.memory_budget:
@@ -136,6 +153,18 @@ def launch_command(asked: Question, options: Options) -> tuple[str, ...]:
     if options.host_memory:
         flags += ["--host-memory", options.host_memory]
     return (*flags, *asked.arguments)
+
+
+def host_flag(host_bytes: int, all_expert_bytes: int) -> str:
+    """So much host memory, and no more than all experts take; but these wholly, where they fit."""
+    if host_bytes < all_expert_bytes:
+        return size_flag(host_bytes)
+    unit = 2**30 if all_expert_bytes >= 2**30 else 2**20
+    for size_bytes in (all_expert_bytes, all_expert_bytes + unit // 100 + 1):
+        text = size_flag(size_bytes)
+        if all_expert_bytes <= parse_bytes(text, whole_bytes=0) <= host_bytes:
+            return text
+    return str(all_expert_bytes)
 
 
 def size_flag(size_bytes: int) -> str:

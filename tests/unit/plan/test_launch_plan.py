@@ -14,7 +14,7 @@ from sglmoe.launch_server import read_options
 from sglmoe.plan.__main__ import main
 from sglmoe.plan.at_start import start_report
 from sglmoe.plan.budgets import Demand
-from sglmoe.plan.launch_plan import LaunchPlan, Question, plan_launch, size_flag
+from sglmoe.plan.launch_plan import LaunchPlan, Question, host_flag, plan_launch, size_flag
 from sglmoe.plan.machine_limits import Limits
 from sglmoe.plan.report import full_report, short_report
 from sglmoe.plan.server_flags import ServerFlags
@@ -80,6 +80,32 @@ def test_the_plan_is_of_exactly_what_the_command_asks_for() -> None:
 def test_sizes_are_rounded_down(size: int, text: str) -> None:
     assert size_flag(size) == text
     assert parse_bytes(text, whole_bytes=0) <= size
+
+
+@pytest.mark.parametrize(
+    ("host", "experts", "text"),
+    [
+        (8 * GIB, 16 * GIB, "8.00GiB"),
+        (16 * GIB, 16 * GIB, "16.00GiB"),
+        (17 * GIB, 16 * GIB + 1, "16.01GiB"),  # rounded down, one expert would be missing
+        (16 * GIB + 1, 16 * GIB + 1, str(16 * GIB + 1)),
+        (GIB, 5_000_000, "4.77MiB"),
+    ],
+)
+def test_host_memory_that_could_hold_all_experts_does(host: int, experts: int, text: str) -> None:
+    assert host_flag(host, experts) == text
+    assert parse_bytes(text, whole_bytes=0) >= min(host, experts)
+
+
+def test_steps_without_the_host_need_all_experts_in_its_memory() -> None:
+    full = ServerFlags(graphs=GraphFlags(backend="full"))
+    roomy = msgspec.structs.replace(GPU, host_bytes=64 * GIB)
+    assert plan(roomy, flags=full).can_start
+    the = plan(roomy, flags=full, host_memory="15GiB")
+    assert not the.can_start
+    assert "raise --host-memory from 15.00 GiB to 16.00 GiB" in told(the)
+    breakable = ServerFlags(graphs=GraphFlags(backend="breakable"))
+    assert plan(roomy, flags=breakable, host_memory="15GiB").can_start
 
 
 def test_a_plan_without_worries_has_no_findings() -> None:
