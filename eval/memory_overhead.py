@@ -1,11 +1,13 @@
 """What the memory manager itself takes of a decode step, by part: no model runs, no byte is moved.
 
-    python -m eval.memory_overhead [--requests 64] [--resident 100%] [--profile FILE]
+    python -m eval.memory_overhead [--requests 64] [--resident 100%] [--lent] [--profile FILE]
 
 A model of `--layers` x `--experts` (by default Qwen3-30B-A3B's 48 x 128, top 8, in frames of 6 pages
 of 16 tokens), `--requests` that decode together, each token's experts drawn anew. The first steps,
 which fill the arena, are not counted. `--resident`: the share of the experts that there are frames
-for; below 100 % loads are simulated and what is timed is choosing who gives way.
+for; below 100 % loads are simulated and what is timed is choosing who gives way. `--skew`: experts are as popular as in a Zipf
+distribution of that exponent, each layer's in an order of its own. `--lent`: steps run without the host, which lends frames
+before and takes them back behind; what the device does is not timed.
 """
 
 import argparse
@@ -24,7 +26,9 @@ from eval.servers import describe_run
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
 from sglmoe.memory.experts import Load
+from sglmoe.memory.frame_sets import USED, FrameSets
 from sglmoe.memory.manager import MemoryManager
+from sglmoe.worker.step_state import Sizes, StepState
 
 PAGE_TOKENS, PAGES_PER_FRAME, TOKEN_BYTES = 16, 6, 98304
 PROMPT_TOKENS = 1000
@@ -92,8 +96,9 @@ def decode_step(
     num_tokens: int,
     experts: Sequence[np.ndarray],
     timer: Timer,
+    state: StepState | None,
 ) -> None:
-    """What the worker asks of memory when every request decodes one token."""
+    """What the worker asks of memory when every request decodes one token; with `state`, without the host."""
     clock = time.perf_counter
     started = clock()
     for rid in rids:
@@ -103,35 +108,77 @@ def decode_step(
     started = clock()
     memory.begin_step()
     timer.add("beginning", clock() - started)
-    started = clock()
-    for layer, wanted in enumerate(experts):
-        for _ in memory.waves(layer, wanted):
-            pass
-    timer.add("experts of the layers", clock() - started)
+    if state is None:
+        started = clock()
+        for layer, wanted in enumerate(experts):
+            for _ in memory.waves(layer, wanted):
+                pass
+        timer.add("experts of the layers", clock() - started)
+    else:
+        lent_step(memory, experts, state, timer)
     started = clock()
     memory.snapshot(0)
     timer.add("snapshot", clock() - started)
     timer.next_step()
 
 
+def lent_step(
+    memory: MemoryManager, experts: Sequence[np.ndarray], state: StepState, timer: Timer
+) -> None:
+    clock = time.perf_counter
+    started = clock()
+    sets = memory.lend(max(map(len, experts)))
+    assert sets is not None, "too few frames for all that a layer uses"
+    timer.add("lending", clock() - started)
+    started = clock()
+    state.upload(0, sets, memory.frame_table, 1)
+    timer.add("upload, on a CPU", clock() - started)
+    outcome = compute(sets, experts)
+    started = clock()
+    memory.take_back(outcome)
+    timer.add("taking back", clock() - started)
+
+
+def compute(sets: FrameSets, experts: Sequence[np.ndarray]) -> FrameSets:
+    """What the device makes of the sets: `kernels.residency.decide`."""
+    owners, keys = sets.owners.copy(), sets.keys.copy()
+    for layer, wanted in enumerate(experts):
+        size = sets.sizes[layer]
+        its, its_keys = owners[layer, :size], keys[layer, :size]
+        is_used = np.isin(its, wanted)
+        missing = wanted[~np.isin(wanted, its)]
+        order = np.argsort(np.where(is_used, USED, np.where(its < 0, -1, its_keys)), kind="stable")
+        its[order[: len(missing)]] = missing
+        its_keys[is_used] = its_keys[order[: len(missing)]] = USED
+    return FrameSets(sets.sizes, sets.frames, owners, keys)
+
+
 def measure(options: argparse.Namespace) -> list[dict[str, float]]:
     rng = np.random.default_rng(0)
     memory, timer = new_memory(options), Timer()
+    its = Sizes(options.layers, options.experts, options.top_k, options.requests)
+    state = StepState(its, "cpu") if options.lent else None
+    popularity = np.arange(1, options.experts + 1) ** -options.skew
+    popularity = rng.permuted(np.tile(popularity / popularity.sum(), (options.layers, 1)), axis=1)
     rids = admit_all(memory, options.requests)
     num_assignments = options.requests * options.top_k
     for step in tqdm(range(options.steps + NUM_WARMUP_STEPS), unit="step"):
         experts = [
-            np.unique(rng.integers(0, options.experts, num_assignments))
-            for _ in range(options.layers)
+            np.unique(rng.choice(options.experts, num_assignments, p=popularity[layer]))
+            for layer in range(options.layers)
         ]
-        decode_step(memory, rids, PROMPT_TOKENS + step + 1, experts, timer)
+        misses = memory.snapshot(0).expert_misses
+        decode_step(memory, rids, PROMPT_TOKENS + step + 1, experts, timer, state)
+        timer.rows[-1]["misses (number)"] = memory.snapshot(0).expert_misses - misses
     return timer.rows[NUM_WARMUP_STEPS:]
 
 
 def summarize(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Microseconds: median and 99th percentile."""
+    """Microseconds, and misses: median and 99th percentile."""
     parts = {part: np.array([row[part] for row in rows]) * 1e6 for part in rows[0]}
+    misses = parts.pop("misses (number)") / 1e6
     parts["all"] = np.sum([*parts.values()], axis=0)
+    parts["misses (number)"] = misses
     return {
         part: {
             "median": round(float(np.median(its)), 1),
@@ -150,6 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--resident", type=lambda text: float(text.rstrip("%")), default=100.0)
+    parser.add_argument("--skew", type=float, default=0.0)
+    parser.add_argument("--lent", action="store_true")
     parser.add_argument("--policy", default=MemoryPolicy.COST_AWARE.value)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--profile", type=Path, help="text file for where the time goes")
@@ -157,7 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     figures = summarize(measure(options))
     for part, its in figures.items():
-        print(f"{part:24s} median {its['median']:8.1f} us   p99 {its['p99']:8.1f} us")
+        unit = "" if "number" in part else " us"
+        print(f"{part:24s} median {its['median']:8.1f}{unit}   p99 {its['p99']:8.1f}{unit}")
     if options.profile is not None:
         profile = cProfile.Profile()
         profile.runcall(measure, options)
