@@ -7,11 +7,13 @@ was routed to into host memory, and then its number, so whoever sees that sees t
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
 from sglmoe.kernels.mailbox import Mailbox, post
 from sglmoe.memory.background_copier import Mark
+from sglmoe.memory.device_transfer import OnStream, Stream
 from sglmoe.memory.experts import Load
 from sglmoe.worker.routed import Routed
 
@@ -21,12 +23,22 @@ NO_STEP = -1
 class Letters:
     """To the step. Opened and closed by the main thread, written by whatever thread has brought an expert.
 
-    `mark`: see `BackgroundCopier`.
+    `mark`: see `BackgroundCopier`; `stream`, `on_stream`: as of `StreamCopier`.
     """
 
-    def __init__(self, num_layers: int, room: int, device: str, mark: Callable[[], Mark]):
+    def __init__(
+        self,
+        num_layers: int,
+        room: int,
+        device: str,
+        mark: Callable[[], Mark],
+        *,
+        stream: Stream | None = None,
+        on_stream: OnStream = torch.cuda.stream,
+    ):
         self.mailbox = Mailbox.empty(num_layers, room, device)
-        self._stream = None if device == "cpu" else torch.cuda.Stream()
+        self._stream: Any = stream or (None if device == "cpu" else torch.cuda.Stream())
+        self._on_stream = on_stream
         self._step: int | None = None  # that runs; None between steps
         self._new_mark = mark
         self._mark: Mark = None  # in front of the step
@@ -54,7 +66,7 @@ class Letters:
         self._post(load.layer, load.expert, load.frame, step)
 
     def _post(self, layer: int, expert: int, frame: int, step: int) -> None:
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        with nullcontext() if self._stream is None else self._on_stream(self._stream):
             post(self.mailbox, layer=layer, expert=expert, frame=frame, step=step)
 
 

@@ -42,6 +42,7 @@ class Access(msgspec.Struct, frozen=True):
     is_write: bool
     actor: str
     time: int
+    times: Times
 
 
 class Work:
@@ -140,18 +141,19 @@ class Device:
         reads: list[Range] | None = None,
         writes: list[Range] | None = None,
     ) -> None:
-        """Compare with all that has been queued or done before."""
+        """Compare with all that has been queued or done before; what is told late may have happened before some of it."""
         for where, is_write in [(its, False) for its in reads or []] + [
             (its, True) for its in writes or []
         ]:
             for before in self._accesses:
                 if not (is_write or before.is_write) or not where.overlaps(before.where):
                     continue
-                if times.get(before.actor, 0) < before.time:
+                is_first = before.times.get(actor, 0) >= times[actor]
+                if times.get(before.actor, 0) < before.time and not is_first:
                     self.races.append(
                         f"{what} on {actor} races with {before.what} on {before.actor}"
                     )
-            self._accesses.append(Access(what, where, is_write, actor, times[actor]))
+            self._accesses.append(Access(what, where, is_write, actor, times[actor], dict(times)))
 
     def work_some(self) -> None:
         """Do as much of what is queued as is drawn."""
@@ -193,6 +195,15 @@ class Stream:
         self.times[self.name] += 1
         self._device.note(what, self.name, self.times, reads=reads, writes=writes)
         self.works.append(Work(do))
+        self._device.work_some()
+        self._device.turns.turn()
+
+    def queue_deciding(self, do: Callable[[Times], object]) -> None:
+        """Work that decides itself, when it is done, what it touches: it notes that with the times that it is given."""
+        self._device.turns.give(self.times)
+        self.times[self.name] += 1
+        times = dict(self.times)
+        self.works.append(Work(lambda: do(times)))
         self._device.work_some()
         self._device.turns.turn()
 

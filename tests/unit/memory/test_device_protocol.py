@@ -89,6 +89,7 @@ class Server:
         self.device = Device(self.turns, random.randrange, make_stream, make_event)
         self.disk = Disk(lambda: random.random() < 0.1)
         self.packing = NO_PACKING
+        self.num_blocks = 3
         self.wrong: list[str] = []
         self.seen: Counter[str] = Counter()
         self._rids: dict[str, int] = {}
@@ -100,13 +101,19 @@ class Server:
     def prefetch_frames(self, arena: torch.Tensor) -> dict[str, Any]:
         return {}
 
+    def background_options(self, copier: StreamCopier) -> dict[str, Any]:
+        return {"mark": copier.mark}
+
+    def before_promoting(self) -> None:
+        pass
+
     def between_steps(self) -> None:
         pass
 
     def build(self) -> None:
         device, disk = self.device, self.disk
         self.raw = torch.zeros(GEOMETRY.arena_bytes, dtype=torch.uint8)
-        blocks = np.zeros((3, block_bytes(disk, as_stored=disk.is_packed)), np.uint8)
+        blocks = np.zeros((self.num_blocks, block_bytes(disk, as_stored=disk.is_packed)), np.uint8)
         device.lock_pages(blocks)
         self.tier = HostTier(
             blocks, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, as_stored=disk.is_packed
@@ -133,7 +140,7 @@ class Server:
             arena, stream=device.Stream("prefetch"), **shared, **self.prefetch_frames(arena)
         )
         self.background = BackgroundCopier(
-            copier.copy, demand=demand, prefetch=prefetch, mark=copier.mark
+            copier.copy, demand=demand, prefetch=prefetch, **self.background_options(copier)
         )
         self.memory = MemoryManager(
             GEOMETRY,
@@ -152,6 +159,7 @@ class Server:
             heat=lambda: self.memory.expert_demand,
             residents=lambda: self.memory.frame_table >= 0,
         )
+        self.before_promoting()
         self.promoter.start()
 
     def serve(self, num_steps: int) -> None:
@@ -159,11 +167,7 @@ class Server:
             self.between_steps()
             self.memory.begin_step(self.random.choice([1, 1000]))
             self.attend()
-            for layer in range(NUM_LAYERS):
-                try:
-                    self.compute(layer)
-                except ExpertReadError:
-                    self.seen["failed"] += 1
+            self.run_layers()
             assert self.memory.violations() == []
         self.background.close()
         self.promoter.close()
@@ -187,6 +191,13 @@ class Server:
         return [Promotion(*self.random.choice(absent), victim=self.random.choice(victims))]
 
     # ------------------------------------------------------------------------------ a forward pass
+
+    def run_layers(self) -> None:
+        for layer in range(NUM_LAYERS):
+            try:
+                self.compute(layer)
+            except ExpertReadError:
+                self.seen["failed"] += 1
 
     def compute(self, layer: int) -> None:
         wanted = self.random.sample(range(NUM_EXPERTS), self.random.randint(1, NUM_EXPERTS))
