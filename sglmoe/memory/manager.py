@@ -310,7 +310,7 @@ class MemoryManager:
 
     def take_back(self, sets: FrameSets) -> None:
         """What the step has made of them: who is in each place, USED where it used that, and prefetches that came meanwhile
-        in further places, behind those that were lent."""
+        in further places, behind those that were lent. Unchanged, nothing has happened."""
         self._lender.take_back(sets)
 
     @property

@@ -250,9 +250,11 @@ def test_prefixes_that_are_worth_less_make_way_for_as_many_misses_as_there_were(
     step(memory, {0}, {0})
     memory.set_prices(expert_nanoseconds=1, token_nanoseconds=10**9)
     assert step(memory, {1}, {1}) == [PageIn(0, 1, 6), PageIn(1, 1, 7)]  # nothing makes way
-    assert step(memory, {2}, {2}) == [PageIn(0, 2, 6), PageIn(1, 2, 7)]  # nor do experts
+    assert step(memory, {2}, {2}) == [PageIn(0, 2, 6), PageIn(1, 2, 7)]
+    assert step(memory, {2}, {2}) == []  # nor have these made way
     assert memory.snapshot(0).kv_frames == 6
     memory.set_prices(expert_nanoseconds=10**9, token_nanoseconds=1)
+    step(memory, {0}, {0})
     assert set_sizes(memory) == [2, 2]  # two have missed
     assert memory.snapshot(0).kv_frames == 4
     assert set_sizes(memory) == [2, 2]  # nobody has
