@@ -11,6 +11,8 @@ import torch
 
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.kernels import blocks, mailbox, page_in, reference, residency
+from sglmoe.memory.device_transfer import page_lock
+from sglmoe.memory.host_tier import page_locked
 
 DEVICE = "cuda"
 pytestmark = [
@@ -64,7 +66,8 @@ def test_page_in_beyond_2_31_words() -> None:
     if torch.cuda.mem_get_info()[0] < (num_frames + 8) * frame_bytes:
         pytest.skip("needs 9 GiB of GPU memory")
     arena = torch.empty(num_frames * frame_bytes, dtype=torch.uint8, device=DEVICE)
-    host = torch.randint(0, 256, (5, expert_bytes), dtype=torch.uint8).pin_memory()
+    host = torch.from_numpy(page_locked(5, expert_bytes, page_lock))  # as the server has it
+    host.random_(0, 256)
     frames = [num_frames - 1, 0, num_frames - 2]
     page_in.page_in(
         host,
@@ -286,7 +289,7 @@ def test_a_captured_layer_pages_in_what_each_replay_needs() -> None:
 def test_copiers_bring_experts_on_real_streams() -> None:
     import numpy as np
 
-    from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier, page_lock
+    from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier
     from sglmoe.memory.experts import Load
     from sglmoe.memory.host_tier import HostTier
     from sglmoe.memory.promotion import Promotion
