@@ -308,8 +308,8 @@ class MemoryManager:
         return self._lender.lend(least)
 
     def take_back(self, owners: Places, keys: Places) -> None:
-        """What the step has made of `FrameSets.owners` and `keys`: who is in each place, and USED where it used that. Unchanged,
-        nothing has happened."""
+        """What the step has made of `FrameSets.owners` and `keys`: who is in each place, and USED where it used that.
+        Unchanged, the step used and brought nothing."""
         self._lender.take_back(owners, keys)
 
     @property
