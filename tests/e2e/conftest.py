@@ -11,10 +11,10 @@ from forking import preload
 
 SETTLE_SECONDS = 5.0
 
-# OpenMP's threads sleep while they wait for each other, and bits stay the same. Spinning, they take the cores from servers'
-# other processes: beside a busy one 21 requests to a tiny model took 5 to 13 s, sleeping 1 s, and with nobody else 0.8 and 1 s.
-# Here, because it is read when torch is imported, by which time no test has been.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's threads spin less long before they sleep, to the same bits. Two of them on two cores, one of which somebody else has,
+# wait for each other: 21 requests to a tiny model took 35 s in the worst case, so 2.8 s, and on a machine that is free 0.8 s
+# either way. Here, because it is read when torch is imported, by which time no test has been.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 @pytest.fixture(scope="session")
