@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from checkpoints import make_checkpoint
 from forking import run_in_fork
 from serving import free_port, run_as_a_user
 
 from sglmoe import flags
+from sglmoe.config import EngineConfig
 
 
 @pytest.mark.usefixtures("preloaded")
@@ -85,7 +87,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, preloaded: None) -> Path:
         ("--itl-target 1 --chunked-prefill-size -1", "prompts are computed in one piece"),
         ("--packed-experts maybe", "--packed-experts: 'maybe' is none of off, on, auto"),
         ("--packed-share half", "--packed-share: 'half' is none of off, auto and a share"),
-        ("--cuda-graph-backend-decode full", "use breakable, or disabled"),
+        ("--cuda-graph-backend-decode full", "there is no CUDA device to capture on"),
         ("--cuda-graph-backend-decode breakable", "there is no CUDA device to capture on"),
         ("--cuda-graph-backend-prefill breakable", "decode steps alone can be captured"),
         ("--cuda-graph-max-bs-decode 8", "add --cuda-graph-backend-decode=breakable"),
@@ -157,3 +159,16 @@ def test_small_steps_are_captured_unless_a_flag_says_which(
     flags = SimpleNamespace(**its)
     settle_graphs(flags)
     assert flags.cuda_graph_max_bs_decode == max_rows
+
+
+@pytest.mark.usefixtures("preloaded")
+def test_steps_without_the_host_can_not_decode_packed_experts() -> None:
+    """On a GPU; a share of the frames that is planned would be found out long after the start."""
+    from sglmoe.preparation import check_steps_need_no_host
+
+    config = EngineConfig(memory_budget_bytes=1, host_memory_bytes=1)
+    check_steps_need_no_host(config)
+    for share in (None, 0.3):
+        packed = msgspec.structs.replace(config, packed_share=share)
+        with pytest.raises(ValueError, match="--packed-share: full graphs bring experts in as"):
+            check_steps_need_no_host(packed)

@@ -277,7 +277,7 @@ def test_those_that_save_nothing_make_way_for_what_steps_without_the_host_missed
         seen.append(memory.packed)
         assert not set(memory._slabs.held_frames()) & set(sets.frames.ravel().tolist())
         outcome = run_step(sets, [routed, {0}])
-        memory.take_back(outcome.owners, outcome.keys)
+        memory.take_back(outcome.sets)
         assert memory.violations() == []
     assert seen == num_frames
 

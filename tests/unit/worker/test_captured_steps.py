@@ -5,6 +5,7 @@ what it reads of each of the row's two experts. Kernels are their references.
 """
 
 import itertools
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from sglmoe.memory.experts import Load
 from sglmoe.memory.host_tier import HostTier
 from sglmoe.memory.promotion import Promotion
 from sglmoe.worker import step_messages
-from sglmoe.worker.captured_steps import CapturedSteps
+from sglmoe.worker.captured_steps import CapturedSteps, captured_steps
 from sglmoe.worker.routed import Routed
 from sglmoe.worker.step_messages import Letters
 from sglmoe.worker.step_state import Sizes, StepState
@@ -207,6 +208,30 @@ def test_a_step_that_fails_in_the_middle_leaves_memory_as_the_device_has_it() ->
     assert bench.memory.residents() == ["0.2", "0.3"]
     assert bench.step([[3, 2]], [[0, 1]], num_rows=1) == [[[4, 3]], [[11, 12]]]
     assert bench.kernels.paged_in == [3, 4, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("tier", "words"),
+    [
+        ({"num_blocks": 7}, "raise --host-memory from 112 B to 128 B, or use breakable"),
+        ({"as_stored": True}, "add --packed-experts=off, or use breakable"),
+        ({"block_bytes": 24}, "move whole 16 B, and an expert of this model has 24 B"),
+    ],
+)
+def test_steps_that_could_never_run_are_refused_at_once(tier: dict[str, int], words: str) -> None:
+    its = {"num_blocks": 8, "block_bytes": 16, "as_stored": False} | tier
+    blocks = np.zeros((its["num_blocks"], its["block_bytes"]), np.uint8)
+    experts: Any = SimpleNamespace(store=SimpleNamespace(total_bytes=128))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        captured_steps(
+            Sizes(2, 4, TOP_K, MAX_ROWS),
+            experts,
+            torch.zeros(8 * FRAME_BYTES, dtype=torch.uint8),
+            FRAME_BYTES,
+            memory=Memory(),
+            tier=HostTier(blocks, num_layers=2, num_experts=4, as_stored=bool(its["as_stored"])),
+            letters=None,
+        )
 
 
 # ------------------------------------------------------------------------------------ prefetches
