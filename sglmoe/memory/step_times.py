@@ -147,13 +147,16 @@ class StepTimes:
     @property
     def load_seconds(self) -> float | None:
         """What a step is longer by for an expert: the wait for it, and what computing is slower by while
-        it comes. None before one was loaded.
+        it comes. None before one was loaded, and on a device, which the host does not see waiting, before
+        steps that load more are seen to be longer.
 
         Two cores that compute share them and their memory's bandwidth with whoever copies: of a load
         of the random model's 3 MB there, the step waits for 0.2 ms and takes 0.6 ms longer.
         """
         waited = self._waits.ratio
-        return None if waited is None else waited + self._slowdown
+        if waited is None or not any((waited, self._links.ratio, self._slowdown)):
+            return None
+        return waited + self._slowdown
 
     @property
     def link_seconds(self) -> float | None:

@@ -1,5 +1,7 @@
 """The owner of the arena, and who it works with: host memory, copiers, and what tells steps without the host of prefetches."""
 
+import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,13 +15,18 @@ from sglmoe.memory.device_transfer import page_lock
 from sglmoe.memory.experts import ABSENT
 from sglmoe.memory.host_tier import HostTier, make_blocks
 from sglmoe.memory.link_gate import LinkGate
+from sglmoe.memory.load_timer import Timer, device_copy_seconds, new_timer
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.packed_order import Packing
 from sglmoe.memory.promoter import Promoter
+from sglmoe.memory.store import ExpertStore
+from sglmoe.units import show_bytes
 from sglmoe.worker.expert_copiers import expert_copiers
 from sglmoe.worker.moe_layer import PagedExperts
 from sglmoe.worker.packed_experts import plan_packing
 from sglmoe.worker.step_messages import Letters
+
+logger = logging.getLogger(__name__)
 
 
 class Owned(NamedTuple):
@@ -83,14 +90,42 @@ def manage(
         packing=packing,
     )
     if len(tier.blocks):
-        Promoter(
-            tier,
-            store,
-            prefetch,
-            heat=lambda: memory.expert_demand,
-            residents=lambda: memory.frame_table != ABSENT,
-        ).start()
+        if not frames.is_cpu:
+            frame = frames[: geometry.frame_bytes]
+            measure_link(memory, frame, torch.from_numpy(tier.blocks[0]))
+        new_promoter(tier, store, prefetch, memory).start()
     return Owned(memory, tier, packing, letters)
+
+
+def new_promoter(
+    tier: HostTier, store: ExpertStore, gate: LinkGate, memory: MemoryManager
+) -> Promoter:
+    """What fills host memory with those that frames want and have not got."""
+    return Promoter(
+        tier,
+        store,
+        gate,
+        heat=lambda: memory.expert_demand,
+        residents=lambda: memory.frame_table != ABSENT,
+    )
+
+
+def measure_link(
+    memory: MemoryManager,
+    frame: torch.Tensor,
+    block: torch.Tensor,
+    new_timer: Callable[[], Timer] = new_timer,
+) -> None:
+    """Have memory reckon with what the link to the device moves, instead of what is assumed, until steps have told more.
+
+    `frame`: one without a tenant; `block`: of host memory, page-locked. For a device, which says of no load how long it took.
+    """
+    seconds = device_copy_seconds(frame, block, new_timer)
+    logger.info("host memory to device: %s a second", show_bytes(int(len(block) / seconds)))
+    memory.set_prices(
+        expert_nanoseconds=max(1, round(1e9 * seconds)),
+        token_nanoseconds=memory.prices.token_nanoseconds,
+    )
 
 
 def make_tier(

@@ -17,7 +17,7 @@ from sglmoe.memory.device_decode import DecodedFrames, staged_bytes
 from sglmoe.memory.device_transfer import DeviceCopier, page_lock
 from sglmoe.memory.experts import Load
 from sglmoe.memory.host_tier import HostTier, make_blocks
-from sglmoe.memory.load_timer import LoadTimer, device_decoding_seconds
+from sglmoe.memory.load_timer import LoadTimer, device_copy_seconds, device_decoding_seconds
 from sglmoe.memory.mapped_files import Extent
 from sglmoe.memory.packed_extent import PackedExtent
 from sglmoe.memory.packed_slabs import PackedSlabs
@@ -63,6 +63,7 @@ def test_cells_are_filled_and_decoded_on_real_streams(tmp_path: Path) -> None:
     rows, ratio = arena.view(-1, FRAME_BYTES), DecodeRatio()
     into = DecodedFrames(rows, store)
     assert 0 < device_decoding_seconds(into, store) < 1
+    assert 0 < device_copy_seconds(rows[0], torch.from_numpy(blocks[0])) < 1
     copier = DeviceCopier(
         arena,
         frame_bytes=FRAME_BYTES,

@@ -26,7 +26,7 @@ from sglmoe.memory.device_decode import (
 from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier
 from sglmoe.memory.experts import Load, PackedCell
 from sglmoe.memory.host_tier import HostTier, make_blocks
-from sglmoe.memory.load_timer import LoadTimer, device_decoding_seconds
+from sglmoe.memory.load_timer import LoadTimer, device_copy_seconds, device_decoding_seconds
 from sglmoe.memory.promotion import Promotion
 from sglmoe.memory.store import ExpertReadError, ExpertStore
 
@@ -307,6 +307,13 @@ def test_decoding_is_timed_before_anything_is_served(bench: Bench) -> None:
     assert cells.decoder.launches == [1] * 12
     assert cells.arena[1, :EXPERT_BYTES].numpy().tobytes() == bench.expert(0)
     assert cells.arena[2].eq(170).all()
+
+
+def test_copying_is_timed_likewise() -> None:
+    frame, block = torch.zeros(16, dtype=torch.uint8), torch.full((12,), 7, dtype=torch.uint8)
+    clock = Clock(0, 5, 10, 12, 20, 23)
+    assert device_copy_seconds(frame, block, clock.new_timer) == 0.002
+    assert frame.tolist() == [7] * 12 + [0] * 4
 
 
 # ------------------------------------------------------------------------------- with the copiers

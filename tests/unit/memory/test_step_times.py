@@ -141,6 +141,17 @@ def test_what_a_load_costs_is_the_wait_and_what_it_slows_down() -> None:
     assert times.prefill_token_seconds == pytest.approx(0.001), "half of it, whatever was loaded"
 
 
+def test_loads_that_nobody_sees_have_no_price_until_steps_that_load_more_are_longer() -> None:
+    """A device copies while the host goes on: what it took shows in the step alone, and not in the first 32."""
+    times = StepTimes()
+    for number in range(40):
+        loads = number % 4
+        times.note_loads(loads, waited_seconds=0.0, link_seconds=0.0)
+        times.note_decode(1, 0.010 + 0.002 * loads, loads)
+        assert (times.load_seconds is None) == (number < 32)
+    assert times.load_seconds == pytest.approx(0.002)
+
+
 def test_a_load_holds_computing_up_for_no_longer_than_it_takes() -> None:
     """Each is waited for for 0.2 ms of its 0.6; steps with 10 of them are 50 ms slower, whatever the reason."""
     times = StepTimes()
