@@ -63,7 +63,11 @@ def measure(model_dir: Path) -> Budgets:
     return Budgets(model_dir, eager, eager + graphs + loaded.geometry.page_bytes)
 
 
-def make_budgets(family: str, directory: Path) -> Budgets:
+@cache
+def make_budgets(family: str, base: Path) -> Budgets:
+    """Of a checkpoint that is made once, somewhere in `base`: two files of tests compare with what it answers eagerly."""
+    directory = base / f"captured-{family}"
+    directory.mkdir()
     model_dir = run_in_fork(make_checkpoint, family, directory, dtype="float32", attention_gain=1.0)
     return run_in_fork(measure, model_dir)
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("preloaded")
 def budgets(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, preloaded: None
 ) -> Budgets:
-    return make_budgets(request.param, tmp_path_factory.mktemp("graphs"))
+    return make_budgets(request.param, tmp_path_factory.getbasetemp())
 
 
 def test_replayed_steps_have_the_bits_of_eager_ones(budgets: Budgets) -> None:

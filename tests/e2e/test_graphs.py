@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("preloaded")
 def budgets(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, preloaded: None
 ) -> Budgets:
-    return make_budgets(request.param, tmp_path_factory.mktemp("graphs"))
+    return make_budgets(request.param, tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize("num_requests", [1, 4, 5])
