@@ -3,7 +3,7 @@
 page-in    bytes a second from page-locked memory into frames, against the driver's copy of as many experts
 decide     microseconds to decide for one layer, by routed ids: nothing missing, and all missing
 products   SGLang's grouped GEMM on frames in random order, against contiguous weights; whether the bits are the same
-step       microseconds of 48 captured layers that decide, page nothing in and map blocks: what paging adds to a decode step
+step       microseconds of 48 captured layers that decide, page nothing in and look frames up as `full` graphs do: what paging adds
 
 Sizes are Qwen3-30B-A3B's. No GPU has run this yet.
 """
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from eval.servers import describe_run
-from sglmoe.kernels.blocks import map_blocks
+from sglmoe.kernels.blocks import map_blocks, wave_blocks
 from sglmoe.kernels.page_in import page_in
 from sglmoe.kernels.residency import DeviceResidency, PageIns, decide
 
@@ -181,8 +181,10 @@ def measure_step() -> dict[str, Any]:
                     frames=out.frames,
                     count=out.count,
                 )
-                _, its_blocks, padded = moe_align_block_size(ids, 16, EXPERTS)
-                map_blocks(its_blocks, padded, state.frame_table[layer], 16)
+                rows, experts, padded = moe_align_block_size(ids, 16, EXPERTS)
+                table = state.frame_table[layer]
+                places = {"frame_table": table, "block_tokens": 16, "num_pairs": ids.numel()}
+                wave_blocks(rows, experts, padded, **places)
 
         stock = microseconds(captured(partial(align, ids)))
         found[f"{num_tokens} tokens"] = {
