@@ -3,7 +3,7 @@
 page-in    bytes a second from page-locked memory into frames, against the driver's copy of as many experts
 decide     microseconds to decide for one layer, by routed ids: nothing missing, and all missing
 products   SGLang's grouped GEMM on frames in random order, against contiguous weights; whether the bits are the same
-step       microseconds of 48 captured layers that decide, page nothing in and look frames up as `full` graphs do: what paging adds
+step       microseconds of 48 captured layers that decide, page nothing in and look frames up as full graphs do: what it adds
 
 Sizes are Qwen3-30B-A3B's. No GPU has run this yet.
 """
