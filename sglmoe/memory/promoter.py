@@ -88,8 +88,10 @@ class Promoter:
 
     def _run(self) -> None:
         try:
-            while not self._stopping.is_set():
+            while True:
                 self._tier.demanded.clear()
+                if self._stopping.is_set():  # after that: `close` sets both, this one first
+                    return
                 if self.promote_some():
                     self._progress.log()
                     continue

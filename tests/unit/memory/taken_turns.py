@@ -13,6 +13,9 @@ from typing import Any
 
 Times = dict[str, int]  # actor -> how many of its acts have happened before
 
+# A run takes 1500. Threads that wait for each other with timeouts never stand still.
+MAX_TURNS = 100_000
+
 
 def join(into: Times, other: Times) -> None:
     for actor, time in other.items():
@@ -37,6 +40,7 @@ class TakenTurns:
         self._threads = [self.current]
         self.failures: list[BaseException] = []  # what ended a thread other than the first
         self._is_stuck = False
+        self._turns_left = MAX_TURNS
 
     # --------------------------------------------------------- what `threading` and `queue` offer
 
@@ -60,6 +64,8 @@ class TakenTurns:
     def turn(self, is_ready: Callable[[], bool] = lambda: True) -> None:
         """Another may go on here; the current one does when it is ready and its turn has come."""
         me = self.current
+        self._turns_left -= 1
+        assert self._turns_left > 0, f"{me.name} goes on and on"
         me.is_ready = is_ready
         if self._pass_on() is not me:  # by now others may have passed it on again
             me.may_go.acquire()
@@ -150,7 +156,9 @@ class TurnsEvent:
         self._is_set = False
 
     def is_set(self) -> bool:
-        return self._is_set
+        is_set = self._is_set
+        self._turns.turn()  # by when it is acted on, it may have changed
+        return is_set
 
     def set(self) -> None:
         self._turns.give(self._times)

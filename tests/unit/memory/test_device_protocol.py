@@ -104,6 +104,10 @@ class Server:
     def background_options(self, copier: StreamCopier) -> dict[str, Any]:
         return {"mark": copier.mark}
 
+    def more_stand_ins(self) -> list[tuple[Any, str, Any]]:
+        """Modules, names in them, and what is there instead."""
+        return []
+
     def before_promoting(self) -> None:
         pass
 
@@ -267,6 +271,8 @@ def stand_ins(server: Server) -> Generator[None, None, None]:
             stack.enter_context(patch.object(module, "CHUNK_BYTES", 4))
         stack.enter_context(patch.object(store, "_copy", copy))
         stack.enter_context(patch.object(promoter, "plan_promotions", server.plan))
+        for where, name, instead in server.more_stand_ins():
+            stack.enter_context(patch.object(where, name, instead))
         yield
 
 

@@ -7,7 +7,6 @@ blocks that it pages in, the frames that it replaces. Half of the steps go throu
 from collections import Counter
 from random import Random
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -51,20 +50,18 @@ class LentServer(Server):
         self.begun_before: set[Load] = set()  # prefetches, the step
 
     def background_options(self, copier: StreamCopier) -> dict[str, Any]:
-        with patch.object(step_messages, "post", self.post):
-            self.letters = Letters(
-                NUM_LAYERS,
-                NUM_EXPERTS,
-                "cpu",
-                copier.mark,
-                stream=self.device.Stream("letters"),
-                on_stream=self.device.on_stream,
-            )
-        return {"mark": self.letters.mark, "came": self.came}
+        self.letters = Letters(
+            NUM_LAYERS,
+            NUM_EXPERTS,
+            "cpu",
+            copier.mark,
+            stream=self.device.Stream("letters"),
+            on_stream=self.device.on_stream,
+        )
+        return {"mark": self.letters.mark, "came": self.letters.came}
 
-    def came(self, load: Load) -> None:
-        with patch.object(step_messages, "post", self.post):
-            self.letters.came(load)
+    def more_stand_ins(self) -> list[tuple[Any, str, Any]]:
+        return [(step_messages, "post", self.post)]
 
     def post(self, mailbox: Any, *, layer: int, expert: int, frame: int, step: int) -> None:
         """The kernel."""
