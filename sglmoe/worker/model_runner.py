@@ -178,6 +178,7 @@ class ModelRunner:
         )
         if not decode:
             self._set_extend_fields(batch, rows, prompt)
+        self._runner.kv_index_translator.bind_own_plan(batch)  # attention kernels of GPUs go by it
         return batch, prompt
 
     def _set_extend_fields(

@@ -284,3 +284,4 @@ def fit_token_table(runner: Any, geometry: Geometry, floor: int) -> None:
         device=runner.device,
         enable_memory_saver=False,
     )
+    runner.init_kv_index_translator()  # by which attention backends look KV ids up: in this table
