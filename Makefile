@@ -33,6 +33,7 @@ test-kernels: $(INSTALLED)
 	$(RUN) sglmoe.kernels.compile
 	$(RUN) pytest tests/kernels
 	$(RUN) pytest tests/kernels_codec
+	$(RUN) pytest tests/pretend_cuda
 
 test-e2e: $(INSTALLED)
 	$(RUN) pytest tests/e2e -m 'not gpu'

@@ -21,6 +21,7 @@ class LoadedWorker:
         budget: str = "64MB",
         host_memory: str | None = None,
         expert_prefetch: str | None = None,
+        packed_share: str | None = None,
         before_loading: Callable[[], None] | None = None,
         **flags: Any,
     ):
@@ -42,7 +43,12 @@ class LoadedWorker:
         )
         config = prepare(
             server_args,
-            Options(memory_budget=budget, host_memory=host_memory, expert_prefetch=expert_prefetch),
+            Options(
+                memory_budget=budget,
+                host_memory=host_memory,
+                expert_prefetch=expert_prefetch,
+                packed_share=packed_share,
+            ),
         )
         start_process(server_args, 0, process_name="WORKER")
         if before_loading is not None:
