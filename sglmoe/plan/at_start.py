@@ -30,6 +30,7 @@ def start_report(
                 memory_budget=str(config.memory_budget_bytes),
                 host_memory=str(config.host_memory_bytes) if config.host_memory_bytes else None,
             ),
+            memory_policy=config.memory_policy,
             budgets=(config.memory_budget_bytes,),
             flags=flags,
         )
