@@ -81,6 +81,7 @@ class PlanSnapshot(msgspec.Struct, frozen=True):
     graphs: DecodeGraphs = DecodeGraphs()
     # Of KV, beside which there are to be frames for steps without the host; None where these need no such care.
     context_tokens: int | None = None
+    decoding_bytes: int = 0  # of the device, for packed experts
 
 
 def plan_budget(now: PlanSnapshot, budget_bytes: int, host_bytes: int) -> BudgetPlan:
@@ -109,7 +110,10 @@ def plan_budget(now: PlanSnapshot, budget_bytes: int, host_bytes: int) -> Budget
 def geometry_of(now: PlanSnapshot, budget_bytes: int) -> Geometry:
     """The server's arena. Raises ValueError, with numbers and flag, where the budget is too small."""
     arena_bytes = arena_bytes_within(
-        budget_bytes, now.shape.dense_bytes, graph_bytes=now.graphs.reserved_bytes
+        budget_bytes,
+        now.shape.dense_bytes,
+        decoding_bytes=now.decoding_bytes,
+        graph_bytes=now.graphs.reserved_bytes,
     )
     geometry = _cut(now, arena_bytes)
     check_floor(geometry, floor_of(now, geometry))
@@ -199,7 +203,8 @@ def budgets_to_try(now: PlanSnapshot) -> Sequence[int]:
     frames = [
         max(shape.floor_frames, round(share * shape.all_experts)) + kv_frames for share in SHARES
     ]
-    beside = shape.dense_bytes + now.graphs.reserved_bytes + any_arena.padding_bytes
+    beside = shape.dense_bytes + now.decoding_bytes + now.graphs.reserved_bytes
+    beside += any_arena.padding_bytes
     return [beside + count * any_arena.frame_bytes for count in dict.fromkeys(frames)]
 
 

@@ -6,7 +6,11 @@ import msgspec
 
 from sglmoe.config import DEFAULT_MAX_RUNNING, Machine, MemoryPolicy, Options, plan_config
 from sglmoe.decode_graphs import DecodeGraphs, captured_rows, check_graphs, graph_bytes
-from sglmoe.errors.budgets import full_graphs_may_lack_frames, full_graphs_need_all_experts
+from sglmoe.errors.budgets import (
+    full_graphs_may_lack_frames,
+    full_graphs_need_all_experts,
+    full_graphs_need_plain_experts,
+)
 from sglmoe.memory.arena import least_lent
 from sglmoe.plan.budgets import (
     BudgetPlan,
@@ -42,6 +46,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     demand: Demand
     costs: CostModel
     costs_are: str  # where they come from, in words
+    decoding_bytes: int = 0  # of a GPU, for packed experts
     options: Options = Options()
     memory_policy: MemoryPolicy = MemoryPolicy.COST_AWARE
     budgets: tuple[int, ...] = ()  # to compare; those of `budgets_to_try` if none
@@ -58,6 +63,7 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     demand: Demand
     costs: CostModel
     costs_are: str
+    decoding_bytes: int
     graphs: DecodeGraphs
     chosen: BudgetPlan
     compared: tuple[BudgetPlan, ...]
@@ -84,6 +90,7 @@ def plan_launch(asked: Question) -> LaunchPlan:
         demand=asked.demand,
         costs=asked.costs,
         costs_are=asked.costs_are,
+        decoding_bytes=asked.decoding_bytes,
         graphs=now.graphs,
         chosen=chosen,
         compared=tuple(
@@ -130,6 +137,7 @@ def snapshot_of(asked: Question, budget_bytes: int, host_bytes: int) -> PlanSnap
         page_tokens=asked.flags.page_size,
         max_running=asked.flags.max_running_requests or DEFAULT_MAX_RUNNING,
         graphs=graphs,
+        decoding_bytes=asked.decoding_bytes,
         context_tokens=graphs.lent_beside(context_tokens, asked.memory_policy),
     )
 
@@ -155,6 +163,8 @@ def find_graph_problems(
                 host_bytes=chosen.host_bytes, expert_bytes=shape.all_expert_bytes
             )
         )
+    if now.graphs.is_full and asked.decoding_bytes:
+        yield problem(full_graphs_need_plain_experts())
     if now.context_tokens is None or geometry is None:
         return
     num_frames = least_lent(shape.num_moe_layers, shape.num_experts, shape.top_k)

@@ -18,11 +18,11 @@ from sglmoe.config import DEFAULT_MAX_RUNNING, EngineConfig
 from sglmoe.decode_graphs import DecodeGraphs
 from sglmoe.errors.budgets import experts_held_beside_budget
 from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_floor
-from sglmoe.memory.device_decode import NUM_STAGED, staged_bytes
 from sglmoe.memory.host_tier import HostTier
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.packed_order import Packing
 from sglmoe.memory.read_rate import READ_RATE, ReadRate
+from sglmoe.memory.staging import decoding_bytes
 from sglmoe.memory.store import ExpertStore
 from sglmoe.supported_models import refused_layers
 from sglmoe.units import parse_bytes
@@ -205,11 +205,11 @@ def close_store(experts: PagedExperts) -> None:
         logger.warning("%s", experts_held_beside_budget(held_bytes=held_bytes))
 
 
-def decoding_bytes(store: ExpertStore, device: str) -> int:
+def decoding_bytes_of(store: ExpertStore, device: str) -> int:
     """What decoding packed experts takes of the device's memory beside their frames."""
     if device == "cpu" or not store.is_packed:
         return 0
-    return (NUM_STAGED + 1) * staged_bytes(store)
+    return decoding_bytes(store.stored_expert_bytes())
 
 
 def cut_arena(
@@ -224,7 +224,7 @@ def cut_arena(
     arena_bytes = arena_bytes_within(
         config.memory_budget_bytes,
         dense_bytes,
-        decoding_bytes=decoding_bytes(experts.store, device),
+        decoding_bytes=decoding_bytes_of(experts.store, device),
         graph_bytes=graphs.reserved_bytes,
     )
     return kv.geometry(arena_bytes, experts, config, graphs)

@@ -13,11 +13,13 @@ from sglmoe.checkpoint import read_json
 from sglmoe.config import Machine, Options
 from sglmoe.decode_graphs import GraphFlags
 from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.pack import main as pack_experts
 from sglmoe.plan.budgets import Demand
 from sglmoe.plan.cost_model import assumed_speeds, costs_of
 from sglmoe.plan.launch_plan import Question, decode_graphs, plan_launch
 from sglmoe.plan.machine_limits import Limits
 from sglmoe.plan.model_shape import ModelShape, read_model, shape_of
+from sglmoe.plan.packed import decoding_bytes_of
 from sglmoe.plan.server_flags import ServerFlags
 
 pytestmark = pytest.mark.usefixtures("preloaded")
@@ -107,6 +109,25 @@ def test_the_plan_counts_what_graphs_take(
     assert loaded["geometry"].padding_pages > 0
     flags = ServerFlags(max_running_requests=MAX_RUNNING, graphs=GraphFlags("breakable", sizes))
     assert as_planned(read_model(str(model_dir), device="cpu").shape, flags) == loaded
+
+
+def decoding_as_loaded(model_dir: Path) -> int:
+    """What a worker on a GPU would set aside, by what it has loaded."""
+    from loaded_worker import LoadedWorker
+
+    from sglmoe.worker.model_runner_loading import decoding_bytes_of as of_store
+
+    return of_store(LoadedWorker(model_dir).loaded.experts.store, "cuda")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2"])
+def test_the_plan_counts_what_decoding_packed_experts_takes(family: str, tmp_path: Path) -> None:
+    model_dir = run_in_fork(make_checkpoint, family, tmp_path)
+    run_in_fork(pack_experts, ["--model-path", str(model_dir)])
+    model = read_model(str(model_dir), device="cuda")
+    loaded = run_in_fork(decoding_as_loaded, model_dir)
+    assert 0 < loaded < 0.8 * 9 * model.shape.expert_bytes
+    assert decoding_bytes_of(model, "auto", "cuda") == loaded
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])

@@ -64,6 +64,14 @@ def test_a_recipe_counts_flags_that_take_of_the_budget() -> None:
     assert plan.command[-2:] == tuple(more)
 
 
+def test_a_recipe_counts_packed_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(recipe, "decoding_bytes_of", lambda *its: asked.append(its[1:]) or 2**20)
+    plan, _ = recipe.read_plan(LAUNCH / "24gb" / "olmoe-1b-7b.toml", ["--packed-experts=./there"])
+    assert plan.decoding_bytes == 2**20
+    assert asked == [("./there", "cuda")]
+
+
 def write_recipe(folder: Path, **changes: str) -> Path:
     fields = {
         "model": "nobody/small",

@@ -17,6 +17,7 @@ from sglmoe.plan.at_start import start_report
 from sglmoe.plan.budgets import Demand
 from sglmoe.plan.launch_plan import LaunchPlan, Question, host_flag, plan_launch, size_flag
 from sglmoe.plan.machine_limits import Limits
+from sglmoe.plan.model_shape import Model
 from sglmoe.plan.report import full_report, short_report
 from sglmoe.plan.server_flags import ServerFlags
 from sglmoe.units import parse_bytes
@@ -134,6 +135,42 @@ def test_steps_without_the_host_keep_their_frames_if_a_whole_context_fits_beside
     shares = question(roomy, flags=full, memory_budget=str(beside + 15 * 2**28))
     its = plan_launch(msgspec.structs.replace(shares, memory_policy=MemoryPolicy.STATIC))
     assert (its.chosen.floor_frames, told(its)) == (2, "")
+
+
+def test_what_decoding_packed_experts_takes_is_told() -> None:
+    roomy = msgspec.structs.replace(GPU, host_bytes=64 * GIB)
+    its = question(roomy, memory_budget="6GiB", host_memory="16GiB")
+    its = msgspec.structs.replace(its, decoding_bytes=2 * 2**28)
+    the = plan_launch(its)
+    assert the.chosen.geometry is not None
+    assert the.chosen.geometry.num_frames == 18  # of 20
+    assert "Decoding packed experts: 512.00 MiB of a budget" in full_report(the)
+    assert the.can_start
+    full = msgspec.structs.replace(its, flags=ServerFlags(graphs=GraphFlags(backend="full")))
+    assert "can't decode packed experts: add --packed-experts=off" in told(plan_launch(full))
+
+
+def test_command_and_server_look_for_packed_experts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def decoding_bytes(model: Model, wanted: str, device: str) -> int:
+        asked.append((model.name, wanted, device))
+        return 2**20
+
+    for module in ("__main__", "at_start"):
+        monkeypatch.setattr(f"sglmoe.plan.{module}.decoding_bytes_of", decoding_bytes)
+    machine = ["--gpu-memory", "24GiB", "--host-memory", "64GiB"]
+    main([*machine, "--packed-experts", "on", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["decoding_bytes"] == 2**20
+    assert said["command"][-2:] == ["--packed-experts", "on"]
+    config = EngineConfig(memory_budget_bytes=8 * 10**6, host_memory_bytes=0)
+    its = {"flags": ServerFlags(packed_experts="off"), "device": "cpu", "gpu_id": 0}
+    said = start_report(config, model_path=str(DEMO_MODEL), **its)
+    assert "Decoding packed experts: 1.00 MiB of a budget" in said
+    assert asked == [(str(DEMO_MODEL), "on", "cuda"), (str(DEMO_MODEL), "off", "cpu")]
 
 
 def test_a_plan_without_worries_has_no_findings() -> None:
