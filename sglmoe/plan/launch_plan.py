@@ -165,7 +165,7 @@ def find_graph_problems(
         )
     if now.graphs.is_full and asked.decoding_bytes:
         yield problem(full_graphs_need_plain_experts())
-    if now.context_tokens is None or geometry is None:
+    if now.context_tokens is None or geometry is None or not shape.num_experts:
         return
     num_frames = least_lent(shape.num_moe_layers, shape.num_experts, shape.top_k)
     missing = num_frames + geometry.frames_for(now.context_tokens) - geometry.num_frames

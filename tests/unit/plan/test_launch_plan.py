@@ -103,8 +103,10 @@ def test_host_memory_that_could_hold_all_experts_does(host: int, experts: int, t
 
 def test_a_model_without_experts_asks_for_no_host_memory() -> None:
     dense = msgspec.structs.replace(BIG, num_moe_layers=0, num_experts=0, top_k=0, expert_bytes=0)
-    the = plan_launch(msgspec.structs.replace(question(), shape=dense))
+    full = ServerFlags(graphs=GraphFlags("full"), context_length=10**6)  # more than KV has room for
+    the = plan_launch(msgspec.structs.replace(question(flags=full), shape=dense))
     assert "--host-memory" not in the.command
+    assert "full" not in told(the)
     assert "the model has no routed experts" in told(the)
 
 
