@@ -5,7 +5,7 @@ The server and its plan both go by it; capturing is `worker/model_runner_graphs.
 
 import msgspec
 
-from sglmoe.config import DEFAULT_MAX_RUNNING
+from sglmoe.config import DEFAULT_MAX_RUNNING, MemoryPolicy
 from sglmoe.errors.options import graph_sizes_without_graphs, graphs_on_a_cpu
 
 # What SGLang sets aside for a row of the largest captured step: `reserve_for_graph_mb`. Not measured with breaks.
@@ -34,6 +34,12 @@ class DecodeGraphs(msgspec.Struct, frozen=True):
     max_rows: int = 0  # of the largest batch; 0: none is captured
     reserved_bytes: int = 0
     is_full: bool = False  # else graphs break at each MoE layer
+
+    def lent_beside(self, context_tokens: int, policy: MemoryPolicy) -> int | None:
+        """Tokens of KV beside which frames are to be kept for steps without the host: None where there is no such step, or
+        layers have shares of the frames anyway."""
+        has_shares = policy is MemoryPolicy.STATIC
+        return context_tokens if self.is_full and not has_shares else None
 
 
 def check_graphs(flags: GraphFlags, *, on_gpu: bool) -> None:

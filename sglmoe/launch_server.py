@@ -96,6 +96,7 @@ def plan_of(server_args: Any, config: EngineConfig) -> str:
         max_running_requests=server_args.max_running_requests,
         context_length=server_args.context_length,
         graphs=read_graph_flags(server_args),
+        packed_experts=config.packed_experts,
     )
     return start_report(
         config,

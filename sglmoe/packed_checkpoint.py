@@ -14,14 +14,16 @@ Checksums are xxh3 (64 bits): of the index, looked at when the file is opened, a
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 import xxhash
 
 from sglmoe.checkpoint import read_header
+from sglmoe.config import AUTO, OFF, ON
 from sglmoe.errors import checkpoints
+from sglmoe.errors.user_error import UserError
 
 FOLDER = "packed-experts"  # in the checkpoint's own
 PATTERN = "layer-*.packed"
@@ -109,6 +111,36 @@ def read_layer(path: Path, stamps: Sequence[ShardStamp]) -> PackedLayer:
         if its != packed:
             raise checkpoints.packed_for_another(path=path, difference=_difference(packed, its))
     return PackedLayer(path, index)
+
+
+def find_layers(
+    wanted: str, model_path: str, shards: Iterable[Path]
+) -> tuple[list[PackedLayer], list[UserError]]:
+    """Those that a server uses, and why it does not use others. `wanted`: `EngineConfig.packed_experts`; `shards`: the files
+    that it reads experts from, none where it does not read them in place.
+
+    Raises ValueError, saying what to do, where they are wanted and can't be used.
+    """
+    if wanted == OFF:
+        return [], []
+    folder = Path(model_path, FOLDER) if wanted in (AUTO, ON) else Path(wanted)
+    paths = sorted(folder.glob(PATTERN))
+    stamps = [stamp(shard) for shard in shards] if paths else []
+    layers, unused = [], []
+    if not paths:
+        unused = [checkpoints.none_packed(folder=folder, model_path=model_path)]
+    elif not stamps:
+        unused = [checkpoints.not_read_in_place()]
+    for path in paths if stamps else ():
+        try:
+            layers.append(read_layer(path, stamps))
+        except UserError as error:
+            unused.append(error)
+    if wanted == AUTO:
+        return layers, unused if paths else []
+    if unused:
+        raise checkpoints.packed_refused(wanted=wanted, why=str(unused[0])) from unused[0]
+    return layers, []
 
 
 def _read_index(path: Path) -> LayerIndex:

@@ -23,6 +23,7 @@ from sglmoe.plan.cost_model import Speeds, costs_of
 from sglmoe.plan.launch_plan import LaunchPlan, Question, plan_launch
 from sglmoe.plan.machine_limits import Limits, find_problems, measure_limits
 from sglmoe.plan.model_shape import Model, find_folder, read_model
+from sglmoe.plan.packed import decoding_bytes_of
 from sglmoe.plan.report import full_report
 from sglmoe.plan.server_flags import find_server_flags
 from sglmoe.units import parse_bytes
@@ -98,12 +99,13 @@ def read_recipe(path: Path) -> tuple[Recipe, MachineText]:
 def read_plan(path: Path, more: list[str]) -> tuple[LaunchPlan, list[str]]:
     """The plan on the recipe's machine, and what stands in its way on this one. Raises ValueError."""
     recipe, text = read_recipe(path)
-    model = read_shape(recipe, path, device=text.device)
     ours = {name: str(value) for name, value in recipe.flags.items()}
     options = Options(
         memory_budget=ours.pop("memory-budget", None), host_memory=ours.pop("host-memory", None)
     )
     arguments = (*(part for flag in ours.items() for part in as_arguments(*flag)), *more)
+    flags = find_server_flags(arguments)
+    model = read_shape(recipe, path, dtype=flags.dtype, device=text.device)
     question = Question(
         model_path=recipe.model,
         shape=model.shape,
@@ -112,19 +114,20 @@ def read_plan(path: Path, more: list[str]) -> tuple[LaunchPlan, list[str]]:
         demand=Demand(),
         costs=costs_of(model.shape, text.speeds(), request_tokens=Demand().request_tokens),
         costs_are=f"{text.name}, by its data sheet; {never_run(text)}",
+        decoding_bytes=decoding_bytes_of(model, flags.packed_experts, text.device),
         options=options,
-        flags=find_server_flags(arguments),
+        flags=flags,
         arguments=arguments,
     )
     plan = plan_launch(question)
     return plan, check_here(model, plan, text)
 
 
-def read_shape(recipe: Recipe, path: Path, *, device: str) -> Model:
+def read_shape(recipe: Recipe, path: Path, *, dtype: str, device: str) -> Model:
     """From the checkpoint's headers where it is here, or else from the recipe's own copy of its config."""
     here = find_folder(recipe.model)
     config_file = None if here else path.parent / recipe.shape
-    return read_model(recipe.model, device=device, config_file=config_file)
+    return read_model(recipe.model, dtype=dtype, device=device, config_file=config_file)
 
 
 def never_run(text: MachineText) -> str:

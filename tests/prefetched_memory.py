@@ -73,6 +73,7 @@ class Memory(MemoryManager):
         policy: MemoryPolicy = MemoryPolicy.COST_AWARE,
         *,
         num_layers: int = 2,
+        floor_frames: int = 1,
     ):
         self.background_loads = Background()
         self.demand: list[str] = []
@@ -80,7 +81,7 @@ class Memory(MemoryManager):
             tiny_geometry(num_frames, expert_bytes=90),
             num_layers=num_layers,
             num_experts=4,
-            floor_frames=1,
+            floor_frames=floor_frames,
             load_experts=self._demand,
             background=self.background_loads,
             policy=policy,

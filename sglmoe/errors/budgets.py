@@ -56,6 +56,16 @@ def full_graphs_need_all_experts(*, host_bytes: int, expert_bytes: int) -> UserE
     )
 
 
+def full_graphs_may_lack_frames(
+    *, num_frames: int, context_tokens: int, missing_bytes: int
+) -> UserError:
+    return UserError(
+        f"--cuda-graph-backend-decode=full: {num_frames} frames, which a step without the host takes for one request, and KV "
+        f"of {context_tokens} tokens do not fit together, so KV may take these frames, and steps then wait for the host: raise "
+        f"--memory-budget by {show_bytes(missing_bytes)}, or lower --context-length"
+    )
+
+
 def full_graphs_need_plain_experts() -> UserError:
     return UserError(
         "--cuda-graph-backend-decode=full: steps without the host can't decode packed experts: add --packed-experts=off, "

@@ -58,5 +58,6 @@ class Line:
         writer.write(b"\n")
         answer = await reader.readline()
         if not answer.endswith(b"\n"):
+            writer.close()
             raise ConnectionError("the scheduler is gone")
         return answer

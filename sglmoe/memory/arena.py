@@ -59,6 +59,10 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         """That fit where so many frames are kept for experts."""
         return (self.num_frames - floor_frames) * self.pages_per_frame * self.page_tokens
 
+    def frames_for(self, num_tokens: int) -> int:
+        """That so many tokens of KV take."""
+        return ceil_div(num_tokens, self.pages_per_frame * self.page_tokens)
+
 
 def arena_bytes_within(
     budget_bytes: int, dense_bytes: int, *, decoding_bytes: int = 0, graph_bytes: int = 0
@@ -158,6 +162,33 @@ def _check_arena(arena_bytes: int, *, expert_bytes: int, frame_bytes: int) -> No
         needed_bytes=needed_bytes,
         missing_bytes=missing_bytes,
     )
+
+
+def plan_floor(
+    geometry: Geometry,
+    *,
+    num_layers: int,
+    num_experts: int,
+    top_k: int,
+    context_tokens: int | None = None,
+) -> int:
+    """How many frames are kept for experts: those of one token in a layer, or a decode step of one request takes several waves.
+
+    With `context_tokens` those of one token in all layers, where KV of so many tokens fits beside them: a step without the
+    host needs all at once. `num_experts`: of a layer; 0 for a dense model.
+    """
+    if not num_experts:
+        return 0
+    lent_frames = least_lent(num_layers, num_experts, top_k)
+    if context_tokens is None:
+        return top_k
+    fits = lent_frames + geometry.frames_for(context_tokens) <= geometry.num_frames
+    return lent_frames if fits else top_k
+
+
+def least_lent(num_layers: int, num_experts: int, top_k: int) -> int:
+    """Frames that a step of one request takes without the host."""
+    return num_layers * min(top_k, num_experts)
 
 
 def check_floor(geometry: Geometry, floor_frames: int) -> None:

@@ -9,13 +9,10 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 
 from sglmoe.memory.experts import Load, PackedCell
+from sglmoe.memory.staging import ALIGN_BYTES, NUM_STAGED, row_bytes
 from sglmoe.memory.store import ExpertStore, StoredPart
 
 VALUE_BYTES = 2
-# Arbitrary: so many experts are decoded in one launch at most, and have room in packed form on the device.
-NUM_STAGED = 8
-# What the decoder's loads and stores of whole words need.
-ALIGN_BYTES = 16
 
 
 class Frames(Protocol):
@@ -209,7 +206,7 @@ def pieces_of(runs: Sequence[Piece], start: int, stop: int) -> list[Piece]:
 
 def staged_bytes(store: ExpertStore) -> int:
     """What one packed expert takes on the device."""
-    return -(-store.stored_expert_bytes() // ALIGN_BYTES) * ALIGN_BYTES
+    return row_bytes(store.stored_expert_bytes())
 
 
 def can_decode(store: ExpertStore, frame_bytes: int) -> bool:

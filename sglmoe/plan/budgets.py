@@ -11,7 +11,13 @@ import msgspec
 
 from sglmoe.config import DEFAULT_MAX_RUNNING
 from sglmoe.decode_graphs import DecodeGraphs
-from sglmoe.memory.arena import Geometry, arena_bytes_within, check_floor, plan_geometry
+from sglmoe.memory.arena import (
+    Geometry,
+    arena_bytes_within,
+    check_floor,
+    plan_floor,
+    plan_geometry,
+)
 from sglmoe.memory.residency import (
     MissCurve,
     ResidencySnapshot,
@@ -56,6 +62,7 @@ class BudgetPlan(msgspec.Struct, frozen=True):
     budget_bytes: int
     host_bytes: int  # --host-memory
     geometry: Geometry | None = None
+    floor_frames: int = 0  # never taken by KV
     kv_tokens: int = 0  # at most: where experts have but their floor
     resident_ratio: float = 0.0  # of the experts, while nothing runs
     forecasts: tuple[DecodeForecast, ...] = ()
@@ -72,6 +79,9 @@ class PlanSnapshot(msgspec.Struct, frozen=True):
     page_tokens: int | None = None
     max_running: int = DEFAULT_MAX_RUNNING
     graphs: DecodeGraphs = DecodeGraphs()
+    # Of KV, beside which there are to be frames for steps without the host; None where these need no such care.
+    context_tokens: int | None = None
+    decoding_bytes: int = 0  # of the device, for packed experts
 
 
 def plan_budget(now: PlanSnapshot, budget_bytes: int, host_bytes: int) -> BudgetPlan:
@@ -80,7 +90,7 @@ def plan_budget(now: PlanSnapshot, budget_bytes: int, host_bytes: int) -> Budget
         geometry = geometry_of(now, budget_bytes)
     except ValueError as error:
         return BudgetPlan(budget_bytes, host_bytes, refusal=str(error))
-    shape = now.shape
+    shape, floor_frames = now.shape, floor_of(now, geometry)
     forecasts = (
         forecast(now, geometry, host_bytes, concurrency) for concurrency in now.demand.concurrency
     )
@@ -88,7 +98,8 @@ def plan_budget(now: PlanSnapshot, budget_bytes: int, host_bytes: int) -> Budget
         budget_bytes=budget_bytes,
         host_bytes=host_bytes,
         geometry=geometry,
-        kv_tokens=geometry.kv_tokens(shape.floor_frames),
+        floor_frames=floor_frames,
+        kv_tokens=geometry.kv_tokens(floor_frames),
         resident_ratio=min(1.0, geometry.num_frames / shape.all_experts)
         if shape.num_experts
         else 1.0,
@@ -99,11 +110,26 @@ def plan_budget(now: PlanSnapshot, budget_bytes: int, host_bytes: int) -> Budget
 def geometry_of(now: PlanSnapshot, budget_bytes: int) -> Geometry:
     """The server's arena. Raises ValueError, with numbers and flag, where the budget is too small."""
     arena_bytes = arena_bytes_within(
-        budget_bytes, now.shape.dense_bytes, graph_bytes=now.graphs.reserved_bytes
+        budget_bytes,
+        now.shape.dense_bytes,
+        decoding_bytes=now.decoding_bytes,
+        graph_bytes=now.graphs.reserved_bytes,
     )
     geometry = _cut(now, arena_bytes)
-    check_floor(geometry, now.shape.floor_frames)
+    check_floor(geometry, floor_of(now, geometry))
     return geometry
+
+
+def floor_of(now: PlanSnapshot, geometry: Geometry) -> int:
+    """See `plan_floor`."""
+    shape = now.shape
+    return plan_floor(
+        geometry,
+        num_layers=shape.num_moe_layers,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        context_tokens=now.context_tokens,
+    )
 
 
 def _cut(now: PlanSnapshot, arena_bytes: int) -> Geometry:
@@ -132,7 +158,7 @@ def forecast(
     )
     residency = ResidencySnapshot(
         num_frames=geometry.num_frames,
-        floor_frames=shape.floor_frames,
+        floor_frames=floor_of(now, geometry),
         pages_per_frame=geometry.pages_per_frame,
         pages_per_request=ceil_div(demand.request_tokens, geometry.page_tokens),
         num_running=concurrency,
@@ -177,7 +203,8 @@ def budgets_to_try(now: PlanSnapshot) -> Sequence[int]:
     frames = [
         max(shape.floor_frames, round(share * shape.all_experts)) + kv_frames for share in SHARES
     ]
-    beside = shape.dense_bytes + now.graphs.reserved_bytes + any_arena.padding_bytes
+    beside = shape.dense_bytes + now.decoding_bytes + now.graphs.reserved_bytes
+    beside += any_arena.padding_bytes
     return [beside + count * any_arena.frame_bytes for count in dict.fromkeys(frames)]
 
 

@@ -4,9 +4,14 @@ from collections.abc import Iterator
 
 import msgspec
 
-from sglmoe.config import DEFAULT_MAX_RUNNING, Machine, Options, plan_config
+from sglmoe.config import DEFAULT_MAX_RUNNING, Machine, MemoryPolicy, Options, plan_config
 from sglmoe.decode_graphs import DecodeGraphs, captured_rows, check_graphs, graph_bytes
-from sglmoe.errors.budgets import full_graphs_need_all_experts
+from sglmoe.errors.budgets import (
+    full_graphs_may_lack_frames,
+    full_graphs_need_all_experts,
+    full_graphs_need_plain_experts,
+)
+from sglmoe.memory.arena import least_lent
 from sglmoe.plan.budgets import (
     BudgetPlan,
     Demand,
@@ -21,6 +26,8 @@ from sglmoe.plan.machine_limits import (
     Limits,
     Severity,
     find_problems,
+    problem,
+    warning,
 )
 from sglmoe.plan.model_shape import ModelShape
 from sglmoe.plan.server_flags import ServerFlags
@@ -39,7 +46,9 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     demand: Demand
     costs: CostModel
     costs_are: str  # where they come from, in words
+    decoding_bytes: int = 0  # of a GPU, for packed experts
     options: Options = Options()
+    memory_policy: MemoryPolicy = MemoryPolicy.COST_AWARE
     budgets: tuple[int, ...] = ()  # to compare; those of `budgets_to_try` if none
     flags: ServerFlags = ServerFlags()
     arguments: tuple[str, ...] = ()  # of the command, beside those of `options`
@@ -54,6 +63,7 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     demand: Demand
     costs: CostModel
     costs_are: str
+    decoding_bytes: int
     graphs: DecodeGraphs
     chosen: BudgetPlan
     compared: tuple[BudgetPlan, ...]
@@ -80,6 +90,7 @@ def plan_launch(asked: Question) -> LaunchPlan:
         demand=asked.demand,
         costs=asked.costs,
         costs_are=asked.costs_are,
+        decoding_bytes=asked.decoding_bytes,
         graphs=now.graphs,
         chosen=chosen,
         compared=tuple(
@@ -92,7 +103,7 @@ def plan_launch(asked: Question) -> LaunchPlan:
         ),
         findings=(
             *find_problems(asked.shape, chosen, asked.machine, asked.limits),
-            *find_graph_problems(asked, config.host_memory_bytes),
+            *find_graph_problems(asked, now, chosen),
         ),
         command=launch_command(asked, options),
     )
@@ -103,7 +114,7 @@ def fill_in(asked: Question) -> Options:
     options = asked.options
     config = plan_config(options, asked.machine, page_tokens=asked.flags.page_size)
     host = options.host_memory
-    if host is None and config.host_memory_bytes:
+    if host is None and config.host_memory_bytes and asked.shape.num_experts:
         host = host_flag(config.host_memory_bytes, asked.shape.all_expert_bytes)
     return msgspec.structs.replace(
         options,
@@ -116,6 +127,8 @@ def snapshot_of(asked: Question, budget_bytes: int, host_bytes: int) -> PlanSnap
     """On a CPU whatever memory is left keeps pages of the checkpoint."""
     taken = budget_bytes + host_bytes + HEADROOM_BYTES
     left = 0 if asked.machine.has_gpu else max(0, asked.machine.host_bytes - taken)
+    graphs = decode_graphs(asked.shape, asked.flags)
+    context_tokens = asked.flags.context_length or asked.shape.context_tokens
     return PlanSnapshot(
         shape=asked.shape,
         costs=asked.costs,
@@ -123,7 +136,9 @@ def snapshot_of(asked: Question, budget_bytes: int, host_bytes: int) -> PlanSnap
         page_cache_bytes=left,
         page_tokens=asked.flags.page_size,
         max_running=asked.flags.max_running_requests or DEFAULT_MAX_RUNNING,
-        graphs=decode_graphs(asked.shape, asked.flags),
+        graphs=graphs,
+        decoding_bytes=asked.decoding_bytes,
+        context_tokens=graphs.lent_beside(context_tokens, asked.memory_policy),
     )
 
 
@@ -131,19 +146,37 @@ def decode_graphs(shape: ModelShape, flags: ServerFlags) -> DecodeGraphs:
     """What the server will capture, and set aside for that."""
     max_rows = captured_rows(flags.graphs, flags.max_running_requests)
     context_tokens = flags.context_length or shape.context_tokens
-    return DecodeGraphs(
-        max_rows, graph_bytes(max_rows, context_tokens=context_tokens, vocab_size=shape.vocab_size)
+    reserved_bytes = graph_bytes(
+        max_rows, context_tokens=context_tokens, vocab_size=shape.vocab_size
     )
+    return DecodeGraphs(max_rows, reserved_bytes, flags.graphs.backend == "full")
 
 
-def find_graph_problems(asked: Question, host_bytes: int) -> Iterator[Finding]:
-    """Steps that run without the host read experts from host memory alone."""
-    is_full = asked.flags.graphs.backend == "full"
-    if is_full and host_bytes < asked.shape.all_expert_bytes:
-        why = full_graphs_need_all_experts(
-            host_bytes=host_bytes, expert_bytes=asked.shape.all_expert_bytes
+def find_graph_problems(
+    asked: Question, now: PlanSnapshot, chosen: BudgetPlan
+) -> Iterator[Finding]:
+    """Steps that run without the host read experts from host memory alone, and need frames for all that they use at once."""
+    shape, geometry = asked.shape, chosen.geometry
+    if now.graphs.is_full and chosen.host_bytes < shape.all_expert_bytes:
+        yield problem(
+            full_graphs_need_all_experts(
+                host_bytes=chosen.host_bytes, expert_bytes=shape.all_expert_bytes
+            )
         )
-        yield Finding(Severity.PROBLEM, str(why))
+    if now.graphs.is_full and asked.decoding_bytes:
+        yield problem(full_graphs_need_plain_experts())
+    if now.context_tokens is None or geometry is None or not shape.num_experts:
+        return
+    num_frames = least_lent(shape.num_moe_layers, shape.num_experts, shape.top_k)
+    missing = num_frames + geometry.frames_for(now.context_tokens) - geometry.num_frames
+    if missing > 0:
+        yield warning(
+            full_graphs_may_lack_frames(
+                num_frames=num_frames,
+                context_tokens=now.context_tokens,
+                missing_bytes=missing * geometry.frame_bytes,
+            )
+        )
 
 
 def launch_command(asked: Question, options: Options) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ def full_report(plan: LaunchPlan) -> str:
     parts = [
         model_line(plan),
         machine_line(plan.machine),
-        *graph_lines(plan),
+        *beside_lines(plan),
         "",
         budget_table(plan),
         "",
@@ -32,7 +32,7 @@ def full_report(plan: LaunchPlan) -> str:
 
 def short_report(plan: LaunchPlan) -> str:
     """What the server prints when it starts."""
-    lines = [model_line(plan), *graph_lines(plan), budget_line(plan.chosen, plan.shape)]
+    lines = [model_line(plan), *beside_lines(plan), budget_line(plan.chosen, plan.shape)]
     if plan.chosen.forecasts and plan.shape.num_experts:
         hits = ", ".join(f"{f.hit_ratio:.0%} x{f.concurrency}" for f in plan.chosen.forecasts)
         lines.append(
@@ -61,14 +61,17 @@ def machine_line(machine: Machine) -> str:
     )
 
 
-def graph_lines(plan: LaunchPlan) -> list[str]:
-    graphs = plan.graphs
-    if not graphs.max_rows:
-        return []
-    return [
-        f"CUDA graphs of decode steps of up to {graphs.max_rows} requests: {show_bytes(graphs.reserved_bytes)} of a budget, "
-        "by a rule of thumb"
-    ]
+def beside_lines(plan: LaunchPlan) -> list[str]:
+    """What takes of a budget before frames do, and not in every server."""
+    graphs, lines = plan.graphs, []
+    if plan.decoding_bytes:
+        lines.append(f"Decoding packed experts: {show_bytes(plan.decoding_bytes)} of a budget")
+    if graphs.max_rows:
+        lines.append(
+            f"CUDA graphs of decode steps of up to {graphs.max_rows} requests: {show_bytes(graphs.reserved_bytes)} of a "
+            "budget, by a rule of thumb"
+        )
+    return lines
 
 
 def budget_line(budget: BudgetPlan, shape: ModelShape) -> str:

@@ -1,10 +1,11 @@
-"""SGLang's flags that say how a budget is cut: taken by a plan as by the server, and handed on in its command."""
+"""Flags that say how a budget is cut, SGLang's most of them: taken by a plan as by the server, and handed on in its command."""
 
 import argparse
 from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from sglmoe.config import AUTO, parse_packed_experts
 from sglmoe.decode_graphs import GraphFlags
 from sglmoe.flags import VALUES, flag_name
 
@@ -17,10 +18,11 @@ class ServerFlags(msgspec.Struct, frozen=True, kw_only=True):
     max_running_requests: int | None = None
     context_length: int | None = None
     graphs: GraphFlags = GraphFlags()
+    packed_experts: str = AUTO
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("SGLang's, as the server takes them")
+    group = parser.add_argument_group("as the server takes them")
     group.add_argument("--dtype", default="auto")
     for name in ("page_size", "max_running_requests", "context_length"):
         group.add_argument(flag_name(name), type=int)
@@ -29,10 +31,11 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cuda-graph-bs-decode", type=int, nargs="+", default=())
     group.add_argument("--cuda-graph-max-bs-decode", type=int)
     group.add_argument("--disable-cuda-graph-padding", action="store_true")
+    group.add_argument("--packed-experts", metavar="WHICH")
 
 
 def server_flags(options: argparse.Namespace) -> ServerFlags:
-    """What `add_server_flags` has parsed."""
+    """What `add_server_flags` has parsed. Raises ValueError."""
     return ServerFlags(
         dtype=options.dtype,
         page_size=options.page_size,
@@ -44,6 +47,7 @@ def server_flags(options: argparse.Namespace) -> ServerFlags:
             max_size=options.cuda_graph_max_bs_decode,
             no_padding=options.disable_cuda_graph_padding,
         ),
+        packed_experts=parse_packed_experts(options.packed_experts),
     )
 
 
@@ -70,3 +74,5 @@ def as_arguments(flags: ServerFlags) -> Iterator[str]:
         yield from ("--cuda-graph-max-bs-decode", str(graphs.max_size))
     if graphs.no_padding:
         yield "--disable-cuda-graph-padding"
+    if flags.packed_experts != AUTO:
+        yield from ("--packed-experts", flags.packed_experts)

@@ -122,7 +122,8 @@ def save_trace(trace: Trace, path: Path) -> None:
 
 def load_trace(path: Path) -> Trace:
     """Raises ValueError for a file that is no trace or of another version."""
-    with np.load(path, allow_pickle=False) as file:
+    # Opened here, as numpy does not close one that is no archive.
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         if "info" not in file:
             raise predictors.no_trace(path=path)
         text = file["info"].tobytes()

@@ -17,12 +17,12 @@ import torch
 from sglmoe.config import DEFAULT_MAX_RUNNING, EngineConfig
 from sglmoe.decode_graphs import DecodeGraphs
 from sglmoe.errors.budgets import experts_held_beside_budget
-from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within
-from sglmoe.memory.device_decode import NUM_STAGED, staged_bytes
+from sglmoe.memory.arena import CPU_INNER_MULTIPLE, Geometry, arena_bytes_within, plan_floor
 from sglmoe.memory.host_tier import HostTier
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.memory.packed_order import Packing
 from sglmoe.memory.read_rate import READ_RATE, ReadRate
+from sglmoe.memory.staging import decoding_bytes
 from sglmoe.memory.store import ExpertStore
 from sglmoe.supported_models import refused_layers
 from sglmoe.units import parse_bytes
@@ -50,6 +50,7 @@ class Loaded(msgspec.Struct, frozen=True):
     graphs: DecodeGraphs
     captured: CapturedSteps | None  # steps that page experts without the host
     dense_bytes: int
+    top_k: int  # experts of a token in a layer; 0 for a dense model
     floor_frames: int
     max_running: int
     context_tokens: int
@@ -122,17 +123,12 @@ def load_model(
     runner.alloc_memory_pool()
     graphs = plan_decode_graphs(runner)
     kv = KvLayout.of(runner.token_to_kv_pool)
-    arena_bytes = arena_bytes_within(
-        config.memory_budget_bytes,
-        dense_bytes,
-        decoding_bytes=decoding_bytes(experts.store, server_args.device),
-        graph_bytes=graphs.reserved_bytes,
-    )
-    geometry = kv.geometry(arena_bytes, experts, config, graphs)
+    geometry = cut_arena(kv, experts, config, graphs, dense_bytes, server_args.device)
     arena = torch.empty(geometry.arena_bytes, dtype=torch.uint8, device=runner.device)
     frames = arena[geometry.padding_bytes :]
-    # One token's experts: below that a decode step of a single request would need several waves.
-    floor = runner.model_config.hf_text_config.num_experts_per_tok if experts.shape else 0
+    top_k = runner.model_config.hf_text_config.num_experts_per_tok if experts.shape else 0
+    beside = graphs.lent_beside(runner.model_config.context_len, config.memory_policy)
+    floor = floor_of(geometry, experts, top_k, beside)
     owned = manage(frames, geometry, experts, floor_frames=floor, config=config, graphs=graphs)
     memory = owned.memory
     kv.move_to(arena, geometry.page_tokens)
@@ -141,7 +137,7 @@ def load_model(
     fit_token_table(runner, geometry, floor)
     on_progress("starting attention backends", 0, 0)
     runner.init_attention_backends()
-    captured = capture(runner, graphs, experts, frames, geometry, owned, on_progress)
+    captured = capture(runner, graphs, experts, top_k, frames, geometry, owned, on_progress)
     return Loaded(
         runner=runner,
         experts=experts,
@@ -152,6 +148,7 @@ def load_model(
         geometry=geometry,
         graphs=graphs,
         captured=captured,
+        top_k=top_k,
         floor_frames=floor,
         max_running=runner.req_to_token_pool.size,
         context_tokens=runner.model_config.context_len,
@@ -208,17 +205,49 @@ def close_store(experts: PagedExperts) -> None:
         logger.warning("%s", experts_held_beside_budget(held_bytes=held_bytes))
 
 
-def decoding_bytes(store: ExpertStore, device: str) -> int:
+def decoding_bytes_of(store: ExpertStore, device: str) -> int:
     """What decoding packed experts takes of the device's memory beside their frames."""
     if device == "cpu" or not store.is_packed:
         return 0
-    return (NUM_STAGED + 1) * staged_bytes(store)
+    return decoding_bytes(store.stored_expert_bytes())
+
+
+def cut_arena(
+    kv: KvLayout,
+    experts: PagedExperts,
+    config: EngineConfig,
+    graphs: DecodeGraphs,
+    dense_bytes: int,
+    device: str,
+) -> Geometry:
+    """What all else leaves of the budget, in frames. Raises ValueError where that is too little."""
+    arena_bytes = arena_bytes_within(
+        config.memory_budget_bytes,
+        dense_bytes,
+        decoding_bytes=decoding_bytes_of(experts.store, device),
+        graph_bytes=graphs.reserved_bytes,
+    )
+    return kv.geometry(arena_bytes, experts, config, graphs)
+
+
+def floor_of(
+    geometry: Geometry, experts: PagedExperts, top_k: int, context_tokens: int | None
+) -> int:
+    """See `plan_floor`."""
+    return plan_floor(
+        geometry,
+        num_layers=len(experts.layer_ids),
+        num_experts=experts.shape.num_experts if experts.shape else 0,
+        top_k=top_k,
+        context_tokens=context_tokens,
+    )
 
 
 def capture(
     runner: Any,
     graphs: DecodeGraphs,
     experts: PagedExperts,
+    top_k: int,
     frames: torch.Tensor,
     geometry: Geometry,
     owned: Owned,
@@ -228,7 +257,6 @@ def capture(
     if not graphs.is_full or not experts.shape:
         capture_graphs(runner, graphs, on_progress)
         return None
-    top_k = runner.model_config.hf_text_config.num_experts_per_tok
     its = Sizes(len(experts.layer_ids), experts.shape.num_experts, top_k, graphs.max_rows)
     memory, tier, _, letters = owned
     captured = captured_steps(

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sglmoe.config import AUTO, OFF, ON
-from sglmoe.errors import checkpoints
 from sglmoe.errors.options import nothing_packed
-from sglmoe.errors.user_error import UserError
 from sglmoe.memory.decode_ratio import DecodeRatio
 from sglmoe.memory.device_decode import staged_bytes
 from sglmoe.memory.mapped_files import Extent
@@ -19,7 +16,7 @@ from sglmoe.memory.packed_extent import PackedPlace, load_decoder
 from sglmoe.memory.packed_order import NO_PACKING, Packing
 from sglmoe.memory.packed_share import plan_slab_class
 from sglmoe.memory.store import ExpertStore
-from sglmoe.packed_checkpoint import FOLDER, PATTERN, PackedLayer, read_layer, stamp
+from sglmoe.packed_checkpoint import PackedLayer, find_layers
 from sglmoe.units import show_bytes
 
 logger = logging.getLogger(__name__)
@@ -30,20 +27,10 @@ def use_packed(store: ExpertStore, wanted: str, model_path: str) -> None:
 
     Raises ValueError, saying what to do, where they are wanted and can't be used.
     """
-    if wanted == OFF:
-        return
-    folder = Path(model_path, FOLDER) if wanted in (AUTO, ON) else Path(wanted)
-    is_required = wanted != AUTO
-    paths = sorted(folder.glob(PATTERN))
     shards = store.paths()
-    if not paths and not is_required:
-        return
-    if why := why_none(paths, shards, folder, model_path):
-        if is_required:
-            raise checkpoints.packed_refused(wanted=wanted, why=str(why))
+    layers, unused = find_layers(wanted, model_path, map(Path, shards))
+    for why in unused:
         logger.warning("packed experts are not used: %s", why)
-        return
-    layers = matching_layers(paths, shards, wanted)
     if not layers:
         return
     load_decoder()  # now, rather than in the first request
@@ -51,7 +38,7 @@ def use_packed(store: ExpertStore, wanted: str, model_path: str) -> None:
     logger.info(
         "packed experts of %d layers in %s: all experts take %s instead of %s",
         len(layers),
-        folder,
+        layers[0].path.parent,
         show_bytes(store.stored_total_bytes()),
         show_bytes(store.total_bytes),
     )
@@ -99,31 +86,6 @@ def decoding_seconds(store: ExpertStore) -> float:
         store.unpack(layer, expert, [stored], target)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
-
-
-def why_none(
-    paths: list[Path], shards: set[str], folder: Path, model_path: str
-) -> UserError | None:
-    """Why there can be no packed experts, whatever is in their files."""
-    if not paths:
-        return checkpoints.none_packed(folder=folder, model_path=model_path)
-    if not shards:
-        return checkpoints.not_read_in_place()
-    return None
-
-
-def matching_layers(paths: list[Path], shards: set[str], wanted: str) -> list[PackedLayer]:
-    """Those that are sound and of this checkpoint. Raises ValueError for any other, or warns of it."""
-    stamps = [stamp(Path(shard)) for shard in shards]
-    layers = []
-    for path in paths:
-        try:
-            layers.append(read_layer(path, stamps))
-        except ValueError as error:
-            if wanted != AUTO:
-                raise checkpoints.packed_refused(wanted=wanted, why=str(error)) from error
-            logger.warning("packed experts are not used: %s", error)
-    return layers
 
 
 def places(layers: list[PackedLayer], shards: set[str]) -> dict[tuple[str, int], PackedPlace]:

@@ -213,7 +213,7 @@ def start_prefetching(
     parts = ModelParts(
         num_layers=len(experts.layer_ids),
         num_experts=experts.shape.num_experts,
-        top_k=loaded.floor_frames,
+        top_k=loaded.top_k,
         embed=embeddings,
     )
     sources = Sources(

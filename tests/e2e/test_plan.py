@@ -10,12 +10,16 @@ from forking import run_in_fork
 from recorded_graphs import capture_on_cpu
 
 from sglmoe.checkpoint import read_json
+from sglmoe.config import Machine, Options
 from sglmoe.decode_graphs import GraphFlags
 from sglmoe.demo_model import DEMO_MODEL
-from sglmoe.plan.budgets import Demand, PlanSnapshot, geometry_of
+from sglmoe.pack import main as pack_experts
+from sglmoe.plan.budgets import Demand
 from sglmoe.plan.cost_model import assumed_speeds, costs_of
-from sglmoe.plan.launch_plan import decode_graphs
+from sglmoe.plan.launch_plan import Question, decode_graphs, plan_launch
+from sglmoe.plan.machine_limits import Limits
 from sglmoe.plan.model_shape import ModelShape, read_model, shape_of
+from sglmoe.plan.packed import decoding_bytes_of
 from sglmoe.plan.server_flags import ServerFlags
 
 pytestmark = pytest.mark.usefixtures("preloaded")
@@ -26,12 +30,22 @@ NO_FLAGS = ServerFlags()
 RECIPES = sorted((Path(__file__).parents[2] / "launch").glob("*/*.toml"))
 
 
-def as_loaded(model_dir: Path, captured: tuple[int, ...] = ()) -> dict[str, Any]:
+def as_loaded(
+    model_dir: Path,
+    captured: tuple[int, ...] = (),
+    *,
+    backend: str = "breakable",
+    budget_bytes: int = BUDGET_BYTES,
+) -> dict[str, Any]:
     """`captured`: sizes of decode steps out of graphs."""
     from loaded_worker import LoadedWorker
 
-    capture = (lambda: capture_on_cpu(list(captured))) if captured else None
-    loaded = LoadedWorker(model_dir, before_loading=capture).loaded
+    loaded = LoadedWorker(
+        model_dir,
+        budget=str(budget_bytes),
+        host_memory="8MB" if backend == "full" else None,  # for all experts
+        before_loading=(lambda: capture_on_cpu(list(captured), backend)) if captured else None,
+    ).loaded
     geometry = loaded.geometry
     return {
         "context_tokens": loaded.context_tokens,
@@ -39,22 +53,39 @@ def as_loaded(model_dir: Path, captured: tuple[int, ...] = ()) -> dict[str, Any]
         "graphs": loaded.graphs,
         "floor_frames": loaded.floor_frames,
         "geometry": geometry,
-        "kv_tokens": geometry.kv_tokens(loaded.floor_frames),
+        "total_pages": loaded.memory.snapshot(0).total_pages,
     }
 
 
-def as_planned(shape: ModelShape, flags: ServerFlags = NO_FLAGS) -> dict[str, Any]:
-    costs = costs_of(shape, assumed_speeds("cpu"), request_tokens=1)
-    graphs = decode_graphs(shape, flags)
-    geometry = geometry_of(PlanSnapshot(shape, costs, Demand(), graphs=graphs), BUDGET_BYTES)
+def as_planned(
+    shape: ModelShape, flags: ServerFlags = NO_FLAGS, *, budget_bytes: int = BUDGET_BYTES
+) -> dict[str, Any]:
+    chosen = plan_launch(question(shape, flags, budget_bytes)).chosen
+    geometry = chosen.geometry
+    assert geometry is not None
     return {
         "context_tokens": shape.context_tokens,
         "dense_bytes": shape.dense_bytes,
-        "graphs": graphs,
-        "floor_frames": shape.floor_frames,
+        "graphs": decode_graphs(shape, flags),
+        "floor_frames": chosen.floor_frames,
         "geometry": geometry,
-        "kv_tokens": geometry.kv_tokens(shape.floor_frames),
+        "total_pages": chosen.kv_tokens // geometry.page_tokens,
     }
+
+
+def question(shape: ModelShape, flags: ServerFlags, budget_bytes: int) -> Question:
+    """Whether a machine with a GPU, which alone captures, will do."""
+    return Question(
+        model_path="",
+        shape=shape,
+        machine=Machine(2**40, 2**40, 2**40, has_gpu=True),
+        limits=Limits(),
+        demand=Demand(),
+        costs=costs_of(shape, assumed_speeds("cpu"), request_tokens=1),
+        costs_are="",
+        options=Options(memory_budget=str(budget_bytes)),
+        flags=flags,
+    )
 
 
 @pytest.mark.parametrize("family", ["demo", *FAMILIES])
@@ -78,6 +109,42 @@ def test_the_plan_counts_what_graphs_take(
     assert loaded["geometry"].padding_pages > 0
     flags = ServerFlags(max_running_requests=MAX_RUNNING, graphs=GraphFlags("breakable", sizes))
     assert as_planned(read_model(str(model_dir), device="cpu").shape, flags) == loaded
+
+
+def decoding_as_loaded(model_dir: Path) -> int:
+    """What a worker on a GPU would set aside, by what it has loaded."""
+    from loaded_worker import LoadedWorker
+
+    from sglmoe.worker.model_runner_loading import decoding_bytes_of as of_store
+
+    return of_store(LoadedWorker(model_dir).loaded.experts.store, "cuda")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2"])
+def test_the_plan_counts_what_decoding_packed_experts_takes(family: str, tmp_path: Path) -> None:
+    model_dir = run_in_fork(make_checkpoint, family, tmp_path)
+    run_in_fork(pack_experts, ["--model-path", str(model_dir)])
+    model = read_model(str(model_dir), device="cuda")
+    loaded = run_in_fork(decoding_as_loaded, model_dir)
+    assert 0 < loaded < 0.8 * 9 * model.shape.expert_bytes
+    assert decoding_bytes_of(model, "auto", "cuda") == loaded
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
+def test_the_plan_has_the_floor_of_steps_without_the_host(family: str, tmp_path: Path) -> None:
+    """Where it fits beside KV of a whole context; with a byte less there is the usual one, and KV has more pages."""
+    model_dir = run_in_fork(make_checkpoint, family, tmp_path)
+    shape = read_model(str(model_dir), device="cpu").shape
+    flags = ServerFlags(max_running_requests=MAX_RUNNING, graphs=GraphFlags("full", (1, 2)))
+    geometry = as_planned(shape, flags)["geometry"]
+    floor_frames = shape.num_moe_layers * shape.top_k
+    num_frames = floor_frames + geometry.frames_for(shape.context_tokens)
+    beside = shape.dense_bytes + decode_graphs(shape, flags).reserved_bytes + geometry.padding_bytes
+    enough = beside + num_frames * geometry.frame_bytes
+    for budget, expected in ((enough, floor_frames), (enough - 1, shape.top_k)):
+        loaded = run_in_fork(as_loaded, model_dir, (1, 2), backend="full", budget_bytes=budget)
+        assert loaded["floor_frames"] == expected
+        assert as_planned(shape, flags, budget_bytes=budget) == loaded
 
 
 def refused_commands() -> dict[str, str]:

@@ -64,6 +64,28 @@ def test_a_recipe_counts_flags_that_take_of_the_budget() -> None:
     assert plan.command[-2:] == tuple(more)
 
 
+def test_a_recipe_is_of_its_dtype() -> None:
+    """Twice the bytes a number: half of the frames, for experts and KV that are twice as large."""
+    path = LAUNCH / "80gb" / "qwen3-30b-a3b.toml"
+    ours, larger = (recipe.read_plan(path, more)[0] for more in ([], ["--dtype=float32"]))
+    assert larger.shape.expert_bytes == 2 * ours.shape.expert_bytes
+    assert larger.shape.token_bytes == 2 * ours.shape.token_bytes
+    assert larger.chosen.geometry is not None
+    assert ours.chosen.geometry is not None
+    assert larger.chosen.geometry.num_frames < 0.5 * ours.chosen.geometry.num_frames
+    assert larger.chosen.geometry.frame_bytes == 2 * ours.chosen.geometry.frame_bytes
+    with pytest.raises(ValueError, match="--dtype"):
+        recipe.read_plan(path, ["--dtype=floa"])
+
+
+def test_a_recipe_counts_packed_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(recipe, "decoding_bytes_of", lambda *its: asked.append(its[1:]) or 2**20)
+    plan, _ = recipe.read_plan(LAUNCH / "24gb" / "olmoe-1b-7b.toml", ["--packed-experts=./there"])
+    assert plan.decoding_bytes == 2**20
+    assert asked == [("./there", "cuda")]
+
+
 def write_recipe(folder: Path, **changes: str) -> Path:
     fields = {
         "model": "nobody/small",

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+
+from sglmoe.memory.store import PARTS, ExpertStore
 
 KINDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 NUM_VALUES = 4096
@@ -31,3 +34,16 @@ def make_checkpoint(folder: Path) -> Path:
     save_file(tensors_of(0) | shared, folder / "1.safetensors")
     save_file(tensors_of(1), folder / "2.safetensors")
     return folder
+
+
+def load_store(model: Path, *, dtype: torch.dtype = torch.bfloat16) -> ExpertStore:
+    """As the model's loader does."""
+    store = ExpertStore()
+    for layer, shard in enumerate(("1.safetensors", "2.safetensors")):
+        with safe_open(model / shard, framework="pt") as file:
+            for expert in range(2):
+                for part in PARTS:
+                    tensor = file.get_tensor(name_of(layer, expert, part)).to(dtype)
+                    store.put(layer, expert, part, tensor.view(-1).view(torch.uint8).numpy())
+    store.unmap()
+    return store

@@ -116,5 +116,9 @@ def test_a_line_for_a_line_even_a_long_one_and_an_error_at_the_end() -> None:
         writer.close()
         with pytest.raises(ConnectionError, match="the scheduler is gone"):
             await asking
+        await asyncio.sleep(0)
+        assert ours.fileno() == -1  # closed
+        with pytest.raises(ConnectionError, match="the scheduler is gone"):
+            await line.ask()
 
     asyncio.run(run())

@@ -7,6 +7,7 @@ from sglmoe.memory.arena import (
     Frames,
     Geometry,
     arena_bytes_within,
+    plan_floor,
     plan_geometry,
 )
 
@@ -115,6 +116,36 @@ def test_what_graphs_take_is_of_the_budget() -> None:
     assert arena_bytes_within(1000, 300, decoding_bytes=20, graph_bytes=7) == 673
     with pytest.raises(ValueError, match=r"and CUDA graphs 700 B, of the 1000 B budget"):
         arena_bytes_within(1000, 300, graph_bytes=700)
+
+
+def frames_kept(num_frames: int, context_tokens: int | None, num_experts: int = 8) -> int:
+    """In frames of 4 pages of 16 tokens, of experts of three layers, 2 of each for a token."""
+    geometry = plan_geometry(
+        arena_bytes=1024 * num_frames,
+        expert_bytes=1024,
+        token_bytes=16,
+        token_rows=4,
+        page_tokens=16,
+    )
+    assert (geometry.num_frames, geometry.pages_per_frame) == (num_frames, 4)
+    return plan_floor(
+        geometry, num_layers=3, num_experts=num_experts, top_k=2, context_tokens=context_tokens
+    )
+
+
+def test_experts_keep_the_frames_of_one_token_in_a_layer() -> None:
+    assert frames_kept(100, None) == 2
+    assert frames_kept(100, None, num_experts=0) == 0
+
+
+def test_for_steps_without_the_host_they_keep_those_of_all_layers_beside_a_whole_context() -> None:
+    """3 layers of 2, and 3 frames for 129 to 192 tokens; one frame less, and there is the usual floor."""
+    assert frames_kept(9, 192) == frames_kept(9, 129) == 6
+    assert frames_kept(8, 192) == 2
+    assert frames_kept(9, 193) == 2
+    assert frames_kept(8, 128) == 6
+    assert frames_kept(9, 192, num_experts=0) == 0
+    assert frames_kept(6, 192, num_experts=1) == 3  # no layer has two
 
 
 @pytest.mark.parametrize("expert_bytes", [2**20, 0])

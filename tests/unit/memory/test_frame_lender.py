@@ -170,6 +170,29 @@ def test_without_enough_frames_nothing_is_lent_and_nobody_evicted() -> None:
     assert set_sizes(memory, 1) == [1, 2]
 
 
+@pytest.mark.parametrize("floor_frames", [2, 4])
+def test_prefixes_leave_every_layer_what_a_step_takes_where_that_is_the_floor(
+    floor_frames: int,
+) -> None:
+    """Two experts a layer; prefixes are worth more than any, and so many come that they would take all frames."""
+    memory = Memory(floor_frames=floor_frames)
+    memory.set_prices(expert_nanoseconds=1, token_nanoseconds=10**9)
+    for number in range(8):
+        tokens = np.full(8, number, np.int32).tobytes()
+        memory.admit("r", tokens, "")
+        assert memory.extend("r", 8)
+        memory.release("r", tokens, 8)
+    memory.begin_step()
+    memory.run(0, 0, 1)  # takes no prefix's frame
+    assert memory.snapshot(0).kv_frames == 8 - floor_frames
+    if floor_frames == 2:  # the experts of one layer, as where nothing is lent
+        assert memory.lend(2) is None
+        return
+    assert memory.want("0.2") == 1  # and has a spare one
+    assert step(memory, {0, 1}, {0, 1}, least=2) == [PageIn(1, 0, 6), PageIn(1, 1, 7)]
+    assert memory.snapshot(0).kv_frames == 4
+
+
 def test_the_least_is_no_more_than_a_layer_has_experts() -> None:
     memory = Memory()
     assert set_sizes(memory, 99) == [4, 4]

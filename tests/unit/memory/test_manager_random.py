@@ -173,7 +173,7 @@ class MemoryMachine(RuleBasedStateMachine):
     @initialize(
         num_frames=st.integers(2, 12),
         pages_per_frame=st.sampled_from([1, 2, 3, 6]),
-        floor_frames=st.integers(1, 3),
+        floor_frames=st.integers(1, 6),
         policy=st.sampled_from(MemoryPolicy),
         layer_frames=st.integers(1, 3),
         num_blocks=st.sampled_from([0, 2, 8]),
@@ -195,7 +195,7 @@ class MemoryMachine(RuleBasedStateMachine):
         if policy is MemoryPolicy.STATIC:
             num_frames = max(num_frames, NUM_LAYERS * layer_frames + 1)
             floor_frames = 1
-        floor_frames = min(floor_frames, num_frames - 1)
+        floor_frames = self.floor_frames = min(floor_frames, num_frames - 1)
         self.static_frames = layer_frames if policy is MemoryPolicy.STATIC else None
         reserved = NUM_LAYERS * layer_frames if self.static_frames else floor_frames
         self.capacity_pages = (num_frames - reserved) * pages_per_frame
@@ -435,6 +435,7 @@ class MemoryMachine(RuleBasedStateMachine):
         if sets is None:
             assert (self.memory.frame_table[before >= 0] >= 0).all()
             assert not self.can_have(least, counted)
+            assert self.floor_frames < NUM_LAYERS * least or counted.packed_frames
             return
         assert self.memory.violations() == []
         self.check_sets(sets, least)

@@ -90,6 +90,15 @@ def test_graphs_and_padding_take_of_the_budget_what_they_need() -> None:
     assert "and CUDA graphs 2.93 KiB" in plan_budget(now, 8000, 0).refusal
 
 
+def test_decoding_packed_experts_takes_of_the_budget_too() -> None:
+    now = msgspec.structs.replace(NOW, decoding_bytes=3000)
+    assert plan_budget(now, budget_of(17) + 3000, 0).geometry == (
+        plan_budget(NOW, budget_of(17), 0).geometry
+    )
+    assert budgets_to_try(now) == [budget + 3000 for budget in budgets_to_try(NOW)]
+    assert "and decoding 2.93 KiB" in plan_budget(now, 8000, 0).refusal
+
+
 @given(st.integers(3, 40), st.floats(0, 8), st.integers(1, 16))
 def test_more_memory_never_hits_less(frames: int, skew: float, clients: int) -> None:
     demand = Demand(concurrency=(clients,), request_tokens=16, skew=skew)

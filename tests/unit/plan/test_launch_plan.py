@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from tiny_model import COSTS, TINY, budget_of
 
-from sglmoe.config import EngineConfig, Machine, Options
+from sglmoe.config import EngineConfig, Machine, MemoryPolicy, Options
 from sglmoe.decode_graphs import DecodeGraphs, GraphFlags, graph_bytes
 from sglmoe.demo_model import DEMO_MODEL
 from sglmoe.launch_server import read_options
@@ -16,6 +17,7 @@ from sglmoe.plan.at_start import start_report
 from sglmoe.plan.budgets import Demand
 from sglmoe.plan.launch_plan import LaunchPlan, Question, host_flag, plan_launch, size_flag
 from sglmoe.plan.machine_limits import Limits
+from sglmoe.plan.model_shape import Model
 from sglmoe.plan.report import full_report, short_report
 from sglmoe.plan.server_flags import ServerFlags
 from sglmoe.units import parse_bytes
@@ -30,26 +32,28 @@ BIG = msgspec.structs.replace(
 )
 
 
-def plan(
+def question(
     machine: Machine = GPU,
     limits: Limits = UNLIMITED,
     demand: Demand = USUAL,
     flags: ServerFlags = NO_FLAGS,
     **options: str,
-) -> LaunchPlan:
-    return plan_launch(
-        Question(
-            model_path="big",
-            shape=BIG,
-            machine=machine,
-            limits=limits,
-            demand=demand,
-            costs=COSTS,
-            costs_are="made up",
-            flags=flags,
-            options=Options(**options),
-        )
+) -> Question:
+    return Question(
+        model_path="big",
+        shape=BIG,
+        machine=machine,
+        limits=limits,
+        demand=demand,
+        costs=COSTS,
+        costs_are="made up",
+        flags=flags,
+        options=Options(**options),
     )
+
+
+def plan(*args: Any, **options: Any) -> LaunchPlan:
+    return plan_launch(question(*args, **options))
 
 
 def told(the: LaunchPlan) -> str:
@@ -97,6 +101,15 @@ def test_host_memory_that_could_hold_all_experts_does(host: int, experts: int, t
     assert parse_bytes(text, whole_bytes=0) >= min(host, experts)
 
 
+def test_a_model_without_experts_asks_for_no_host_memory() -> None:
+    dense = msgspec.structs.replace(BIG, num_moe_layers=0, num_experts=0, top_k=0, expert_bytes=0)
+    full = ServerFlags(graphs=GraphFlags("full"), context_length=10**6)  # more than KV has room for
+    the = plan_launch(msgspec.structs.replace(question(flags=full), shape=dense))
+    assert "--host-memory" not in the.command
+    assert "full" not in told(the)
+    assert "the model has no routed experts" in told(the)
+
+
 def test_steps_without_the_host_need_all_experts_in_its_memory() -> None:
     full = ServerFlags(graphs=GraphFlags(backend="full"))
     roomy = msgspec.structs.replace(GPU, host_bytes=64 * GIB)
@@ -106,6 +119,60 @@ def test_steps_without_the_host_need_all_experts_in_its_memory() -> None:
     assert "raise --host-memory from 15.00 GiB to 16.00 GiB" in told(the)
     breakable = ServerFlags(graphs=GraphFlags(backend="breakable"))
     assert plan(roomy, flags=breakable, host_memory="15GiB").can_start
+
+
+def test_steps_without_the_host_keep_their_frames_if_a_whole_context_fits_beside_them() -> None:
+    """4 frames for 2 layers, and 16,384 tokens to a frame of 256 MiB: 13 frames for 200,000."""
+    full = ServerFlags(graphs=GraphFlags(backend="full"), context_length=200_000)
+    roomy = msgspec.structs.replace(GPU, host_bytes=64 * GIB)
+    beside = GIB + plan(roomy, flags=full).graphs.reserved_bytes + 2**18  # and a padding page
+    enough = plan(roomy, flags=full, memory_budget=str(beside + 17 * 2**28))
+    assert (enough.chosen.floor_frames, enough.chosen.kv_tokens) == (4, 13 * 16_384)
+    assert told(enough) == ""
+    less = plan(roomy, flags=full, memory_budget=str(beside + 15 * 2**28))
+    assert (less.chosen.floor_frames, less.chosen.kv_tokens) == (2, 13 * 16_384)
+    assert less.can_start
+    assert "full: 4 frames, which a step without the host takes for one request" in told(less)
+    assert "raise --memory-budget by 512.00 MiB, or lower --context-length" in told(less)
+    shares = question(roomy, flags=full, memory_budget=str(beside + 15 * 2**28))
+    its = plan_launch(msgspec.structs.replace(shares, memory_policy=MemoryPolicy.STATIC))
+    assert (its.chosen.floor_frames, told(its)) == (2, "")
+
+
+def test_what_decoding_packed_experts_takes_is_told() -> None:
+    roomy = msgspec.structs.replace(GPU, host_bytes=64 * GIB)
+    its = question(roomy, memory_budget="6GiB", host_memory="16GiB")
+    its = msgspec.structs.replace(its, decoding_bytes=2 * 2**28)
+    the = plan_launch(its)
+    assert the.chosen.geometry is not None
+    assert the.chosen.geometry.num_frames == 18  # of 20
+    assert "Decoding packed experts: 512.00 MiB of a budget" in full_report(the)
+    assert the.can_start
+    full = msgspec.structs.replace(its, flags=ServerFlags(graphs=GraphFlags(backend="full")))
+    assert "can't decode packed experts: add --packed-experts=off" in told(plan_launch(full))
+
+
+def test_command_and_server_look_for_packed_experts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def decoding_bytes(model: Model, wanted: str, device: str) -> int:
+        asked.append((model.name, wanted, device))
+        return 2**20
+
+    for module in ("__main__", "at_start"):
+        monkeypatch.setattr(f"sglmoe.plan.{module}.decoding_bytes_of", decoding_bytes)
+    machine = ["--gpu-memory", "24GiB", "--host-memory", "64GiB"]
+    main([*machine, "--packed-experts", "on", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["decoding_bytes"] == 2**20
+    assert said["command"][-2:] == ["--packed-experts", "on"]
+    config = EngineConfig(memory_budget_bytes=8 * 10**6, host_memory_bytes=0)
+    its = {"flags": ServerFlags(packed_experts="off"), "device": "cpu", "gpu_id": 0}
+    said = start_report(config, model_path=str(DEMO_MODEL), **its)
+    assert "Decoding packed experts: 1.00 MiB of a budget" in said
+    assert asked == [(str(DEMO_MODEL), "on", "cuda"), (str(DEMO_MODEL), "off", "cpu")]
 
 
 def test_a_plan_without_worries_has_no_findings() -> None:

@@ -21,6 +21,7 @@ FLAGS = st.builds(
     max_running_requests=st.none() | SIZE,
     context_length=st.none() | SIZE,
     graphs=GRAPHS,
+    packed_experts=st.sampled_from(["auto", "on", "off", "./there"]),
 )
 
 

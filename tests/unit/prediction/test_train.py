@@ -94,8 +94,6 @@ def test_a_model_that_does_not_fit_is_named(
     assert complaint in capsys.readouterr().err
 
 
-# numpy leaves a file open that is no archive.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_trace_that_is_none_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "broken.npz").write_bytes((folder / "a.npz").read_bytes()[:100])
     for name in ("broken.npz", "missing.npz"):

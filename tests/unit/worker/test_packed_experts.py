@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_packed import TENSOR_BYTES, make_checkpoint, name_of
+from tiny_packed import TENSOR_BYTES, load_store, make_checkpoint, name_of
 
 from sglmoe import pack
 from sglmoe.memory.decode_ratio import DecodeRatio
@@ -29,19 +28,6 @@ def model(tmp_path: Path) -> Path:
     return model
 
 
-def load(model: Path, *, dtype: torch.dtype = torch.bfloat16) -> ExpertStore:
-    """As the model's loader does."""
-    store = ExpertStore()
-    for layer, shard in enumerate(("1.safetensors", "2.safetensors")):
-        with safe_open(model / shard, framework="pt") as file:
-            for expert in range(2):
-                for part in PARTS:
-                    tensor = file.get_tensor(name_of(layer, expert, part)).to(dtype)
-                    store.put(layer, expert, part, tensor.view(-1).view(torch.uint8).numpy())
-    store.unmap()
-    return store
-
-
 def check_reads(store: ExpertStore, model: Path) -> None:
     """All experts, the bits of the checkpoint."""
     for layer, shard in enumerate(("1.safetensors", "2.safetensors")):
@@ -57,7 +43,7 @@ def check_reads(store: ExpertStore, model: Path) -> None:
 def test_packed_experts_beside_the_checkpoint_are_used(
     model: Path, wanted: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = load(model)
+    store = load_store(model)
     with caplog.at_level(logging.INFO):
         use_packed(store, wanted, str(model))
     check_reads(store, model)
@@ -67,7 +53,7 @@ def test_packed_experts_beside_the_checkpoint_are_used(
 
 
 def test_off_is_off(model: Path) -> None:
-    store = load(model)
+    store = load_store(model)
     use_packed(store, "off", str(model))
     assert store.stored_total_bytes() == ALL_BYTES
 
@@ -75,7 +61,7 @@ def test_off_is_off(model: Path) -> None:
 def test_a_folder_elsewhere_is_used_by_name(model: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     (model / FOLDER).rename(elsewhere)
-    store = load(model)
+    store = load_store(model)
     use_packed(store, "auto", str(model))
     assert store.stored_total_bytes() == ALL_BYTES
     use_packed(store, str(elsewhere), str(model))
@@ -89,14 +75,14 @@ def test_a_link_to_the_checkpoint_is_the_checkpoint(model: Path, tmp_path: Path)
     snapshot.mkdir()
     for path in model.iterdir():
         (snapshot / path.name).symlink_to(path)
-    store = load(snapshot)
+    store = load_store(snapshot)
     use_packed(store, "on", str(snapshot))
     assert store.stored_total_bytes() < 0.72 * ALL_BYTES
 
 
 def test_layers_that_are_not_packed_are_read_as_they_are(model: Path) -> None:
     layer_path(model / FOLDER, 1).unlink()
-    store = load(model)
+    store = load_store(model)
     use_packed(store, "on", str(model))
     assert LAYER_BYTES < store.stored_total_bytes() < LAYER_BYTES * 1.72
     check_reads(store, model)
@@ -121,7 +107,7 @@ def test_what_does_not_match_is_left_out_with_a_warning_or_refused_where_it_was_
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     why = spoil(model)
-    store = load(model)
+    store = load_store(model)
     with pytest.raises(ValueError, match=why):
         use_packed(store, "on", str(model))
     use_packed(store, "auto", str(model))
@@ -134,7 +120,7 @@ def test_what_does_not_match_is_left_out_with_a_warning_or_refused_where_it_was_
 def test_none_are_no_error_unless_asked_for(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     for layer in range(2):
         layer_path(model / FOLDER, layer).unlink()
-    store = load(model)
+    store = load_store(model)
     use_packed(store, "auto", str(model))
     assert caplog.text == ""
     with pytest.raises(ValueError, match=r"--packed-experts=on: there are none in .*sglmoe.pack"):
@@ -144,7 +130,7 @@ def test_none_are_no_error_unless_asked_for(model: Path, caplog: pytest.LogCaptu
 def test_another_dtype_than_the_checkpoints_has_nothing_packed(
     model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = load(model, dtype=torch.float16)
+    store = load_store(model, dtype=torch.float16)
     use_packed(store, "auto", str(model))
     assert "packed experts are not used: the model's experts are not read" in caplog.text
     with pytest.raises(ValueError, match="another --dtype"):
@@ -167,7 +153,7 @@ def plan(
 
 
 def test_packed_experts_may_stay_in_frames_where_they_are_smaller(model: Path) -> None:
-    store, ratio = load(model), DecodeRatio()
+    store, ratio = load_store(model), DecodeRatio()
     use_packed(store, "on", str(model))
     for share in (None, 0.3):
         packing = plan(store, share, ratio)
@@ -179,7 +165,7 @@ def test_packed_experts_may_stay_in_frames_where_they_are_smaller(model: Path) -
 
 
 def test_without_packed_experts_a_share_is_refused_and_auto_is_none(model: Path) -> None:
-    store, ratio = load(model), DecodeRatio()
+    store, ratio = load_store(model), DecodeRatio()
     assert plan(store, None, ratio) == NO_PACKING
     message = r"--packed-share=30%: the largest expert takes 24576 bytes as it is read, a frame 24576; pack them with"
     with pytest.raises(ValueError, match=message):
@@ -187,7 +173,7 @@ def test_without_packed_experts_a_share_is_refused_and_auto_is_none(model: Path)
 
 
 def test_nor_where_a_device_can_not_decode_into_frames(model: Path) -> None:
-    store, ratio = load(model), DecodeRatio()
+    store, ratio = load_store(model), DecodeRatio()
     use_packed(store, "on", str(model))
     assert plan(store, None, ratio, time_decoding=None) == NO_PACKING
     with pytest.raises(ValueError, match="of 24576 bytes, begin where a GPU does not decode to"):
