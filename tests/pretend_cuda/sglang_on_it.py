@@ -24,6 +24,7 @@ def sglang_on_it() -> Generator[Device, None, None]:
     from sglang.srt.distributed import bootstrap
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, fused_moe_triton_config
     from sglang.srt.layers.rotary_embedding import rope_variant
+    from sglang.srt.models import deepseek_v2
 
     from sglmoe import machine, preparation
     from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier
@@ -59,6 +60,11 @@ def sglang_on_it() -> Generator[Device, None, None]:
         (bootstrap, "init_parallel_runtime", start_groups_on_cpu),
         (fused_moe_triton_config, "get_device_name", lambda: "none"),
         (rope_variant, "get_device", lambda: "cuda"),
+        (
+            deepseek_v2,
+            "_is_cuda",
+            True,
+        ),  # else experts' outputs are scaled twice: there, and as on CUDA
     ]
     with ExitStack() as stack:
         for name, answer in driver.items():

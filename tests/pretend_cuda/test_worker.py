@@ -112,3 +112,15 @@ def test_experts_that_come_ahead_change_no_bit(
     assert its.rows == roomy.rows
     assert its.violations == []
     assert its.memory.prefetches_used + its.memory.prefetches_late > 0
+
+
+def test_deepseek_out_of_graphs_has_the_tokens_of_a_cpu(tmp_path: Path) -> None:
+    """MLA, whose KV is one vector a token; experts in groups, and some that all tokens share."""
+    sizes = {"kv_lora_rank": 256, "qk_rope_head_dim": 32, "head_dim": 32}  # that kernels know
+    model_dir = run_in_fork(
+        make_checkpoint, "deepseek_v2", tmp_path, dtype="float32", attention_gain=1.0, **sizes
+    )
+    cpu = run_in_fork(decode, model_dir, on_device=False)
+    replayed = run_in_fork(decode, model_dir, backend="full", host_memory="64MB")
+    assert replayed.memory.lent_steps == STEPS
+    assert replayed.tokens == cpu.tokens
