@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from sglmoe.config import DEFAULT_MAX_RUNNING
-from sglmoe.decode_graphs import DecodeGraphs
+from sglmoe.decode_graphs import DecodeGraphs, has_padding
 from sglmoe.memory.arena import Geometry, arena_bytes_within, check_floor, plan_geometry
 from sglmoe.memory.residency import (
     MissCurve,
@@ -72,6 +72,7 @@ class PlanSnapshot(msgspec.Struct, frozen=True):
     page_tokens: int | None = None
     max_running: int = DEFAULT_MAX_RUNNING
     graphs: DecodeGraphs = DecodeGraphs()
+    on_gpu: bool = False
 
 
 def plan_budget(now: PlanSnapshot, budget_bytes: int, host_bytes: int) -> BudgetPlan:
@@ -113,7 +114,7 @@ def _cut(now: PlanSnapshot, arena_bytes: int) -> Geometry:
         token_bytes=now.shape.token_bytes,
         token_rows=now.shape.token_rows,
         page_tokens=now.page_tokens,
-        pads_batches=now.graphs.max_rows > 0,
+        has_padding=has_padding(now.graphs, on_gpu=now.on_gpu),
     )
 
 

@@ -124,6 +124,7 @@ def snapshot_of(asked: Question, budget_bytes: int, host_bytes: int) -> PlanSnap
         page_tokens=asked.flags.page_size,
         max_running=asked.flags.max_running_requests or DEFAULT_MAX_RUNNING,
         graphs=decode_graphs(asked.shape, asked.flags),
+        on_gpu=asked.machine.has_gpu,
     )
 
 

@@ -274,7 +274,10 @@ def model_bytes(model: torch.nn.Module) -> int:
 
 
 def fit_token_table(runner: Any, geometry: Geometry, floor: int) -> None:
-    """Give the token table rows as long as the longest request that can be held."""
+    """Give the token table rows as long as the longest request that can be held.
+
+    To be called before attention backends are made. Some read the table itself, those for CUDA through the translator.
+    """
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
     total_tokens = geometry.kv_tokens(floor)
@@ -284,3 +287,4 @@ def fit_token_table(runner: Any, geometry: Geometry, floor: int) -> None:
         device=runner.device,
         enable_memory_saver=False,
     )
+    runner.init_kv_index_translator()
