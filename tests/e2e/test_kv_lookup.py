@@ -1,4 +1,4 @@
-"""What attention and KV kernels for CUDA go by, beside the tensors that a CPU uses: SGLang's translator of KV ids, the pool's size."""
+"""What attention and KV kernels for CUDA go by, and a CPU's do not: SGLang's translator of KV ids, the pool's size."""
 
 from pathlib import Path
 

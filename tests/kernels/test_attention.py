@@ -1,4 +1,4 @@
-"""SGLang's Triton attention in the interpreter, on our token table and arena: a served model's tokens are those of a CPU's own attention.
+"""SGLang's Triton attention in the interpreter, on our token table and arena: the tokens are those of a CPU's own attention.
 
 On CUDA attention looks KV ids up through SGLang's translator, on a CPU in the table itself.
 """
