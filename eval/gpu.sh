@@ -18,12 +18,12 @@ done
 pytest=("$python" -m pytest -v -p no:cacheprovider -o filterwarnings=)
 parallel=()  # most of the time kernels are compiled
 "$python" -c "import xdist" 2> /dev/null && parallel=(-n 4)
-timeout 180 "${pytest[@]}" ${parallel[@]+"${parallel[@]}"} tests/gpu/test_kernels.py tests/gpu/test_layer.py 2>&1 | tee "$out/tests.txt"
+timeout 170 "${pytest[@]}" ${parallel[@]+"${parallel[@]}"} tests/gpu/test_kernels.py tests/gpu/test_layer.py 2>&1 | tee "$out/tests.txt"
 failed=${PIPESTATUS[0]}
-timeout 60 "${pytest[@]}" tests/gpu/test_packed.py 2>&1 | tee "$out/tests_packed.txt"
+timeout 50 "${pytest[@]}" tests/gpu/test_packed.py 2>&1 | tee "$out/tests_packed.txt"
 failed=$((failed | PIPESTATUS[0]))
 # What tests/gpu/test_graphs.py asks, and how long steps take.
-timeout 210 "$python" -m eval.decode_graphs 2>&1 | tee "$out/decode_graphs.txt"
+timeout 200 "$python" -m eval.decode_graphs 2>&1 | tee "$out/decode_graphs.txt"
 graphs=${PIPESTATUS[0]}
 timeout 120 "$python" -m eval.kernel_speed "$out/kernel_speed.json" 2>&1 | tee "$out/kernel_speed.txt"
 exit $((failed | graphs | PIPESTATUS[0]))
