@@ -59,7 +59,8 @@ class WorkerProcess:
     ) -> "WorkerProcess":
         """Start a worker: by the fork server, which has its imports done already, where there is one."""
         directory, step_mark = make_socket_directory(), StepMark()
-        process = multiprocessing.get_context(start_method()).Process(
+        context: Any = multiprocessing.get_context(start_method())
+        process = context.Process(
             target=run_worker,
             args=(server_args, config, gpu_id, nccl_port, str(directory), step_mark),
             name="sglmoe-worker",
