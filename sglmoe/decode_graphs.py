@@ -69,6 +69,12 @@ def captured_rows(flags: GraphFlags, max_running: int | None) -> int:
     return min(asked, max_running or DEFAULT_MAX_RUNNING)
 
 
+def has_padding(graphs: DecodeGraphs, *, on_gpu: bool) -> bool:
+    """Whether KV id 0 is to be no request's: rows that pad a captured step write there, and SGLang's kernels for CUDA take it
+    for padding always and store nothing (`reserved_skip_index` of its `store_cache` and `set_mla_kv_buffer`)."""
+    return on_gpu or graphs.max_rows > 0
+
+
 def graph_bytes(max_rows: int, *, context_tokens: int, vocab_size: int) -> int:
     """What steps of up to so many rows are taken to need: SGLang's rule of thumb, and beside it two buffers of float32 logits,
     and what attention kernels read KV ids from, int64 at most, for whole contexts."""

@@ -29,7 +29,7 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     Token o of page p has id ``(padding_pages + p) * page_rows + o``: a row is what one token keeps of
     one layer's K, or V, or MLA latent. Smaller ids are no request's: rows that pad a captured batch
-    write their KV to id 0.
+    write their KV to id 0, and SGLang's kernels for CUDA write nothing there.
     """
 
     num_frames: int
@@ -88,13 +88,13 @@ def plan_geometry(
     token_bytes: int,
     token_rows: int,
     page_tokens: int | None,
-    pads_batches: bool = False,
+    has_padding: bool = False,
     tensor_alignment: int = 256,
 ) -> Geometry:
     """Cut `arena_bytes` into frames of one expert each, rounded up to whole pages.
 
     `token_bytes` is a token's KV in all layers, as `token_rows` rows: ``2 * layers`` for K and V,
-    ``layers`` for MLA. `expert_bytes` is 0 for a dense model. With `pads_batches` there are padding
+    ``layers`` for MLA. `expert_bytes` is 0 for a dense model. With `has_padding` there are padding
     pages. Frames start at multiples of `tensor_alignment` bytes. Raises ValueError when the arena
     can't hold one expert and one frame of KV.
     """
@@ -104,7 +104,7 @@ def plan_geometry(
     pages_per_frame = _pages_per_frame(expert_bytes, page_bytes, tensor_alignment)
     frame_bytes = pages_per_frame * page_bytes
     page_rows = page_tokens * token_rows
-    padding_pages = _aligned_pages(page_bytes, tensor_alignment) if pads_batches else 0
+    padding_pages = _aligned_pages(page_bytes, tensor_alignment) if has_padding else 0
     arena_bytes -= padding_pages * page_bytes
     _check_arena(arena_bytes, expert_bytes=expert_bytes, frame_bytes=frame_bytes)
     num_pages = NUM_TOKEN_IDS // page_rows - padding_pages

@@ -48,11 +48,17 @@ class Stream(Protocol):
 OnStream = Callable[[Any], AbstractContextManager[Any]]
 
 
+# Kept for as long as the process runs. CUDA would take whatever else came to lie there for locked, and copy from the pages that
+# were there before.
+_locked: list[Bytes] = []
+
+
 def page_lock(blocks: Bytes) -> None:
-    """Lock memory where it is: no rounding to powers of two. Raises ValueError if CUDA refuses."""
+    """Lock memory where it is, for good: no rounding to powers of two. Raises ValueError if CUDA refuses."""
     error = torch.cuda.cudart().cudaHostRegister(blocks.ctypes.data, blocks.nbytes, 0)
     if int(error) != 0:
         raise budgets.page_lock_refused(host_bytes=blocks.nbytes, why=str(error))
+    _locked.append(blocks)
 
 
 class Lane(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from sglmoe.config import DEFAULT_MAX_RUNNING
-from sglmoe.decode_graphs import DecodeGraphs
+from sglmoe.decode_graphs import DecodeGraphs, has_padding
 from sglmoe.memory.arena import (
     Geometry,
     arena_bytes_within,
@@ -79,6 +79,7 @@ class PlanSnapshot(msgspec.Struct, frozen=True):
     page_tokens: int | None = None
     max_running: int = DEFAULT_MAX_RUNNING
     graphs: DecodeGraphs = DecodeGraphs()
+    on_gpu: bool = False
     # Of KV, beside which there are to be frames for steps without the host; None where these need no such care.
     context_tokens: int | None = None
     decoding_bytes: int = 0  # of the device, for packed experts
@@ -139,7 +140,7 @@ def _cut(now: PlanSnapshot, arena_bytes: int) -> Geometry:
         token_bytes=now.shape.token_bytes,
         token_rows=now.shape.token_rows,
         page_tokens=now.page_tokens,
-        pads_batches=now.graphs.max_rows > 0,
+        has_padding=has_padding(now.graphs, on_gpu=now.on_gpu),
     )
 
 

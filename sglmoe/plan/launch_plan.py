@@ -139,6 +139,7 @@ def snapshot_of(asked: Question, budget_bytes: int, host_bytes: int) -> PlanSnap
         graphs=graphs,
         decoding_bytes=asked.decoding_bytes,
         context_tokens=graphs.lent_beside(context_tokens, asked.memory_policy),
+        on_gpu=asked.machine.has_gpu,
     )
 
 

@@ -25,6 +25,7 @@ from sglmoe.protocol import (
     WorkerReady,
 )
 from sglmoe.scheduler.seams import WorkerLost
+from sglmoe.start_up import start_method
 from sglmoe.step_mark import StepMark
 from sglmoe.transport import (
     AsyncReceiver,
@@ -56,9 +57,10 @@ class WorkerProcess:
     def start(
         cls, run_worker: RunWorker, *, server_args: Any, config: Any, gpu_id: int, nccl_port: int
     ) -> "WorkerProcess":
-        """Start a worker by the fork server, which may have the worker's imports done already."""
+        """Start a worker: by the fork server, which has its imports done already, where there is one."""
         directory, step_mark = make_socket_directory(), StepMark()
-        process = multiprocessing.get_context("forkserver").Process(
+        context: Any = multiprocessing.get_context(start_method())
+        process = context.Process(
             target=run_worker,
             args=(server_args, config, gpu_id, nccl_port, str(directory), step_mark),
             name="sglmoe-worker",

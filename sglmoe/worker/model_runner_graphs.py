@@ -49,14 +49,16 @@ def capture_graphs(
 
     SGLang computes every size thrice with nothing in it, which pages no expert in and leaves KV in the padding pages.
     """
-    if not graphs.max_rows:
+    if graphs.max_rows:
+        on_progress("capturing CUDA graphs", 0, 0)
+        if not graphs.is_full:
+            keep_logits_of_graphs()
+            keep_to_one_stream(runner.model)
+    # As sglang's scheduler; in inference mode, what is made could not be written outside of it.
+    with torch.no_grad():
         runner.init_cuda_graphs()
+    if not graphs.max_rows:
         return
-    on_progress("capturing CUDA graphs", 0, 0)
-    if not graphs.is_full:
-        keep_logits_of_graphs()
-        keep_to_one_stream(runner.model)
-    runner.init_cuda_graphs()
     taken_bytes = int(runner.graph_memory_usage["decode"] * 2**30)
     over_bytes = taken_bytes - graphs.reserved_bytes
     if over_bytes > 0:

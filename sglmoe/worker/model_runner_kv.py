@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from sglmoe.config import EngineConfig
-from sglmoe.decode_graphs import DecodeGraphs
+from sglmoe.decode_graphs import DecodeGraphs, has_padding
 from sglmoe.errors import models
 from sglmoe.memory.arena import Geometry, plan_geometry
 from sglmoe.worker.moe_layer import PagedExperts
@@ -58,7 +58,7 @@ class KvLayout(msgspec.Struct, frozen=True):
             token_bytes=self.token_bytes,
             token_rows=self.token_rows,
             page_tokens=config.page_tokens,
-            pads_batches=graphs.max_rows > 0,
+            has_padding=has_padding(graphs, on_gpu=self.layers[0][0].is_cuda),
         )
 
     def move_to(self, arena: torch.Tensor, page_tokens: int) -> None:
@@ -69,3 +69,5 @@ class KvLayout(msgspec.Struct, frozen=True):
             self.pool.kv_buffer = views
         else:
             self.pool.k_buffer, self.pool.v_buffer = views[0::2], views[1::2]
+        # Kernels that store KV stop the device at an id from size + page_size on.
+        self.pool.size = len(views[-1]) - self.pool.page_size

@@ -273,11 +273,13 @@ def build_runner(server_args: Any, *, gpu_id: int, nccl_port: int) -> Any:
     from sglang.srt.distributed import bootstrap
     from sglang.srt.layers.moe.utils import initialize_moe_config
     from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
+    from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.runtime_context import get_device, get_schedule
 
     initialize_moe_config()
     initialize_fp8_gemm_config()
+    initialize_bf16_gemm_config()
     model_config = ModelConfig.from_server_args(server_args)
     bootstrap.init_parallel_runtime(
         server_args=server_args, device=get_device().device, dist_port=nccl_port
@@ -302,7 +304,10 @@ def model_bytes(model: torch.nn.Module) -> int:
 
 
 def fit_token_table(runner: Any, geometry: Geometry, floor: int) -> None:
-    """Give the token table rows as long as the longest request that can be held."""
+    """Give the token table rows as long as the longest request that can be held.
+
+    To be called before attention backends are made. Some read the table itself, those for CUDA through the translator.
+    """
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
     total_tokens = geometry.kv_tokens(floor)

@@ -134,6 +134,38 @@ def test_a_letter_carries_the_bytes_that_were_copied_before_it() -> None:
             assert not (is_named and num_wrong)
 
 
+@pytest.mark.usefixtures("server_args")
+def test_sglang_stores_kv_where_our_ids_say_and_nothing_at_the_first() -> None:
+    """Layer 1 of 2, in pages of 4 tokens, the last of them behind 4 GiB. Id 0 is padding to SGLang, so no request has it."""
+    from sglang.srt.mem_cache.memory_pool import _set_kv_buffer_impl
+
+    page_tokens, heads, dim = 4, 2, 64
+    page_rows, num_pages = 4 * page_tokens, 2**20 + 8
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of GPU memory")
+    rows = torch.zeros(num_pages * page_rows, heads, dim, dtype=torch.bfloat16, device=DEVICE)
+    views = [rows[index * page_tokens :] for index in range(4)]  # K and V of both layers
+    ids = [0, page_rows + 1, (num_pages - 1) * page_rows + page_tokens - 1]
+    keys, values = torch.randn(2, len(ids), heads, dim, dtype=torch.bfloat16, device=DEVICE)
+    _set_kv_buffer_impl(
+        keys,
+        values,
+        views[2],
+        views[3],
+        torch.tensor(ids, device=DEVICE),
+        row_dim=heads * dim,
+        store_dtype=torch.bfloat16,
+        device_module=torch.cuda,
+        size_limit=len(views[3]),
+    )
+    for stored, given, begin in ((views[2], keys, 2), (views[3], values, 3)):
+        assert not stored[0].any()
+        for place, its in list(zip(ids, given, strict=True))[1:]:
+            assert torch.equal(stored[place], its)
+            assert torch.equal(rows[begin * page_tokens + place], its)
+    assert int(rows.any(dim=2).sum()) == 2 * 2 * heads  # and nowhere else
+
+
 # ------------------------------------------------------------------------------- the layer's bits
 
 
@@ -217,10 +249,12 @@ class Layer:
 
 @pytest.fixture(scope="module")
 def server_args() -> None:
-    """What SGLang's layers look up; any model will do."""
+    """What SGLang's layers look up; any model will do. Plugins may know of kernels that are compiled already."""
+    from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import ServerArgs
 
+    load_plugins()
     server_args = ServerArgs(model_path=str(DEMO_MODEL), attention_backend="triton")
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
 

@@ -35,10 +35,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu, reason="needs a C
 
 @pytest.fixture(scope="module")
 def server_args() -> None:
-    """What SGLang's layers look up; any model will do."""
+    """What SGLang's layers look up; any model will do. Plugins may know of kernels that are compiled already."""
+    from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import ServerArgs
 
+    load_plugins()
     server_args = ServerArgs(model_path=str(DEMO_MODEL), attention_backend="triton")
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
 

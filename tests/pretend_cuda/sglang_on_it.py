@@ -24,7 +24,9 @@ def sglang_on_it() -> Generator[Device, None, None]:
     from sglang.srt.distributed import bootstrap
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, fused_moe_triton_config
     from sglang.srt.layers.rotary_embedding import rope_variant
+    from sglang.srt.mem_cache import memory_pool
     from sglang.srt.models import deepseek_v2
+    from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
 
     from sglmoe import machine, preparation
     from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier
@@ -60,11 +62,11 @@ def sglang_on_it() -> Generator[Device, None, None]:
         (bootstrap, "init_parallel_runtime", start_groups_on_cpu),
         (fused_moe_triton_config, "get_device_name", lambda: "none"),
         (rope_variant, "get_device", lambda: "cuda"),
-        (
-            deepseek_v2,
-            "_is_cuda",
-            True,
-        ),  # else experts' outputs are scaled twice: there, and as on CUDA
+        (memory_pool, "_is_cuda", True),
+        (memory_pool, "can_use_store_cache", lambda *row_bytes: True),
+        (forward_mha, "_is_cuda", True),
+        # Else experts' outputs are scaled twice: there, and as on CUDA.
+        (deepseek_v2, "_is_cuda", True),
     ]
     with ExitStack() as stack:
         for name, answer in driver.items():
@@ -73,6 +75,9 @@ def sglang_on_it() -> Generator[Device, None, None]:
             stack.enter_context(patch.object(where, name, instead))
         device = stack.enter_context(pretend_cuda())
         stack.enter_context(patch.object(fused_moe, "moe_align_block_size", aligned_on(device)))
+        stack.enter_context(
+            patch.object(memory_pool, "store_cache", stored_on(device), create=True)
+        )
         for kind in (DeviceCopier, StreamCopier, Letters):  # their defaults are older
             defaults = {"new_event": torch.cuda.Event, "on_stream": torch.cuda.stream}
             its = kind.__init__.__kwdefaults__
@@ -98,3 +103,28 @@ def aligned_on(device: Device) -> Callable[..., tuple[torch.Tensor, ...]]:
         return tuple(CudaTensor(its) for its in made)
 
     return aligned
+
+
+def stored_on(device: Device) -> Callable[..., None]:
+    """SGLang's `store_cache`, a kernel of CUDA's own: an id that is too large stops the device, and nothing is stored at 0."""
+
+    def store(
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_rows: torch.Tensor,
+        value_rows: torch.Tensor,
+        ids: torch.Tensor,
+        *,
+        size_limit: int,
+        **row_bytes: int,
+    ) -> None:
+        def store_now() -> None:
+            places = held(ids)
+            assert (places < size_limit).all(), f"{places.max()} is no id below {size_limit}"
+            is_stored = places != 0
+            for rows, new in ((key_rows, keys), (value_rows, values)):
+                held(rows)[places[is_stored]] = held(new)[is_stored]
+
+        device.launch(store_now, keys, values, key_rows, value_rows, ids)
+
+    return store

@@ -36,7 +36,7 @@ MAY_IMPORT = {  # part -> parts it may import, inside functions too
     "memory": FOUNDATION | {"kernels"},
     "prediction": FOUNDATION | {"memory"},
     "predictor": FOUNDATION | {"memory", "nameless_memory", "prediction", "start_up"},
-    "scheduler": FOUNDATION | {"transport", "step_mark", "live_view"},
+    "scheduler": FOUNDATION | {"transport", "step_mark", "live_view", "start_up"},
     "worker": FOUNDATION
     | {
         "transport",

@@ -80,8 +80,8 @@ def test_dense_model_has_frames_of_about_a_mebibyte() -> None:
     assert geometry.frame_bytes == 86 * 16 * 768
 
 
-@pytest.mark.parametrize("pads_batches", [False, True])
-def test_token_ids_stay_within_int32(pads_batches: bool) -> None:
+@pytest.mark.parametrize("has_padding", [False, True])
+def test_token_ids_stay_within_int32(has_padding: bool) -> None:
     # 64 GiB of 16-byte rows would be 2**32 ids: the arena is cut where they run out.
     geometry = plan_geometry(
         arena_bytes=2**36,
@@ -89,9 +89,9 @@ def test_token_ids_stay_within_int32(pads_batches: bool) -> None:
         token_bytes=64,
         token_rows=4,
         page_tokens=16,
-        pads_batches=pads_batches,
+        has_padding=has_padding,
     )
-    assert geometry.num_frames == 2**15 - pads_batches
+    assert geometry.num_frames == 2**15 - has_padding
     num_pages = geometry.num_frames * geometry.pages_per_frame
     assert 2**31 - 2**16 <= geometry.first_id + num_pages * geometry.page_rows <= 2**31
 
@@ -104,7 +104,7 @@ def test_rows_that_pad_a_batch_have_pages_in_front_of_the_frames() -> None:
         token_bytes=96,
         token_rows=2,
         page_tokens=1,
-        pads_batches=True,
+        has_padding=True,
     )
     assert (geometry.padding_pages, geometry.padding_bytes, geometry.num_frames) == (8, 768, 5)
     assert geometry.arena_bytes == 768 + 5 * 1536

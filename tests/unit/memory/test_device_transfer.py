@@ -4,13 +4,15 @@ Four blocks of host memory and 3 frames; experts are 6 bytes. What a CUDA device
 no test here shows.
 """
 
+import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier
+from sglmoe.memory.device_transfer import DeviceCopier, StreamCopier, page_lock
 from sglmoe.memory.experts import Load
 from sglmoe.memory.host_tier import HostTier
 from sglmoe.memory.promotion import Promotion
@@ -205,3 +207,17 @@ def test_two_threads_may_copy_at_a_time(bench: Bench) -> None:
     copier.copy(Load(0, 0, 4), copier.mark(), before_chunk)
     frames = bench.arena.view(3, 8)[:, :6].tolist()
     assert frames[:2] == [[4] * 6, [5] * 6]
+
+
+def test_locked_memory_is_never_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA would go on to copy from its pages, whatever comes to lie at that address."""
+    statuses = [0, 712]
+    cudart = SimpleNamespace(cudaHostRegister=lambda *_: statuses.pop(0))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    locked, refused = np.zeros(4, np.uint8), np.zeros(4, np.uint8)
+    alive = [weakref.ref(locked), weakref.ref(refused)]
+    page_lock(locked)
+    with pytest.raises(ValueError, match="--host-memory"):
+        page_lock(refused)
+    del locked, refused
+    assert [its() is not None for its in alive] == [True, False]

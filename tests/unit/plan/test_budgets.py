@@ -99,6 +99,17 @@ def test_decoding_packed_experts_takes_of_the_budget_too() -> None:
     assert "and decoding 2.93 KiB" in plan_budget(now, 8000, 0).refusal
 
 
+def test_on_a_gpu_the_first_kv_id_is_nobodys() -> None:
+    """SGLang's kernels for CUDA store nothing at id 0, whatever is captured."""
+    now = msgspec.structs.replace(NOW, on_gpu=True)
+    plain, on_gpu = plan_budget(NOW, budget_of(17), 0), plan_budget(now, budget_of(17) + 256, 0)
+    assert plain.geometry is not None
+    assert on_gpu.geometry is not None
+    assert plain.geometry.first_id == 0
+    assert on_gpu.geometry.first_id == on_gpu.geometry.page_rows
+    assert on_gpu.forecasts == plain.forecasts
+
+
 @given(st.integers(3, 40), st.floats(0, 8), st.integers(1, 16))
 def test_more_memory_never_hits_less(frames: int, skew: float, clients: int) -> None:
     demand = Demand(concurrency=(clients,), request_tokens=16, skew=skew)

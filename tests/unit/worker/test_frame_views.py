@@ -57,7 +57,7 @@ def stored(store: ExpertStore, layout: ExpertLayout, expert: int, name: str) -> 
 @settings(deadline=None)
 @given(formats(), st.permutations(range(5)), st.booleans(), st.integers(0, 2**31))
 def test_experts_are_seen_in_frames_as_they_were_stored(
-    both: tuple[ExpertFormat, ExpertLayout], frames: list[int], pads_batches: bool, seed: int
+    both: tuple[ExpertFormat, ExpertLayout], frames: list[int], has_padding: bool, seed: int
 ) -> None:
     its, layout = both
     store = filled_store(layout, np.random.default_rng(seed))
@@ -68,7 +68,7 @@ def test_experts_are_seen_in_frames_as_they_were_stored(
         token_bytes=64,
         token_rows=2,
         page_tokens=4,
-        pads_batches=pads_batches,
+        has_padding=has_padding,
     )
     arena = torch.full((geometry.arena_bytes,), 255, dtype=torch.uint8)
     arena = arena[geometry.padding_bytes :]
