@@ -74,11 +74,11 @@ def as_planned(
 
 
 def question(shape: ModelShape, flags: ServerFlags, budget_bytes: int) -> Question:
-    """Whether a machine with a GPU, which alone captures, will do."""
+    """Of this CPU; where steps are captured, of a machine with a GPU, as no other captures."""
     return Question(
         model_path="",
         shape=shape,
-        machine=Machine(2**40, 2**40, 2**40, has_gpu=True),
+        machine=Machine(2**40, 2**40, 2**40, has_gpu=flags.graphs.captures),
         limits=Limits(),
         demand=Demand(),
         costs=costs_of(shape, assumed_speeds("cpu"), request_tokens=1),

@@ -109,7 +109,7 @@ class Device(TorchDispatchMode):
             self.keep_locked(result)
         if (changed := returned_argument(func, args, kwargs)) is not None:
             return changed
-        if not is_here or func in WAITING:
+        if not is_here:
             return result
         return tree_map(lambda its: CudaTensor(its) if is_plain(its) else its, result)
 
@@ -119,7 +119,10 @@ class Device(TorchDispatchMode):
 
     def is_locked(self, memory: torch.Tensor) -> bool:
         """Whether the device can reach all of it."""
-        return any(memory.data_ptr() in its for its in self.page_locked)
+        start = memory.data_ptr()
+        return any(
+            its.start <= start and start + memory.nbytes <= its.stop for its in self.page_locked
+        )
 
     def launch(self, kernel: Callable[[], object], *arguments: Any) -> None:
         """A kernel that reads and writes these, now or whenever what is captured is replayed."""

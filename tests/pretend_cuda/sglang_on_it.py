@@ -13,10 +13,8 @@ from aligned import align
 from cuda_device import CudaTensor, Device, held, pretend_cuda
 
 GPU_BYTES = 80 * 2**30
-CAPABILITY = (
-    8,
-    9,
-)  # with fp8, and without kernels that begin before the one in front of them has ended
+# With fp8, and without kernels that begin before the one in front of them has ended.
+CAPABILITY = (8, 9)
 
 
 @contextmanager
