@@ -15,6 +15,26 @@ from cuda_device import CudaTensor, Device, held, pretend_cuda
 GPU_BYTES = 80 * 2**30
 # With fp8, and without kernels that begin before the one in front of them has ended.
 CAPABILITY = (8, 9)
+# What torch.cuda answers.
+DRIVER: dict[str, Any] = {
+    "get_device_capability": CAPABILITY,
+    "mem_get_info": (GPU_BYTES, GPU_BYTES),
+    "current_device": 0,
+    "set_device": None,
+    "empty_cache": None,
+    "device_count": 1,
+    "get_device_name": "none",
+    "memory_allocated": 0,
+    "memory_reserved": 0,
+    "get_device_properties": SimpleNamespace(
+        total_memory=GPU_BYTES,
+        multi_processor_count=128,
+        name="none",
+        is_integrated=False,
+        major=CAPABILITY[0],
+        minor=CAPABILITY[1],
+    ),
+}
 
 
 @contextmanager
@@ -35,25 +55,6 @@ def sglang_on_it() -> Generator[Device, None, None]:
     def start_groups_on_cpu(*, device: str, **options: Any) -> None:
         start_groups(device="cpu", **options)
 
-    driver: dict[str, Any] = {
-        "get_device_capability": CAPABILITY,
-        "mem_get_info": (GPU_BYTES, GPU_BYTES),
-        "current_device": 0,
-        "set_device": None,
-        "empty_cache": None,
-        "device_count": 1,
-        "get_device_name": "none",
-        "memory_allocated": 0,
-        "memory_reserved": 0,
-        "get_device_properties": SimpleNamespace(
-            total_memory=GPU_BYTES,
-            multi_processor_count=128,
-            name="none",
-            is_integrated=False,
-            major=CAPABILITY[0],
-            minor=CAPABILITY[1],
-        ),
-    }
     ours: list[tuple[Any, str, Any]] = [
         (preparation, "choose_device", lambda device: "cuda"),
         (machine, "gpu_memory_bytes", lambda *_: (GPU_BYTES, GPU_BYTES)),
@@ -67,7 +68,7 @@ def sglang_on_it() -> Generator[Device, None, None]:
         (deepseek_v2, "_is_cuda", True),
     ]
     with ExitStack() as stack:
-        for name, answer in driver.items():
+        for name, answer in DRIVER.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, a=answer: a))
         for where, name, instead in ours:
             stack.enter_context(patch.object(where, name, instead))
