@@ -18,9 +18,8 @@ def decoding_bytes_of(model: Model, wanted: str, device: str) -> int:
     """
     if device == "cpu":
         return 0
-    in_place = model.shape.format == Plain(
-        "bfloat16"
-    )  # else experts are no views of the checkpoint
+    # Others are no views of the checkpoint.
+    in_place = model.shape.format == Plain("bfloat16")
     shards = [shard.resolve() for shard in model.shards] if in_place else []
     layers, _ = find_layers(wanted, model.name, shards)
     return decoding_bytes(stored_expert_bytes(layers, model.shape)) if layers else 0
