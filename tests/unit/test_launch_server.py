@@ -36,7 +36,7 @@ def test_our_flags_are_found_among_sglangs() -> None:
 
 
 def test_a_server_plans_by_the_flags_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page size is in our config: SGLang's side is not told of it."""
+    """Page size and packed experts are in our config: SGLang's side is not told of them."""
     monkeypatch.setattr(at_start, "start_report", lambda config, **asked: str(asked["flags"]))
     given = SimpleNamespace(
         model_path="its",
@@ -50,13 +50,16 @@ def test_a_server_plans_by_the_flags_that_it_was_given(monkeypatch: pytest.Monke
         cuda_graph_max_bs_decode=8,
         disable_cuda_graph_padding=True,
     )
-    config = EngineConfig(memory_budget_bytes=1, host_memory_bytes=0, page_tokens=4)
+    config = EngineConfig(
+        memory_budget_bytes=1, host_memory_bytes=0, page_tokens=4, packed_experts="off"
+    )
     expected = ServerFlags(
         dtype="half",
         page_size=4,
         max_running_requests=2,
         context_length=100,
         graphs=GraphFlags("breakable", (1, 2), 8, no_padding=True),
+        packed_experts="off",
     )
     assert plan_of(given, config) == str(expected)
 
