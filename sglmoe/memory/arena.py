@@ -233,13 +233,17 @@ class Frames:
         return len(self._free)
 
     @property
+    def num_empty(self) -> int:
+        """Those that hold nothing, lent or not."""
+        return len(self._free) + len(self._lent)
+
+    @property
     def num_expert(self) -> int:
         return len(self._experts)
 
     @property
     def num_kv(self) -> int:
-        num_free = len(self._free) + len(self._lent)
-        return len(self._kinds) - num_free - len(self._experts) - self.num_packed
+        return len(self._kinds) - self.num_empty - len(self._experts) - self.num_packed
 
     def kind(self, frame: int) -> FrameKind:
         return self._kinds[frame]
@@ -249,7 +253,7 @@ class Frames:
         return self._experts[frame]
 
     def free_frames(self) -> Iterable[int]:
-        """Those that hold nothing, lent or not."""
+        """Those of `num_empty`."""
         return chain(self._free, self._lent)
 
     def expert_frames(self) -> Iterable[int]:

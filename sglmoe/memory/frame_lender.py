@@ -11,7 +11,6 @@ from sglmoe.memory.expert_order import ExpertOrder
 from sglmoe.memory.expert_pager import ExpertPager
 from sglmoe.memory.experts import ABSENT, ExpertTable
 from sglmoe.memory.frame_sets import (
-    USED,
     Counts,
     FrameSets,
     Places,
@@ -82,7 +81,7 @@ class FrameLender:
         num_places = int(self._lent.sizes[layer]) + self._table.num_loading[layer]
         return num_places < int(self._most()[layer]) and self._frames.num_free > 0
 
-    def take_back(self, sets: FrameSets) -> None:
+    def take_back(self, sets: FrameSets, *, used_key: int, goes_on: bool) -> None:
         """See `MemoryManager.take_back`."""
         lent, self._lent = self._lent, None
         assert lent is not None, "nothing is lent"
@@ -90,10 +89,13 @@ class FrameLender:
         before = self._end_joined(lent, sets)
         is_place = np.arange(self._num_experts) < sets.sizes[:, np.newaxis]
         is_new = (sets.owners != before) & is_place
-        is_used = (sets.keys == USED) & is_place
+        is_used = (sets.keys == used_key) & is_place
         self._replace(before, sets, is_new)
         self._note_uses(sets.owners, is_used, is_hit=is_used & ~is_new)
         self._prefetches.end_layers()
+        if goes_on:
+            self._frames.lend(int(np.count_nonzero((sets.owners == ABSENT) & is_place)))
+            self._lent = sets.copy()
 
     def _end_joined(self, lent: FrameSets, sets: FrameSets) -> Places:
         """End the prefetches that have joined a set; who had its places before the step made anything of them."""

@@ -16,7 +16,8 @@ from sglmoe.memory.experts import ABSENT
 Counts: TypeAlias = npt.NDArray[np.intp]  # [num_layers]
 Places: TypeAlias = npt.NDArray[np.int32]  # [num_layers, num_experts]
 
-USED = 0x7F800000  # the key of what the step has used: float32's infinity, seen as int32
+# The key of what a step has used, float32's infinity seen as int32; steps that follow it count on from there.
+USED = 0x7F800000
 MAX_VALUE = np.finfo(np.float32).max
 
 
@@ -26,7 +27,12 @@ class FrameSets(msgspec.Struct, frozen=True, eq=False):
     sizes: npt.NDArray[np.int32]  # [L], the first so many places of a row count
     frames: Places  # -1 beyond, when they are lent
     owners: Places  # the expert in each place, ABSENT: none
-    keys: Places  # the lowest changes hands first; USED of what the step has used
+    keys: Places  # the lowest changes hands first; from USED on, of what steps have used
+
+    def copy(self) -> "FrameSets":
+        return FrameSets(
+            self.sizes.copy(), self.frames.copy(), self.owners.copy(), self.keys.copy()
+        )
 
 
 def lay_out(

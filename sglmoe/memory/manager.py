@@ -27,7 +27,7 @@ from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry, check_floor
 from sglmoe.memory.expert_values import Probabilities
 from sglmoe.memory.experts import ExpertIds
-from sglmoe.memory.frame_sets import FrameSets
+from sglmoe.memory.frame_sets import USED, FrameSets
 from sglmoe.memory.kv_pages import Pages, no_pages
 from sglmoe.memory.link_gate import LoadExperts
 from sglmoe.memory.memory_map import draw_memory
@@ -181,6 +181,12 @@ class MemoryManager:
         self._count_prefill(request)
         return True
 
+    def has_pages(self, wanted: Iterable[tuple[str, int]]) -> bool:
+        """Whether `extend` could give these requests so many tokens each, and no frame would change hands for it."""
+        has = [(len(self._requests[rid].pages), num_tokens) for rid, num_tokens in wanted]
+        missing = [max(0, ceil_div(num, self._geometry.page_tokens) - its) for its, num in has]
+        return max(missing, default=0) <= 1 and sum(missing) <= self._pool.free_pages
+
     def pages(self, rid: str) -> list[int]:
         """The request's pages in the order of its tokens."""
         return self._requests[rid].pages.tolist()
@@ -308,10 +314,11 @@ class MemoryManager:
         evicted, if a layer can't have `least`, or one for each expert."""
         return self._lender.lend(least, num_ahead)
 
-    def take_back(self, sets: FrameSets) -> None:
-        """What the step has made of them: who is in each place, USED where it used that, and prefetches that came meanwhile
-        in further places, behind those that were lent. Unchanged, nothing has happened."""
-        self._lender.take_back(sets)
+    def take_back(self, sets: FrameSets, *, used_key: int = USED, goes_on: bool = False) -> None:
+        """What the step has made of them: who is in each place, `used_key` where it used that, and prefetches that came
+        meanwhile in further places, behind those that were lent. Unchanged, nothing has happened. With `goes_on` the next
+        step works with the sets as they are, and they stay lent: `extend`, too, may be asked for what `has_pages` grants."""
+        self._lender.take_back(sets, used_key=used_key, goes_on=goes_on)
 
     @property
     def num_on_their_way(self) -> int:
@@ -328,7 +335,7 @@ class MemoryManager:
             step_id=step_id,
             num_frames=geometry.num_frames,
             frame_bytes=geometry.frame_bytes,
-            free_frames=self._frames.num_free,
+            free_frames=self._frames.num_empty,
             expert_frames=self._frames.num_expert,
             kv_frames=self._frames.num_kv,
             total_pages=self._max_kv_frames * geometry.pages_per_frame,

@@ -7,6 +7,7 @@ run this.
 """
 
 import time
+from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -29,10 +30,12 @@ from sglmoe.memory.manager import MemoryManager
 from sglmoe.worker.moe_layer import PagedExperts
 from sglmoe.worker.routed import Routed
 from sglmoe.worker.step_messages import Letters, RoutingMirror
-from sglmoe.worker.step_state import Sizes, StepState
+from sglmoe.worker.step_state import IN_FLIGHT, Sizes, StepState
 
 # Arbitrary: between two looks at how far a step has come, which leave the interpreter to threads that copy.
 POLL_SECONDS = 20e-6
+# Arbitrary: that work with sets as they were laid out once, where not all experts are there; their worth changes little.
+MAX_STEPS = 16
 
 
 class LayerKernels(Protocol):
@@ -120,6 +123,9 @@ class CapturedSteps:
         self._state = StepState(its, device)
         self._number = 0  # of the step
         self._num_rows = 0  # of it
+        self._used_key = USED  # in it
+        # Numbers and keys of those that were queued and not taken back.
+        self._running: deque[tuple[int, int]] = deque(maxlen=IN_FLIGHT)
         self._has_blocks = False  # of all experts, and the device knows them
         self._is_queued_back = False
         self._rows = torch.arange(its.max_rows, dtype=torch.int32, device=device)
@@ -162,25 +168,57 @@ class CapturedSteps:
     @contextmanager
     def lent(self, num_rows: int) -> Generator[bool, None, None]:
         """Whether a step of so many rows may be replayed now. If so, memory may begin prefetches until this ends, no more."""
+        is_lent = self.lend(num_rows)
+        try:
+            yield is_lent
+        finally:
+            if is_lent:
+                self.take_back()
+
+    def lend(self, num_rows: int) -> bool:
+        """Whether a step of so many rows may be replayed now. If so, frames are lent until it is taken back."""
         sets = self._lend(num_rows)
         if sets is None:
-            yield False
-            return
-        self._number += 1
-        self._num_rows = num_rows
-        self._is_queued_back = False
+            return False
+        self._begin(num_rows, used_key=USED)
         self._state.upload(self._number, sets, self._memory.frame_table, num_rows)
         if self.letters is not None:
             self.letters.open(self._number)
-        try:
-            yield True
-        finally:
-            self._take_back()
+        return True
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether another step may run behind the one that was queued, before that is taken back."""
+        if self.letters is not None:
+            return False
+        num_steps = self._used_key - USED + 1
+        return num_steps < MAX_STEPS or bool(self._memory.frame_table.min() >= 0)
+
+    def go_on(self, num_rows: int) -> None:
+        """Have a step of no more rows run with what the one before it makes of its frames."""
+        self._begin(num_rows, used_key=self._used_key + 1)
+        self._state.go_on(self._number, num_rows, self._used_key)
 
     def queued(self) -> None:
         """The step has been: what becomes of the sets can be on its way before anybody waits for it."""
-        self._state.queue_back()
+        self._state.queue_back(self._number)
         self._is_queued_back = True
+
+    def take_back(self, *, goes_on: bool = False) -> None:
+        """Wait for the first step that was not taken back; `goes_on`: another one runs behind it."""
+        number, used_key = self._running.popleft()
+        assert bool(self._running) == goes_on
+        if not goes_on and not self._is_queued_back:  # the step has failed
+            self._state.queue_back(number)
+        sets = self._state.read_back(number)
+        if self.letters is not None:
+            self.letters.close()
+        self._memory.take_back(sets, used_key=used_key, goes_on=goes_on)
+        is_used = np.zeros(sets.owners.shape, bool)
+        layers, places = np.nonzero(sets.keys == used_key)
+        is_used[layers, sets.owners[layers, places]] = True
+        for counter in self._experts.counters:
+            counter.note_all(is_used)
 
     def watch(self) -> None:
         """Tell the observer of each layer's routing as soon as it is known, until the step is over."""
@@ -188,7 +226,7 @@ class CapturedSteps:
         if observer is None or mirror is None:
             return
         while layer < self._sizes.num_layers:
-            is_over = self._state.is_back
+            is_over = self._state.is_back(self._number)
             while layer < self._sizes.num_layers and (is_over or mirror.has(layer, self._number)):
                 observer.routed(layer, mirror.routed(layer, self._num_rows))
                 observer.look_ahead()
@@ -207,18 +245,12 @@ class CapturedSteps:
         num_ahead = observer.num_ahead if observer is not None and self.letters is not None else 0
         return self._memory.lend(self._sizes.top_k * num_rows, num_ahead=num_ahead)
 
-    def _take_back(self) -> None:
-        if not self._is_queued_back:  # the step has failed
-            self._state.queue_back()
-        sets = self._state.read_back()
-        if self.letters is not None:
-            self.letters.close()
-        self._memory.take_back(sets)
-        is_used = np.zeros(sets.owners.shape, bool)
-        layers, places = np.nonzero(sets.keys == USED)
-        is_used[layers, sets.owners[layers, places]] = True
-        for counter in self._experts.counters:
-            counter.note_all(is_used)
+    def _begin(self, num_rows: int, *, used_key: int) -> None:
+        self._number += 1
+        self._num_rows = num_rows
+        self._used_key = used_key
+        self._is_queued_back = False
+        self._running.append((self._number, used_key))
 
     def _knows_blocks(self) -> bool:
         """Host memory holds all experts, and then keeps each where it is."""

@@ -23,9 +23,11 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglmoe.protocol import RoutedExperts
+from sglmoe.worker.copies import on_device, rows_on_device
 from sglmoe.worker.model_runner_graphs import FullGraphs
 from sglmoe.worker.model_runner_loading import Loaded
 from sglmoe.worker.model_runner_logprobs import PromptLogprobs, output_logprobs
+from sglmoe.worker.model_runner_passes import ReplayedPass, is_plain
 from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.recorder import Recorder
 from sglmoe.worker.request import BatchRow, WorkerRequest
@@ -35,7 +37,7 @@ from sglmoe.worker.sampling import (
     SamplingState,
     make_grammar_backend,
 )
-from sglmoe.worker.worker import RowOutput
+from sglmoe.worker.seams import Done, Pass, RowOutput
 
 
 class ModelRunner:
@@ -84,42 +86,48 @@ class ModelRunner:
     # ------------------------------------------------------------------------------------------------ token table
 
     def write_token_ids(self, table_row: int, start: int, token_ids: np.ndarray) -> None:
-        ids = torch.from_numpy(token_ids).to(self._device)
+        ids = on_device(token_ids, self._device, torch.int32)
         self._table[table_row, start : start + len(token_ids)] = ids
 
     def write_decode_ids(
         self, table_rows: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]
     ) -> None:
-        rows, columns, ids = self._tensor([table_rows, positions, token_ids])
+        fields = [list(table_rows), list(positions), list(token_ids)]
+        rows, columns, ids = rows_on_device(fields, self._device)
         self._table[rows, columns] = ids.to(torch.int32)
 
     # ------------------------------------------------------------------------------------------------ forward
 
     @torch.inference_mode()
-    def forward(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
-        """Compute the rows and sample where one is complete; one output a row, in the same order."""
+    def begin(self, rows: Sequence[BatchRow]) -> Pass:
+        """Compute the rows and sample where one is complete."""
         order, group = self._arrange(rows)
-        num_sampling = len(group.requests) if group else 0
         batch, prompt = self._batch(order)
         returns_routing = any(row.request.next_routed is not None for row in order)
         traces = self.recorder is not None
         self._experts.record_routing(returns_routing or traces, with_logits=traces)
         self._experts.num_tokens = len(batch.input_ids)
         started = time.perf_counter()
-        with self._full_graphs.begin(batch, may_replay=not traces) as replay:
-            output = self._runner.forward(batch).logits_output
-            if replay is not None:
-                replay.queued()
-                replay.watch()
-                if returns_routing:
-                    self._experts.replayed(replay.routing())
-            if self.recorder is not None:
-                self._record(self.recorder, order, time.perf_counter() - started)
-            prompt_logprobs = prompt.answers(output)
-            routed = self._routed_experts(order) if returns_routing else [None] * len(order)
-            sampled = self._sample(output, batch, order[:num_sampling], group) if group else []
+        replay = self._full_graphs.lend(batch, may_replay=not traces)
+        output = self._runner.forward(batch).logits_output
+        if replay is not None:
+            replay.queued()
+            replay.watch()
+            if group and not self.prefetching and is_plain(batch, order, group):
+                token_ids = self._sample(output, batch, group)
+                return ReplayedPass(rows, order, group=group, token_ids=token_ids, steps=replay)
+            if returns_routing:
+                self._experts.replayed(replay.routing())
+        if self.recorder is not None:
+            self._record(self.recorder, order, time.perf_counter() - started)
+        prompt_logprobs = prompt.answers(output)
+        routed = self._routed_experts(order) if returns_routing else [None] * len(order)
+        sampled = self._sampled(output, batch, order, group) if group else []
+        if replay is not None:
+            replay.take_back()
         if self.prefetching is not None:
             self.prefetching.look_ahead()  # for the next step
+        num_sampling = len(sampled)
         outputs = {
             row.request.rid: RowOutput(
                 token_id=sampled[i].token_id if i < num_sampling else None,
@@ -131,7 +139,21 @@ class ModelRunner:
             )
             for i, row in enumerate(order)
         }
-        return [outputs[row.request.rid] for row in rows]
+        return Done([outputs[row.request.rid] for row in rows])
+
+    @torch.inference_mode()
+    def follow(self, rows: Sequence[BatchRow], before: Pass) -> Pass:
+        """See `Model.follow`."""
+        assert isinstance(before, ReplayedPass)
+        order = before.in_order(rows)
+        batch = self._decode_batch(order, input_ids=before.token_ids)
+        before.steps.go_on(len(order))
+        output = self._runner.forward(batch).logits_output
+        before.steps.queued()
+        token_ids = self._sample(output, batch, before.group)
+        return ReplayedPass(
+            rows, order, group=before.group, token_ids=token_ids, steps=before.steps
+        )
 
     def _arrange(self, rows: Sequence[BatchRow]) -> tuple[list[BatchRow], SamplingGroup | None]:
         """Rows that sample first, in the order of their sampling group."""
@@ -143,31 +165,77 @@ class ModelRunner:
         return [sampling[request.rid] for request in group.requests] + others, group
 
     def _batch(self, rows: Sequence[BatchRow]) -> tuple[ForwardBatch, PromptLogprobs]:
-        prompt = PromptLogprobs(rows)
-        decode = all(row.decodes for row in rows)
-        stops = [row.stop for row in rows]
-        table_rows = [row.request.table_row for row in rows]
-        token_ids, positions, owners = flatten(rows)
         if self.prefetching is not None:
+            token_ids, positions, owners = flatten(rows)
             rids = [row.request.rid for row in rows]
             self.prefetching.begin_step(
                 rids, token_ids=token_ids, positions=positions, owners=owners
             )
-        row_indices, seq_lens = self._tensor([table_rows, stops])
-        token_positions = torch.from_numpy(positions).to(self._device)
-        owner_rows = row_indices[torch.from_numpy(owners).to(self._device)]
-        specs = [row.request.spec.logprobs for row in rows]
-        batch = ForwardBatch(
-            forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
-            batch_size=len(rows),
-            input_ids=torch.from_numpy(token_ids).to(self._device),
-            req_pool_indices=row_indices,
+        prompt = PromptLogprobs(rows)
+        if all(row.decodes for row in rows):
+            return self._decode_batch(rows), prompt
+        return self._extend_batch(rows, prompt), prompt
+
+    def _decode_batch(
+        self, rows: Sequence[BatchRow], *, input_ids: torch.Tensor | None = None
+    ) -> ForwardBatch:
+        """`input_ids`: what the rows compute, int `[rows]`, where the host does not know it yet."""
+        fields = [
+            [row.request.table_row for row in rows],
+            [row.stop for row in rows],
+            [row.start for row in rows],
+            [row.request.tokens[row.start] for row in rows],
+        ]
+        table_rows, seq_lens, positions, token_ids = rows_on_device(fields, self._device)
+        if input_ids is not None:
+            token_ids = input_ids.to(torch.int64)
+        return self._filled(
+            ForwardMode.DECODE,
+            rows,
+            table_rows=table_rows,
             seq_lens=seq_lens,
+            input_ids=token_ids,
+            positions=positions,
+            out_cache_loc=self._table[table_rows, positions].to(torch.int64),
+        )
+
+    def _extend_batch(self, rows: Sequence[BatchRow], prompt: PromptLogprobs) -> ForwardBatch:
+        token_ids, positions, owners = flatten(rows)
+        fields = [[row.request.table_row for row in rows], [row.stop for row in rows]]
+        table_rows, seq_lens = rows_on_device(fields, self._device)
+        token_positions = on_device(positions, self._device)
+        owner_rows = table_rows[on_device(owners, self._device)]
+        batch = self._filled(
+            ForwardMode.EXTEND,
+            rows,
+            table_rows=table_rows,
+            seq_lens=seq_lens,
+            input_ids=on_device(token_ids, self._device),
+            positions=token_positions,
             out_cache_loc=self._table[owner_rows, token_positions].to(torch.int64),
+        )
+        self._set_extend_fields(batch, rows, prompt)
+        return batch
+
+    def _filled(
+        self,
+        mode: ForwardMode,
+        rows: Sequence[BatchRow],
+        *,
+        table_rows: torch.Tensor,
+        seq_lens: torch.Tensor,
+        **fields: torch.Tensor,
+    ) -> ForwardBatch:
+        specs = [row.request.spec.logprobs for row in rows]
+        stops = [row.stop for row in rows]
+        batch = ForwardBatch(
+            forward_mode=mode,
+            batch_size=len(rows),
+            req_pool_indices=table_rows,
+            seq_lens=seq_lens,
             seq_lens_sum=sum(stops),
             seq_lens_cpu=torch.tensor(stops),
             orig_seq_lens=seq_lens.to(torch.int32),
-            positions=token_positions,
             capture_hidden_mode=CaptureHiddenMode.NULL,
             spec_algorithm=SpeculativeAlgorithm.NONE,
             return_logprob=any(specs),
@@ -175,11 +243,10 @@ class ModelRunner:
             token_ids_logprobs=[
                 list(spec.token_ids) if spec and spec.token_ids else None for spec in specs
             ],
+            **fields,
         )
-        if not decode:
-            self._set_extend_fields(batch, rows, prompt)
         self._runner.kv_index_translator.bind_own_plan(batch)  # attention kernels of GPUs go by it
-        return batch, prompt
+        return batch
 
     def _set_extend_fields(
         self, batch: ForwardBatch, rows: Sequence[BatchRow], prompt: PromptLogprobs
@@ -187,8 +254,8 @@ class ModelRunner:
         starts = [row.start for row in rows]
         lengths = [row.stop - row.start for row in rows]
         offsets = [0, *accumulate(lengths[:-1])]
-        prefix_lens, extend_lens, start_locs = self._tensor(
-            [starts, lengths, offsets], dtype=torch.int32
+        prefix_lens, extend_lens, start_locs = (
+            its.to(torch.int32) for its in rows_on_device([starts, lengths, offsets], self._device)
         )
         batch.extend_num_tokens = sum(lengths)
         batch.extend_seq_lens, batch.extend_seq_lens_cpu = extend_lens, lengths
@@ -196,18 +263,26 @@ class ModelRunner:
         batch.extend_start_loc = start_locs
         batch.extend_logprob_start_lens_cpu = prompt.starts
         if batch.return_logprob:
-            batch.extend_input_logprob_token_ids_gpu = self._tensor(prompt.next_token_ids())
+            batch.extend_input_logprob_token_ids_gpu = on_device(
+                prompt.next_token_ids(), self._device
+            )
 
-    def _sample(
-        self, output: Any, batch: ForwardBatch, rows: Sequence[BatchRow], group: SamplingGroup
-    ) -> list[RowOutput]:
-        """Sample the first `len(rows)` rows of the batch; what sglang samples from is what they alone need."""
-        if len(rows) < batch.batch_size:
-            keep_first(output, batch, len(rows))
+    def _sample(self, output: Any, batch: ForwardBatch, group: SamplingGroup) -> torch.Tensor:
+        """A token for each of the group's rows, which are the first of the batch: int `[rows]`, on the device. What sglang
+        samples from is what they alone need."""
+        if len(group.requests) < batch.batch_size:
+            keep_first(output, batch, len(group.requests))
         batch.sampling_info = group.info
-        token_ids = self._runner.sample(output, batch).tolist()
+        token_ids: torch.Tensor = self._runner.sample(output, batch)
+        return token_ids
+
+    def _sampled(
+        self, output: Any, batch: ForwardBatch, order: Sequence[BatchRow], group: SamplingGroup
+    ) -> list[RowOutput]:
+        """What the group's rows have sampled, and all that is told of it."""
+        token_ids = self._sample(output, batch, group).tolist()
         group.sampled(token_ids)
-        logprobs = output_logprobs(output, rows, token_ids)
+        logprobs = output_logprobs(output, order[: len(token_ids)], token_ids)
         accepted = group.accept(token_ids)
         return [
             RowOutput(token_id=token_id, logprobs=logprob, grammar_done=done, error=error)
@@ -242,9 +317,6 @@ class ModelRunner:
             probabilities=probabilities.cpu().numpy(),
             seconds=seconds,
         )
-
-    def _tensor(self, values: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
 
 
 def flatten(rows: Sequence[BatchRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

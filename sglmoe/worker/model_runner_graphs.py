@@ -8,8 +8,7 @@ One of the files that know sglang.
 """
 
 import logging
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,17 +76,17 @@ class FullGraphs:
         self._steps = steps
         self._graphs: Any = runner.decode_cuda_graph_runner if steps else None
 
-    @contextmanager
-    def begin(self, batch: Any, *, may_replay: bool) -> Generator[CapturedSteps | None, None, None]:
-        """For sglang's `forward` of the batch, and for sampling from it: what replays it, None where nothing does."""
-        if self._steps is None:
-            yield None
-            return
-        fits = may_replay and batch.forward_mode.is_decode() and self._graphs.can_run_graph(batch)
-        with self._steps.lent(batch.batch_size) if fits else nullcontext(False) as is_lent:
-            # None is what sglang takes for "nothing is captured".
-            self._runner.decode_cuda_graph_runner = self._graphs if is_lent else None
-            yield self._steps if is_lent else None
+    def lend(self, batch: Any, *, may_replay: bool) -> CapturedSteps | None:
+        """For sglang's `forward` of the batch, which is next: what replays it, and takes frames back behind it. None where
+        nothing does."""
+        steps, graphs = self._steps, self._graphs
+        if steps is None:
+            return None
+        fits = may_replay and batch.forward_mode.is_decode() and graphs.can_run_graph(batch)
+        is_lent = fits and steps.lend(batch.batch_size)
+        # None is what sglang takes for "nothing is captured".
+        self._runner.decode_cuda_graph_runner = graphs if is_lent else None
+        return steps if is_lent else None
 
 
 def keep_logits_of_graphs() -> None:

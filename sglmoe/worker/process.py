@@ -1,4 +1,4 @@
-"""The worker process: load, then answer the scheduler's messages one after the other until it says to leave.
+"""The worker process: load, then answer the scheduler's messages (`loop.py`) until it says to leave.
 
 Owns the process and its two sockets. Any failure becomes a last message, so that the scheduler can name it.
 """
@@ -23,7 +23,6 @@ from sglmoe.predictor.listener import SentEmbeddings
 from sglmoe.predictor.process import start_predictor
 from sglmoe.protocol import (
     PROTOCOL_VERSION,
-    AddRequests,
     CallDone,
     FlushCache,
     FromWorker,
@@ -31,10 +30,7 @@ from sglmoe.protocol import (
     MemoryMap,
     Profile,
     RecordRouting,
-    RequestReady,
     ShowMemory,
-    Shutdown,
-    StepPlan,
     ToWorker,
     WorkerCall,
     WorkerFailed,
@@ -44,7 +40,7 @@ from sglmoe.protocol import (
 from sglmoe.step_mark import StepMark
 from sglmoe.transport import Receiver, Sender, plans_address, results_address
 from sglmoe.units import show_bytes
-from sglmoe.worker.heap import Heap
+from sglmoe.worker.loop import Loop
 from sglmoe.worker.model_runner import ModelRunner
 from sglmoe.worker.model_runner_loading import Loaded, load_model, start_process
 from sglmoe.worker.model_runner_routers import embedding_of, read_router
@@ -58,9 +54,6 @@ from sglmoe.worker.step_watch import Price, StepWatch
 from sglmoe.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
-
-# How long the loop sleeps at most while a grammar is being compiled.
-GRAMMAR_POLL_SECONDS = 0.005
 
 
 def run_worker(
@@ -88,7 +81,12 @@ def run_worker(
         model = ModelRunner(loaded, server_args)
         worker, recording = make_worker(loaded, model, config, server_args.model_path)
         loop = Loop(
-            plans, sender, step_mark, worker, model, recording, drawing=lambda: draw(loaded)
+            plans,
+            sender,
+            step_mark,
+            worker,
+            model,
+            Calls(worker, recording, drawing=lambda: draw(loaded)).answer,
         )
         sender.send(ready_message(loaded, model))
         loop.run()
@@ -274,65 +272,25 @@ def ready_message(loaded: Loaded, model: ModelRunner) -> WorkerReady:
     )
 
 
-class Loop:
-    """Receives, dispatches, answers."""
+class Calls:
+    """Answers what the scheduler asks for between two steps."""
 
-    def __init__(
-        self,
-        plans: Receiver[ToWorker],
-        sender: Sender[FromWorker],
-        step_mark: StepMark,
-        worker: Worker,
-        model: ModelRunner,
-        recording: Recording,
-        *,
-        drawing: Callable[[], MemoryMap],
-    ):
-        self._plans = plans
-        self._sender = sender
-        self._step_mark = step_mark
+    def __init__(self, worker: Worker, recording: Recording, *, drawing: Callable[[], MemoryMap]):
         self._worker = worker
-        self._model = model
         self._profiler = Profiler()
-        self._heap = Heap()
         self._recording = recording
         self._drawing = drawing
 
-    def run(self) -> None:
-        while True:
-            pending = self._model.has_pending_grammars
-            message = self._plans.receive(GRAMMAR_POLL_SECONDS if pending else None)
-            for rid, error in self._model.ready_grammars():
-                self._sender.send(RequestReady(rid=rid, error=error))
-            if isinstance(message, Shutdown):
-                return
-            if message is not None:
-                self._handle(message)
-
-    def _handle(self, message: StepPlan | AddRequests | WorkerCall) -> None:
+    def answer(self, message: WorkerCall) -> CallDone:
         match message:
-            case StepPlan():
-                self._step_mark.step_id = message.step_id
-                self._sender.send(self._worker.step(message))
-                self._heap.step_done()
-            case AddRequests():
-                self._add(message)
             case FlushCache():
                 self._worker.flush_cache()
-                self._sender.send(CallDone(call_id=message.call_id, success=True))
+                return CallDone(message.call_id, success=True)
             case Profile():
-                success, text = self._profiler.handle(message)
-                self._sender.send(CallDone(message.call_id, success, text))
+                return CallDone(message.call_id, *self._profiler.handle(message))
             case RecordRouting():
-                success, text = self._recording.handle(message)
-                self._sender.send(CallDone(message.call_id, success, text))
+                return CallDone(message.call_id, *self._recording.handle(message))
             case ShowMemory():
-                self._sender.send(CallDone(message.call_id, success=True, memory=self._drawing()))
+                return CallDone(message.call_id, success=True, memory=self._drawing())
             case _:
                 assert_never(message)
-
-    def _add(self, message: AddRequests) -> None:
-        for spec in message.requests:
-            error = self._model.add(self._worker.add(spec))
-            if error is not None:
-                self._sender.send(RequestReady(rid=spec.rid, error=error))

@@ -233,6 +233,7 @@ class RecordedMemory:
         self._memory = memory
         self._recorder = recorder
         self.probe = memory.probe
+        self.has_pages = memory.has_pages
         self.token_id = memory.token_id
         self.token_ids = memory.token_ids
         self.begin_step = memory.begin_step  # follows from FORWARD

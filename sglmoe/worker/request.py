@@ -59,13 +59,12 @@ class BatchRow(msgspec.Struct, frozen=True):
     request: WorkerRequest
     start: int
     stop: int
+    samples: bool  # the last position's logits give the next token
+    decodes: bool  # this is the one position after the last sampled token
 
-    @property
-    def samples(self) -> bool:
-        """Whether the last position's logits give the next token."""
-        return self.stop == len(self.request.tokens)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether this is the one position after the last sampled token."""
-        return self.request.num_output > 0 and self.start == len(self.request.tokens) - 1
+    @classmethod
+    def of(cls, request: WorkerRequest, start: int, stop: int) -> "BatchRow":
+        """As the request's tokens are now; later ones make no difference."""
+        num_tokens = len(request.tokens)
+        decodes = request.num_output > 0 and start == num_tokens - 1
+        return cls(request, start, stop, samples=stop == num_tokens, decodes=decodes)

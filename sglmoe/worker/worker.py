@@ -6,92 +6,59 @@ sampling are the `Model`'s. Knows neither sockets nor sglang.
 
 import logging
 import time
+from array import array
 from collections.abc import Sequence
-from typing import Protocol
 
 import msgspec
-import numpy as np
 
 from sglmoe.memory.store import ExpertReadError
 from sglmoe.protocol import (
     MemorySnapshot,
     NewRequest,
-    RoutedExperts,
     Row,
     RowFailure,
     RowResult,
     StepPlan,
     StepResult,
-    TokenLogprobs,
 )
 from sglmoe.worker.packed_planner import PackedPlanner
 from sglmoe.worker.prefetching import Prefetching
 from sglmoe.worker.request import BatchRow, WorkerRequest
 from sglmoe.worker.residency_planner import ResidencyPlanner
+from sglmoe.worker.seams import Memory, Model, Pass, RowOutput
 from sglmoe.worker.step_watch import StepKind, StepWatch
 
 logger = logging.getLogger(__name__)
 
-
-class RowOutput(msgspec.Struct, frozen=True):
-    """What the model says of one row."""
-
-    token_id: int | None
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    routed_experts: RoutedExperts | None = None
-    grammar_done: bool = False
-    error: str = ""
+# Among the tokens of a request: one that is being sampled while the step behind it has begun.
+TO_COME = -1
 
 
-class Model(Protocol):
-    """The seam to tensors: everything here happens on the device and in sglang."""
+class RunningStep(msgspec.Struct, frozen=True, eq=False):
+    """A step that has begun."""
 
-    def write_token_ids(self, table_row: int, start: int, token_ids: np.ndarray) -> None:
-        """Set `req_to_token[table_row, start:]` to the KV ids of these positions."""
+    plan: StepPlan
+    started: float  # by time.perf_counter
+    rows: Sequence[BatchRow]
+    kind: StepKind
+    running: Pass | None  # None: there is nothing to compute, or that has failed
+    rejected: tuple[str, ...] = ()
+    failed: tuple[RowFailure, ...] = ()
 
-    def write_decode_ids(
-        self, table_rows: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]
-    ) -> None:
-        """Set one position in each of several rows."""
+    @property
+    def is_over(self) -> bool:
+        """Whether it can be finished without waiting."""
+        return self.running is None or self.running.is_over
 
-    def forward(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
-        """Compute the rows and sample where one is complete; one output a row, in the same order."""
-
-    def forget(self, rid: str) -> None:
-        """Let go of a request's sampling state."""
-
-
-class Memory(Protocol):
-    """The seam to memory: the part of `MemoryManager` that a step needs."""
-
-    def probe(self, tokens: bytes, namespace: str) -> int: ...
-
-    def admit(
-        self, rid: str, tokens: bytes, namespace: str, *, max_cached_tokens: int | None = None
-    ) -> int: ...
-
-    def extend(self, rid: str, num_tokens: int) -> bool: ...
-
-    def token_id(self, rid: str, position: int) -> int: ...
-
-    def token_ids(self, rid: str, start: int, stop: int) -> np.ndarray: ...
-
-    def commit(self, rid: str, tokens: bytes, num_computed: int) -> bool: ...
-
-    def release(self, rid: str, tokens: bytes, num_computed: int) -> None: ...
-
-    def begin_step(self, num_tokens: int = 1) -> None: ...
-
-    def set_prices(self, *, expert_nanoseconds: int, token_nanoseconds: int) -> None: ...
-
-    def flush_cache(self) -> None: ...
-
-    def snapshot(self, step_id: int) -> MemorySnapshot: ...
+    @property
+    def may_be_followed(self) -> bool:
+        """Whether it is worth while to wait for the next plan before it is finished."""
+        return self.running is not None and self.running.may_be_followed
 
 
 class Worker:
-    """Executes `StepPlan`s, one after the other."""
+    """Executes `StepPlan`s, one after the other: a step begins, and is finished before another one begins, but for one that
+    follows it (`follow`)."""
 
     def __init__(
         self,
@@ -111,6 +78,7 @@ class Worker:
         self._prefetching = prefetching
         self._packed = packed
         self._requests: dict[str, WorkerRequest] = {}
+        self._ended = 0.0  # when the last step was finished, by time.perf_counter
         # Row 0 is where sglang's padded batches point to.
         self._free_table_rows = list(range(max_running, 0, -1))
 
@@ -125,7 +93,11 @@ class Worker:
         return request
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Drop, preempt, then advance the rows that memory can be found for."""
+        """All of it."""
+        return self.finish(self.begin(plan))
+
+    def begin(self, plan: StepPlan) -> RunningStep:
+        """Drop, preempt, then advance the rows that memory can be found for. No other step runs."""
         started = time.perf_counter()
         for rid in plan.drop:
             self._drop(rid)
@@ -133,15 +105,37 @@ class Worker:
             self._give_back(self._requests[rid])
         rows, rejected = self._reserve(plan.rows)
         kind = StepKind.of(rows)
-        results, failed = self._run(rows)
-        snapshot, seconds = self.memory.snapshot(plan.step_id), time.perf_counter() - started
-        snapshot = self._learn(kind, snapshot, seconds)
+        running, failed = self._begin_pass(rows)
+        return RunningStep(plan, started, rows, kind, running, rejected, failed)
+
+    def follow(self, plan: StepPlan, step: RunningStep) -> RunningStep | None:
+        """Begin the plan's step behind the one that runs, which has not said what it has sampled. None, and nothing is done,
+        where the plan is not just the next token of the same requests, or these need more memory than is at hand."""
+        if not self._may_follow(plan, step):
+            return None
+        assert step.running is not None
+        started = time.perf_counter()
+        rows = [self._next_row(row) for row in step.rows]
+        self._write_decode_ids(rows)
+        running = self._model.follow(rows, step.running)
+        return RunningStep(plan, started, rows, StepKind.of(rows), running)
+
+    def finish(self, step: RunningStep, *, is_followed: bool = False) -> StepResult:
+        """Wait for what it has sampled, and account for it. `is_followed`: another one has begun behind it."""
+        results, failed = self._results(step, is_followed)
+        snapshot = self.memory.snapshot(step.plan.step_id)
+        ended = time.perf_counter()
+        seconds, self._ended = ended - max(step.started, self._ended), ended
+        snapshot = self._learn(step.kind, snapshot, seconds)
+        if is_followed:  # whose uses memory is told next
+            self.memory.begin_step(len(step.rows))
+        probed = (rid for rid in step.plan.probe if rid in self._requests)
         return StepResult(
-            step_id=plan.step_id,
+            step_id=step.plan.step_id,
             rows=results,
-            rejected=rejected,
+            rejected=step.rejected,
             failed=failed,
-            cached_tokens={rid: self._probe(rid) for rid in plan.probe if rid in self._requests},
+            cached_tokens={rid: self._probe(rid) for rid in probed},
             snapshot=snapshot,
             step_seconds=seconds,
         )
@@ -201,7 +195,7 @@ class Worker:
         stop = min(start + max(num_tokens, 1), len(request.tokens))
         if not self.memory.extend(request.rid, stop):
             return None
-        row = BatchRow(request=request, start=start, stop=stop)
+        row = BatchRow.of(request, start, stop)
         if not row.decodes:
             ids = self.memory.token_ids(request.rid, start, stop)
             self._model.write_token_ids(request.table_row, start, ids)
@@ -256,21 +250,43 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------ running rows
 
-    def _run(
-        self, rows: Sequence[BatchRow]
-    ) -> tuple[tuple[RowResult, ...], tuple[RowFailure, ...]]:
+    def _begin_pass(self, rows: Sequence[BatchRow]) -> tuple[Pass | None, tuple[RowFailure, ...]]:
         if not rows:
-            return (), ()
+            return None, ()
         self.memory.begin_step(sum(row.stop - row.start for row in rows))
         try:
-            outputs = self._model.forward(rows)
+            return self._model.begin(rows), ()
         except ExpertReadError as error:
             # They share the pass. Nothing of it counts, and what is unharmed can be served on.
             logger.error("%d requests fail: %s", len(rows), error)
-            return (), tuple(RowFailure(row.request.rid, 500, str(error)) for row in rows)
+            return None, tuple(RowFailure(row.request.rid, 500, str(error)) for row in rows)
+
+    def _may_follow(self, plan: StepPlan, step: RunningStep) -> bool:
+        if not step.may_be_followed or self._packed is not None:
+            return False
+        if plan.drop or plan.preempt or plan.probe:
+            return False
+        if [row.rid for row in plan.rows] != [row.request.rid for row in step.rows]:
+            return False
+        return self.memory.has_pages((row.request.rid, row.stop + 1) for row in step.rows)
+
+    def _next_row(self, row: BatchRow) -> BatchRow:
+        """The row that computes what this one is going to sample, whose place among the request's tokens is taken already."""
+        request = row.request
+        request.tokens.append(TO_COME)
+        is_extended = self.memory.extend(request.rid, row.stop + 1)
+        assert is_extended, f"{request.rid} has no page at hand"
+        return BatchRow.of(request, row.stop, row.stop + 1)
+
+    def _results(
+        self, step: RunningStep, is_followed: bool
+    ) -> tuple[tuple[RowResult, ...], tuple[RowFailure, ...]]:
+        if step.running is None:
+            return (), step.failed
         results: list[RowResult] = []
         failed: list[RowFailure] = []
-        for row, output in zip(rows, outputs, strict=True):
+        outputs = step.running.outputs(is_followed=is_followed)
+        for row, output in zip(step.rows, outputs, strict=True):
             if output.error:
                 failed.append(RowFailure(rid=row.request.rid, status=400, message=output.error))
             else:
@@ -286,7 +302,7 @@ class Worker:
         if request.next_routed is not None:
             request.next_routed = max(request.next_routed, row.stop)
         if output.token_id is not None:
-            request.tokens.append(output.token_id)
+            request.tokens[row.stop : row.stop + 1] = array("i", [output.token_id])
         return RowResult(
             rid=request.rid,
             num_computed=row.stop,

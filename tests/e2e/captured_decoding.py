@@ -85,20 +85,9 @@ def decode(
 
     With `foreseen`, which is the same decoding, experts that it used are prefetched at layers' boundaries.
     """
-    is_captured = backend != "disabled"
-    worker = LoadedWorker(
-        budgets.model_dir,
-        budget=str(budgets.captured if is_captured else budgets.eager),
-        host_memory="8MB" if backend == "full" else None,  # for all experts
-        expert_prefetch="on" if foreseen else None,
-        before_loading=(lambda: capture_on_cpu(SIZES, backend)) if is_captured else None,
-        dtype="float32",
-        max_running_requests=MAX_RUNNING,
-    )
+    worker = load_worker(budgets, backend, expert_prefetch="on" if foreseen else None)
     untouched = worker.loaded.memory.snapshot(0)
     assert (untouched.expert_hits, untouched.expert_misses, untouched.kv_frames) == (0, 0, 0)
-    if backend == "full":
-        fill_host_memory(worker)
     rids = [f"r{index}" for index in range(num_requests)]
     for rid, prompt in zip(rids, PROMPTS, strict=False):
         logprobs = LogprobSpec(start=len(prompt), num_top=3, token_ids=None)
@@ -123,6 +112,62 @@ def decode(
         len(worker.loaded.experts.layer_ids),
         memory.violations(),
     )
+
+
+class Followed(NamedTuple):
+    """What a worker made of requests that want nothing but tokens."""
+
+    tokens: list[list[int | None]]  # [STEPS][requests]
+    kv: list[bytes]  # of each request, in all layers
+    num_followed: int  # steps that began before the one in front of them was finished
+    num_segments: int
+    memory: MemorySnapshot
+    violations: list[str]
+
+
+def decode_plainly(
+    budgets: Budgets, num_requests: int, *, backend: Backend, num_steps: int = STEPS
+) -> Followed:
+    """The same prompts, and each step begins as soon as it can."""
+    worker = load_worker(budgets, backend)
+    rids = [f"r{index}" for index in range(num_requests)]
+    for rid, prompt in zip(rids, PROMPTS, strict=False):
+        worker.add(rid, prompt, num_tokens=num_steps + 1)
+        worker.step(Row(rid, len(prompt)))
+    RecordedGraph.num_replays = 0
+    results, num_followed = worker.steps(*(Row(rid, 1) for rid in rids), num_steps=num_steps)
+    memory, pool = worker.loaded.memory, worker.loaded.runner.token_to_kv_pool
+    buffers = pool.kv_buffer if hasattr(pool, "kv_buffer") else [*pool.k_buffer, *pool.v_buffer]
+    ids = [
+        torch.from_numpy(memory.token_ids(rid, 0, len(prompt) + num_steps)).long()
+        for rid, prompt in zip(rids, PROMPTS, strict=False)
+    ]
+    return Followed(
+        [[row.token_id for row in result.rows] for result in results],
+        [b"".join(its[where].numpy().tobytes() for its in buffers) for where in ids],
+        num_followed,
+        RecordedGraph.num_replays,
+        memory.snapshot(0),
+        memory.violations(),
+    )
+
+
+def load_worker(
+    budgets: Budgets, backend: Backend, *, expert_prefetch: str | None = None
+) -> LoadedWorker:
+    is_captured = backend != "disabled"
+    worker = LoadedWorker(
+        budgets.model_dir,
+        budget=str(budgets.captured if is_captured else budgets.eager),
+        host_memory="8MB" if backend == "full" else None,  # for all experts
+        expert_prefetch=expert_prefetch,
+        before_loading=(lambda: capture_on_cpu(SIZES, backend)) if is_captured else None,
+        dtype="float32",
+        max_running_requests=MAX_RUNNING,
+    )
+    if backend == "full":
+        fill_host_memory(worker)
+    return worker
 
 
 def foresee(worker: LoadedWorker, rows: list[RowResult]) -> None:

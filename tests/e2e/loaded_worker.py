@@ -95,6 +95,19 @@ class LoadedWorker:
     def step(self, *rows: Row) -> StepResult:
         return self._worker.step(StepPlan(0, rows=rows))
 
+    def steps(self, *rows: Row, num_steps: int) -> tuple[list[StepResult], int]:
+        """These rows in so many steps, of which each begins before the one in front of it is finished, if it can: results, and
+        how many could."""
+        worker, plan = self._worker, StepPlan(0, rows=rows)
+        results, num_followed = [], 0
+        running = worker.begin(plan)
+        for _ in range(num_steps - 1):
+            following = worker.follow(plan, running)
+            results.append(worker.finish(running, is_followed=following is not None))
+            num_followed += following is not None
+            running = following or worker.begin(plan)
+        return [*results, worker.finish(running)], num_followed
+
     def prefill(self, token_ids: list[int]) -> int:
         """Compute a prompt in one step; the token that follows, greedily."""
         self.add("prompt", token_ids)

@@ -7,6 +7,7 @@ from captured_decoding import (
     Budgets,
     decode,
     decode_eagerly,
+    decode_plainly,
     logprobs_of,
     make_budgets,
 )
@@ -67,3 +68,19 @@ def test_steps_that_could_need_more_frames_than_there_are_ask_the_host(budgets: 
     full = run_in_fork(decode, budgets, 4, backend="full")
     assert full.rows == decode_eagerly(budgets, 4).rows
     assert full.num_segments == full.memory.lent_steps == 0
+
+
+def test_a_step_that_begins_before_the_last_one_is_known_changes_no_bit(budgets: Budgets) -> None:
+    """What it computes is what was sampled on the device; KV has the bits of all that went before."""
+    eager = run_in_fork(decode_plainly, budgets, 2, backend="disabled")
+    full = run_in_fork(decode_plainly, budgets, 2, backend="full")
+    assert full.tokens == eager.tokens
+    assert full.kv == eager.kv
+    assert full.num_segments == full.memory.lent_steps == STEPS
+    assert eager.num_followed == 0
+    assert full.num_followed == STEPS - 1
+    assert full.memory.expert_misses > eager.memory.expert_misses / 2
+    assert full.memory.expert_hits + full.memory.expert_misses == (
+        eager.memory.expert_hits + eager.memory.expert_misses
+    )
+    assert full.violations == []

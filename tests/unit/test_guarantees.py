@@ -37,8 +37,9 @@ from sglmoe.scheduler.request import Request
 from sglmoe.scheduler.scheduler import Scheduler
 from sglmoe.scheduler.settings import SchedulerSettings
 from sglmoe.worker.request import BatchRow
+from sglmoe.worker.seams import Done, Pass, RowOutput
 from sglmoe.worker.step_watch import StepCost
-from sglmoe.worker.worker import RowOutput, Worker
+from sglmoe.worker.worker import Worker
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 GEOMETRY = Geometry(
@@ -70,7 +71,7 @@ class RoutingModel:
     def write_decode_ids(self, *_: Sequence[int]) -> None:
         pass
 
-    def forward(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
+    def begin(self, rows: Sequence[BatchRow]) -> Pass:
         for layer in range(NUM_LAYERS):
             used = self._rng.sample(range(NUM_EXPERTS), self._rng.randint(1, NUM_EXPERTS))
             seen: list[int] = []
@@ -80,7 +81,7 @@ class RoutingModel:
                 seen += wave.tolist()
                 self.num_waves += 1
             assert sorted(seen) == sorted(used)
-        return [RowOutput(token_id=row.stop if row.samples else None) for row in rows]
+        return Done([RowOutput(token_id=row.stop if row.samples else None) for row in rows])
 
     def forget(self, rid: str) -> None:
         pass

@@ -14,16 +14,15 @@ class PageIn(NamedTuple):
 
 
 class Step:
-    """Begun with what was lent. A place beyond a set's size is left as garbage."""
+    """Begun with what was lent, or with what another step makes of it. A place beyond a set's size is left as garbage."""
 
-    def __init__(self, lent: FrameSets):
-        self.sets = FrameSets(
-            *(its.copy() for its in (lent.sizes, lent.frames, lent.owners, lent.keys))
-        )
+    def __init__(self, lent: FrameSets, used_key: int = USED):
+        self.sets = lent.copy()
+        self.used_key = used_key
         self.page_ins: list[PageIn] = []
         self.shortfall = 0  # experts that found no place
         for layer, size in enumerate(lent.sizes.tolist()):
-            self.sets.owners[layer, size:], self.sets.keys[layer, size:] = 3, USED
+            self.sets.owners[layer, size:], self.sets.keys[layer, size:] = 3, used_key
 
     def join(self, load: Load) -> None:
         """The letter of a prefetch is read: its frame is a place of the layer's set from now on."""
@@ -32,7 +31,7 @@ class Step:
         is_new = load.expert not in sets.owners[layer, :place]
         sets.frames[layer, place] = load.frame
         sets.owners[layer, place] = load.expert if is_new else ABSENT
-        sets.keys[layer, place] = USED - 1
+        sets.keys[layer, place] = self.used_key - 1
         sets.sizes[layer] += 1
 
     def compute(self, layer: int, needed: Set[int]) -> None:
@@ -46,13 +45,13 @@ class Step:
         for expert, place in served:
             owners[place] = expert
             self.page_ins.append(PageIn(layer, expert, int(self.sets.frames[layer, place])))
-        keys[found + [place for _, place in served]] = USED
+        keys[found + [place for _, place in served]] = self.used_key
         self.shortfall += len(missing) - len(served)
 
 
-def run_step(lent: FrameSets, routed: Sequence[Set[int]]) -> Step:
+def run_step(lent: FrameSets, routed: Sequence[Set[int]], used_key: int = USED) -> Step:
     """Each layer uses its `routed` experts; nothing comes meanwhile."""
-    step = Step(lent)
+    step = Step(lent, used_key)
     for layer, needed in enumerate(routed):
         step.compute(layer, needed)
     return step

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from step_without_host import run_step
+from step_without_host import Step, run_step
 
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
@@ -54,6 +54,10 @@ PROMPTS = st.builds(
     lambda text, num_tokens: text[:num_tokens], st.sampled_from(TEXTS), st.integers(1, 28)
 )
 NAMESPACES = st.sampled_from(["", "", "other"])
+ROUTED = st.lists(
+    st.sets(st.integers(0, NUM_EXPERTS - 1), min_size=1), min_size=NUM_LAYERS, max_size=NUM_LAYERS
+)
+STEPS = st.lists(ROUTED, min_size=1, max_size=3)  # without the host
 
 
 def expert_number(layer: int, expert: int) -> int:
@@ -418,16 +422,16 @@ class MemoryMachine(RuleBasedStateMachine):
 
     # ----------------------------------------------------------------------- steps without the host
 
-    @rule(
-        least=st.integers(1, NUM_EXPERTS + 1),
-        routed=st.lists(
-            st.sets(st.integers(0, NUM_EXPERTS - 1), min_size=1),
-            min_size=NUM_LAYERS,
-            max_size=NUM_LAYERS,
-        ),
-    )
-    def run_step_without_host(self, least: int, routed: list[set[int]]) -> None:
-        """Nothing is evicted for layers that can't have `least` frames each; with so many, as many experts are served."""
+    @rule(least=st.integers(1, NUM_EXPERTS + 1), steps=STEPS, rid=rids)
+    def decode_without_host(self, least: int, steps: list[list[set[int]]], rid: str) -> None:
+        self.run_steps_without_host(least, steps, grown=rid)
+
+    @rule(least=st.integers(1, NUM_EXPERTS + 1), steps=STEPS)
+    def run_steps_without_host(
+        self, least: int, steps: list[list[set[int]]], grown: str | None = None
+    ) -> None:
+        """Nothing is evicted for layers that can't have `least` frames each; with so many, as many experts are served. Each
+        step but the first begins before memory hears of the one in front of it, and a request gets a page if one is at hand."""
         self.wave = None
         before, counted = self.memory.frame_table.copy(), self.memory.snapshot(0)
         sets = self.memory.lend(least)
@@ -439,14 +443,48 @@ class MemoryMachine(RuleBasedStateMachine):
             return
         assert self.memory.violations() == []
         self.check_sets(sets, least)
-        outcome = run_step(sets, routed)
-        for layer, expert, frame in outcome.page_ins:
+        keys = range(USED, USED + len(steps))
+        outcome = run_step(sets, steps[0])
+        for key, following in zip(keys, [*steps[1:], None], strict=True):
+            known = outcome
+            if following is not None:
+                if grown is not None:
+                    self.grow_by_one(grown)
+                outcome = run_step(known.sets, following, key + 1)
+            self.take_back(known, key, goes_on=following is not None)
+
+    def take_back(self, step: Step, used_key: int, *, goes_on: bool) -> None:
+        counted = self.memory.snapshot(0)
+        for layer, expert, frame in step.page_ins:
             self.arena[frame] = expert_number(layer, expert)
-        self.memory.take_back(outcome.sets)
-        now, num_used = self.memory.snapshot(0), sum(map(len, routed)) - outcome.shortfall
-        assert not outcome.shortfall or max(map(len, routed)) > least
-        assert now.expert_misses - counted.expert_misses == len(outcome.page_ins)
-        assert now.expert_hits - counted.expert_hits == num_used - len(outcome.page_ins)
+        self.memory.take_back(step.sets, used_key=used_key, goes_on=goes_on)
+        assert self.memory.violations() == []
+        now = self.memory.snapshot(0)
+        is_place = np.arange(NUM_EXPERTS) < step.sets.sizes[:, np.newaxis]
+        num_used = np.count_nonzero(is_place & (step.sets.keys == used_key))
+        assert now.expert_misses - counted.expert_misses == len(step.page_ins)
+        assert now.expert_hits - counted.expert_hits == num_used - len(step.page_ins)
+        if goes_on:
+            self.memory.begin_step()
+
+    def grow_by_one(self, rid: str) -> None:
+        """As a request does whose next step begins while memory is lent; if there is a page at hand, it gets that."""
+        request = self.requests[rid]
+        num_tokens = request.num_computed + 1
+        if request.num_computed < len(request.tokens):
+            return  # it does not decode
+        kinds = self.memory.draw(self.tier.held()).frames
+        may_grow = self.memory.has_pages([(rid, num_tokens)])
+        is_missing = num_tokens > PAGE_TOKENS * len(self.memory.pages(rid))
+        assert may_grow == (not is_missing or self.memory.snapshot(0).free_pages > 0)
+        if may_grow:
+            assert self.memory.extend(rid, num_tokens)
+            request.tokens.append(3)
+            self.arena[self.cells(rid, num_tokens - 1, num_tokens)] = request.kv(
+                num_tokens - 1, num_tokens
+            )
+            request.num_computed = num_tokens
+        assert self.memory.draw(self.tier.held()).frames == kinds
 
     def can_have(self, least: int, now: MemorySnapshot) -> bool:
         if self.static_frames is not None:

@@ -186,12 +186,12 @@ def test_experts_that_found_no_frame_are_an_error_of_ours() -> None:
     assert sets is not None
     state.upload(1, sets, table, 1)
     state.residency.shortfall.add_(2)
-    state.queue_back()
+    state.queue_back(1)
     with pytest.raises(AssertionError, match="2 experts found no frame"):
-        state.read_back()
+        state.read_back(1)
     state.upload(2, sets, table, 1)  # and of the next step it says nothing
-    state.queue_back()
-    assert state.read_back().sizes.tolist() == sets.sizes.tolist()
+    state.queue_back(2)
+    assert state.read_back(2).sizes.tolist() == sets.sizes.tolist()
 
 
 def test_a_step_that_fails_in_the_middle_leaves_memory_as_the_device_has_it() -> None:

@@ -1,7 +1,5 @@
 """What captured decode steps take, and what is done before SGLang captures them. That runs in `tests/e2e/test_graphs.py`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,13 +66,11 @@ class Steps:
     """In the place of `CapturedSteps`: frames for two rows at most."""
 
     def __init__(self) -> None:
-        self.log: list[str] = []
+        self.asked: list[int] = []
 
-    @contextmanager
-    def lent(self, num_rows: int) -> Iterator[bool]:
-        self.log.append(f"lend for {num_rows}")
-        yield num_rows <= 2
-        self.log.append("take back")
+    def lend(self, num_rows: int) -> bool:
+        self.asked.append(num_rows)
+        return num_rows <= 2
 
 
 def batch(num_rows: int, *, decodes: bool = True) -> Any:
@@ -83,35 +79,34 @@ def batch(num_rows: int, *, decodes: bool = True) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "decodes", "may_replay", "log"),
+    ("num_rows", "decodes", "may_replay", "asked"),
     [
-        (2, True, True, ["lend for 2", "take back"]),
-        (3, True, True, ["lend for 3", "take back"]),  # in vain
+        (2, True, True, [2]),
+        (3, True, True, [3]),  # in vain
         (2, False, True, []),  # a prefill
         (2, True, False, []),  # a step that is traced
         (9, True, True, []),  # no graph is as large
     ],
 )
 def test_sglang_sees_graphs_in_steps_that_have_frames_and_in_no_others(
-    num_rows: int, decodes: bool, may_replay: bool, log: list[str]
+    num_rows: int, decodes: bool, may_replay: bool, asked: list[int]
 ) -> None:
     graphs = SimpleNamespace(can_run_graph=lambda its: its.batch_size <= 4)
     sglang = SimpleNamespace(decode_cuda_graph_runner=graphs)
     steps = Steps()
     full = FullGraphs(sglang, steps)  # type: ignore[arg-type]
     for _ in range(2):
-        steps.log.clear()
-        with full.begin(batch(num_rows, decodes=decodes), may_replay=may_replay) as replay:
-            replays = num_rows <= 2 and decodes and may_replay
-            assert replay is (steps if replays else None)
-            assert sglang.decode_cuda_graph_runner is (graphs if replays else None)
-        assert steps.log == log
+        steps.asked.clear()
+        replay = full.lend(batch(num_rows, decodes=decodes), may_replay=may_replay)
+        replays = num_rows <= 2 and decodes and may_replay
+        assert replay is (steps if replays else None)
+        assert sglang.decode_cuda_graph_runner is (graphs if replays else None)
+        assert steps.asked == asked
 
 
 def test_without_steps_of_ours_sglang_replays_what_it_can() -> None:
     sglang = SimpleNamespace(decode_cuda_graph_runner="graphs")
-    with FullGraphs(sglang, None).begin(batch(1), may_replay=True) as replay:
-        assert replay is None
+    assert FullGraphs(sglang, None).lend(batch(1), may_replay=True) is None
     assert sglang.decode_cuda_graph_runner == "graphs"
 
 

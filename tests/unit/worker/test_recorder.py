@@ -20,7 +20,8 @@ from sglmoe.prediction.trace import Kind, Trace, load_trace
 from sglmoe.protocol import NewRequest, RecordRouting, Row, StepPlan
 from sglmoe.worker.recorder import Recorder, Recording
 from sglmoe.worker.request import BatchRow
-from sglmoe.worker.worker import RowOutput, Worker
+from sglmoe.worker.seams import Done, Pass, RowOutput
+from sglmoe.worker.worker import Worker
 
 GEOMETRY: Geometry = plan_geometry(
     arena_bytes=8 * 1024, expert_bytes=1024, token_bytes=128, token_rows=4, page_tokens=4
@@ -43,7 +44,7 @@ class RoutingModel:
 
     def forget(self, rid: str) -> None: ...
 
-    def forward(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
+    def begin(self, rows: Sequence[BatchRow]) -> Pass:
         ids = np.concatenate([row.request.tokens[row.start : row.stop] for row in rows])
         layers = np.arange(NUM_LAYERS)[None, :, None]
         experts = (ids[:, None, None] + layers + np.arange(2)) % NUM_EXPERTS
@@ -52,7 +53,7 @@ class RoutingModel:
                 assert self._memory.violations() == []
         if self.recorder is not None:
             self._record(self.recorder, rows, ids, experts)
-        return [RowOutput(token_id=row.stop % 7 if row.samples else None) for row in rows]
+        return Done([RowOutput(token_id=row.stop % 7 if row.samples else None) for row in rows])
 
     def _record(
         self,

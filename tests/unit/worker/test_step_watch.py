@@ -53,7 +53,7 @@ def test_rows_that_have_sampled_decode_and_others_prefill() -> None:
     """To be asked before the step: it appends a token, and the same rows are of the past then."""
     running, fresh = request("running"), request("fresh")
     running.tokens.append(99)
-    rows = [BatchRow(running, 10, 11), BatchRow(fresh, 4, 10)]
+    rows = [BatchRow.of(running, 10, 11), BatchRow.of(fresh, 4, 10)]
     assert StepKind.of(rows) == ([running], 6)
     assert StepKind.of(rows).num_decoding == 0, "a mixed step is no decode step"
     assert StepKind.of(rows[:1]).num_decoding == 1

@@ -25,8 +25,9 @@ from sglmoe.protocol import (
     StepResult,
 )
 from sglmoe.worker.request import BatchRow
+from sglmoe.worker.seams import Done, Pass, RowOutput
 from sglmoe.worker.step_watch import Price, StepCost, StepKind, StepWatch
-from sglmoe.worker.worker import RowOutput, Worker
+from sglmoe.worker.worker import Worker
 
 PAGE_TOKENS = 4
 
@@ -51,17 +52,18 @@ class CountingModel:
         for row, position, token_id in zip(table_rows, positions, token_ids, strict=True):
             self.table[row, position] = token_id
 
-    def forward(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
+    def begin(self, rows: Sequence[BatchRow]) -> Pass:
         if self.disk_error:
             raise ExpertReadError(self.disk_error)
         self.computed = [(row.request.rid, row.start, row.stop) for row in rows]
-        return [
+        outputs = [
             RowOutput(
                 token_id=row.stop if row.samples else None,
                 error=self.errors.get(row.request.rid, ""),
             )
             for row in rows
         ]
+        return Done(outputs)
 
     def forget(self, rid: str) -> None:
         self.forgotten.append(rid)
