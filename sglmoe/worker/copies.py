@@ -7,10 +7,8 @@ import torch
 
 def on_device(values: Any, device: str, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """A tensor of these numbers, on its way behind what is queued. PyTorch keeps its page-locked memory until it has come."""
-    host = torch.as_tensor(values, dtype=dtype)
-    if device == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+    host = torch.tensor(values, dtype=dtype, pin_memory=device != "cpu")
+    return host.to(device, non_blocking=True)
 
 
 def rows_on_device(rows: list[list[int]], device: str) -> tuple[torch.Tensor, ...]:

@@ -95,14 +95,18 @@ class LoadedWorker:
     def step(self, *rows: Row) -> StepResult:
         return self._worker.step(StepPlan(0, rows=rows))
 
-    def steps(self, *rows: Row, num_steps: int) -> tuple[list[StepResult], int]:
+    def steps(
+        self, *rows: Row, num_steps: int, on_begun: Callable[[], None] = lambda: None
+    ) -> tuple[list[StepResult], int]:
         """These rows in so many steps, of which each begins before the one in front of it is finished, if it can: results, and
         how many could."""
         worker, plan = self._worker, StepPlan(0, rows=rows)
         results, num_followed = [], 0
         running = worker.begin(plan)
         for _ in range(num_steps - 1):
+            on_begun()
             following = worker.follow(plan, running)
+            on_begun()
             results.append(worker.finish(running, is_followed=following is not None))
             num_followed += following is not None
             running = following or worker.begin(plan)

@@ -69,18 +69,7 @@ def decode(
     """`num_packed`: so many frames hold packed experts, any that come by. `foreseen`: the same decoding; memory is asked for
     experts that it used, at layers' boundaries."""
     with sglang_on_it() if on_device else nullcontext() as device:
-        options = {"dtype": "float32"} | options
-        if device is not None:
-            options |= {"attention_backend": "triton"}
-        if device is not None and backend != "disabled":
-            options |= {
-                "cuda_graph_backend_decode": backend,
-                "cuda_graph_bs_decode": [2],
-                "before_loading": lambda: record_graphs(device),
-            }
-        worker = LoadedWorker(model_dir, **options)
-        if worker.loaded.tier.blocks.nbytes >= worker.loaded.experts.store.total_bytes:
-            wait_until(lambda: worker.loaded.tier.holds_all)  # its promoter fills it
+        worker = load_worker(model_dir, device, backend, **options)
         if num_packed:
             shape = worker.loaded.memory.frame_table.shape
             worker.loaded.memory.pack(num_packed, [*product(*map(range, shape))])
@@ -103,6 +92,62 @@ def decode(
             RecordedGraph.num_replays,
             memory.violations(),
         )
+
+
+class Ahead(NamedTuple):
+    """Of requests that want nothing but tokens."""
+
+    tokens: list[list[int | None]]  # [STEPS][requests]
+    num_followed: int  # steps that began before the one in front of them was finished
+    begin_waits: list[list[str]]  # of the host, while each step began
+    memory: MemorySnapshot
+    violations: list[str]
+
+
+def decode_ahead(model_dir: Path, *, num_steps: int, backend: str, **options: Any) -> Ahead:
+    """On the device, each step as soon as it can."""
+    with sglang_on_it() as device:
+        worker = load_worker(model_dir, device, backend, **options)
+        rids = [f"r{index}" for index in range(len(PROMPTS))]
+        for rid, prompt in zip(rids, PROMPTS, strict=True):
+            worker.add(rid, prompt, num_tokens=num_steps + 1)
+            worker.step(Row(rid, len(prompt)))
+        begin_waits: list[list[str]] = []
+
+        def on_begun() -> None:
+            begin_waits.append(list(device.waits))
+            device.waits.clear()
+
+        device.waits.clear()
+        rows = [Row(rid, 1) for rid in rids]
+        results, num_followed = worker.steps(*rows, num_steps=num_steps, on_begun=on_begun)
+        memory = worker.loaded.memory
+        return Ahead(
+            [[row.token_id for row in result.rows] for result in results],
+            num_followed,
+            begin_waits,
+            memory.snapshot(0),
+            memory.violations(),
+        )
+
+
+def load_worker(
+    model_dir: Path, device: Device | None, backend: str, **options: Any
+) -> LoadedWorker:
+    """With host memory that is filled, if it has room for all experts."""
+    options = {"dtype": "float32"} | options
+    if device is not None:
+        options |= {"attention_backend": "triton"}
+    if device is not None and backend != "disabled":
+        options |= {
+            "cuda_graph_backend_decode": backend,
+            "cuda_graph_bs_decode": [2],
+            "before_loading": lambda: record_graphs(device),
+        }
+    worker = LoadedWorker(model_dir, **options)
+    if worker.loaded.tier.blocks.nbytes >= worker.loaded.experts.store.total_bytes:
+        wait_until(lambda: worker.loaded.tier.holds_all)  # its promoter fills it
+    return worker
 
 
 def prefill(worker: LoadedWorker, rid: str, prompt: list[int]) -> None:

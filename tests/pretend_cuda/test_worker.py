@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
-from decoding import STEPS, Budget, Decoded, decode, measure
+from decoding import STEPS, Budget, Decoded, decode, decode_ahead, measure
 from forking import run_in_fork
 
 pytestmark = pytest.mark.usefixtures("preloaded")
@@ -20,8 +20,7 @@ SIZES = {  # as small as can be: a program of a kernel takes 10 ms
     "moe_intermediate_size": 32,
 }
 NUM_FRAMES = 12  # for 32 experts, and KV
-# A batch goes to the device, while that has nothing to do; tokens and their log probabilities come back.
-OF_A_BATCH, OF_SAMPLING = ["copy to the device"] * 5, ["copy to the host"] * 7
+OF_SAMPLING = ["copy to the host"] * 7  # tokens and their log probabilities
 OF_A_LAYER = ["copy to the host"]  # its routing
 OF_A_GRAPH = ["event"]  # what has become of the frames that it had
 
@@ -48,7 +47,7 @@ def roomy(model_dir: Path) -> Decoded:
 
 
 def test_the_host_waits_for_routers_and_for_tokens_alone(roomy: Decoded) -> None:
-    assert roomy.waits == OF_A_BATCH + OF_A_LAYER * len(roomy.layer_ids) + OF_SAMPLING
+    assert roomy.waits == OF_A_LAYER * len(roomy.layer_ids) + OF_SAMPLING
 
 
 def test_tokens_are_those_of_a_cpu(model_dir: Path, roomy: Decoded) -> None:
@@ -92,7 +91,28 @@ def test_replayed_steps_have_the_bits_of_eager_ones(
     assert replayed.memory.experts_evicted > 0
     is_full = backend == "full"
     assert replayed.memory.lent_steps == (STEPS if is_full else 0)
-    assert replayed.waits == (OF_A_BATCH + OF_SAMPLING + OF_A_GRAPH if is_full else roomy.waits)
+    assert replayed.waits == (OF_SAMPLING + OF_A_GRAPH if is_full else roomy.waits)
+
+
+def test_the_host_waits_for_nothing_while_it_begins_a_step_behind_another(
+    model_dir: Path, budget: Budget, roomy: Decoded
+) -> None:
+    its = run_in_fork(
+        decode_ahead,
+        model_dir,
+        num_steps=STEPS + 1,
+        backend="full",
+        budget=budget.bytes(NUM_FRAMES, captures=True),
+        host_memory="8MB",
+    )
+    assert its.num_followed == STEPS
+    assert its.memory.lent_steps == STEPS + 1
+    assert its.tokens[:STEPS] == roomy.tokens
+    first, behind_it, finished, behind_that = its.begin_waits
+    assert first == ["copy to the device"]  # what requests are to be sampled by, which stays there
+    assert behind_it == behind_that == []
+    assert len(finished) == 2  # tokens, and what has become of the frames
+    assert its.violations == []
 
 
 @pytest.mark.parametrize("backend", ["disabled", "full"])
