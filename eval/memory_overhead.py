@@ -1,13 +1,14 @@
 """What the memory manager itself takes of a decode step, by part: no model runs, no byte is moved.
 
-    python -m eval.memory_overhead [--requests 64] [--resident 100%] [--lent] [--profile FILE]
+    python -m eval.memory_overhead [--requests 64] [--resident 100%] [--lent [--follow 16]] [--profile FILE]
 
 A model of `--layers` x `--experts` (by default Qwen3-30B-A3B's 48 x 128, top 8, in frames of 6 pages
 of 16 tokens), `--requests` that decode together, each token's experts drawn anew. The first steps,
 which fill the arena, are not counted. `--resident`: the share of the experts that there are frames
 for; below 100 % loads are simulated and what is timed is choosing who gives way. `--skew`: experts are as popular as in a Zipf
 distribution of that exponent, each layer's in an order of its own. `--lent`: steps run without the host, which lends frames
-before and takes them back behind; what the device does is not timed.
+before and takes them back behind; what the device does is not timed. `--follow`: so many steps go on with what was lent once,
+each begun before memory hears of the one in front of it.
 """
 
 import argparse
@@ -96,9 +97,9 @@ def decode_step(
     num_tokens: int,
     experts: Sequence[np.ndarray],
     timer: Timer,
-    state: StepState | None,
+    device: "Device | None",
 ) -> None:
-    """What the worker asks of memory when every request decodes one token; with `state`, without the host."""
+    """What the worker asks of memory when every request decodes one token; with `device`, without the host."""
     clock = time.perf_counter
     started = clock()
     for rid in rids:
@@ -108,35 +109,57 @@ def decode_step(
     started = clock()
     memory.begin_step()
     timer.add("beginning", clock() - started)
-    if state is None:
+    if device is None:
         started = clock()
         for layer, wanted in enumerate(experts):
             for _ in memory.waves(layer, wanted):
                 pass
         timer.add("experts of the layers", clock() - started)
     else:
-        lent_step(memory, experts, state, timer)
+        may_go_on = memory.has_pages((rid, num_tokens + 1) for rid in rids)
+        device.step(memory, experts, timer, may_go_on=may_go_on)
     started = clock()
     memory.snapshot(0)
     timer.add("snapshot", clock() - started)
     timer.next_step()
 
 
-def lent_step(
-    memory: MemoryManager, experts: Sequence[np.ndarray], state: StepState, timer: Timer
-) -> None:
-    clock = time.perf_counter
-    started = clock()
-    sets = memory.lend(max(map(len, experts)))
-    assert sets is not None, "too few frames for all that a layer uses"
-    timer.add("lending", clock() - started)
-    started = clock()
-    state.upload(0, sets, memory.frame_table, 1)
-    timer.add("upload, on a CPU", clock() - started)
-    outcome = compute(sets, experts)
-    started = clock()
-    memory.take_back(outcome)
-    timer.add("taking back", clock() - started)
+class Device:
+    """Runs steps in what memory lends it; `num_steps` in what it was lent once."""
+
+    def __init__(self, its: Sizes, num_steps: int):
+        self._state = StepState(its, "cpu")
+        self._num_steps = num_steps
+        self._number = 0  # of the step, among these
+        self._sets: FrameSets | None = None  # as they are on the device
+
+    def step(
+        self, memory: MemoryManager, experts: Sequence[np.ndarray], timer: Timer, *, may_go_on: bool
+    ) -> None:
+        clock = time.perf_counter
+        if self._sets is None:
+            started = clock()
+            self._sets = memory.lend(max(map(len, experts)))
+            assert self._sets is not None, "too few frames for all that a layer uses"
+            timer.add("lending", clock() - started)
+            assert self._sets.expert_keys is not None
+            self._expert_keys = self._sets.expert_keys
+            started = clock()
+            self._state.upload(0, self._sets, memory.frame_table, 1)
+            timer.add("upload, on a CPU", clock() - started)
+        outcome = compute(self._sets, experts)
+        self._number = (self._number + 1) % self._num_steps if may_go_on else 0
+        goes_on = self._number > 0
+        started = clock()
+        memory.take_back(outcome, goes_on=goes_on)
+        timer.add("taking back", clock() - started)
+        self._sets = self._behind(outcome) if goes_on else None
+
+    def _behind(self, sets: FrameSets) -> FrameSets:
+        """What was used has the keys of all others again: `StepState.go_on`."""
+        keys = np.take_along_axis(self._expert_keys, sets.owners.clip(0).astype(np.intp), axis=1)
+        keys = np.where(sets.keys == USED, keys, sets.keys)
+        return FrameSets(sets.sizes, sets.frames, sets.owners, keys)
 
 
 def compute(sets: FrameSets, experts: Sequence[np.ndarray]) -> FrameSets:
@@ -147,7 +170,8 @@ def compute(sets: FrameSets, experts: Sequence[np.ndarray]) -> FrameSets:
         its, its_keys = owners[layer, :size], keys[layer, :size]
         is_used = np.isin(its, wanted)
         missing = wanted[~np.isin(wanted, its)]
-        order = np.argsort(np.where(is_used, USED, np.where(its < 0, -1, its_keys)), kind="stable")
+        rank = np.where(is_used, USED, np.where(its < 0, -1, its_keys))
+        order = np.argsort(rank, kind="stable")
         its[order[: len(missing)]] = missing
         its_keys[is_used] = its_keys[order[: len(missing)]] = USED
     return FrameSets(sets.sizes, sets.frames, owners, keys)
@@ -157,7 +181,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
     rng = np.random.default_rng(0)
     memory, timer = new_memory(options), Timer()
     its = Sizes(options.layers, options.experts, options.top_k, options.requests)
-    state = StepState(its, "cpu") if options.lent else None
+    device = Device(its, options.follow) if options.lent else None
     popularity = np.arange(1, options.experts + 1) ** -options.skew
     popularity = rng.permuted(np.tile(popularity / popularity.sum(), (options.layers, 1)), axis=1)
     rids = admit_all(memory, options.requests)
@@ -168,19 +192,21 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
             for layer in range(options.layers)
         ]
         misses = memory.snapshot(0).expert_misses
-        decode_step(memory, rids, PROMPT_TOKENS + step + 1, experts, timer, state)
+        decode_step(memory, rids, PROMPT_TOKENS + step + 1, experts, timer, device)
         timer.rows[-1]["misses (number)"] = memory.snapshot(0).expert_misses - misses
     return timer.rows[NUM_WARMUP_STEPS:]
 
 
 def summarize(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Microseconds, and misses: median and 99th percentile."""
-    parts = {part: np.array([row[part] for row in rows]) * 1e6 for part in rows[0]}
+    """Microseconds, and misses: mean, median and 99th percentile."""
+    names = dict.fromkeys(part for row in rows for part in row)
+    parts = {part: np.array([row.get(part, 0.0) for row in rows]) * 1e6 for part in names}
     misses = parts.pop("misses (number)") / 1e6
     parts["all"] = np.sum([*parts.values()], axis=0)
     parts["misses (number)"] = misses
     return {
         part: {
+            "mean": round(float(np.mean(its)), 1),
             "median": round(float(np.median(its)), 1),
             "p99": round(float(np.quantile(its, 0.99)), 1),
         }
@@ -199,6 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resident", type=lambda text: float(text.rstrip("%")), default=100.0)
     parser.add_argument("--skew", type=float, default=0.0)
     parser.add_argument("--lent", action="store_true")
+    parser.add_argument("--follow", type=int, default=1)
     parser.add_argument("--policy", default=MemoryPolicy.COST_AWARE.value)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--profile", type=Path, help="text file for where the time goes")
@@ -207,7 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
     figures = summarize(measure(options))
     for part, its in figures.items():
         unit = "" if "number" in part else " us"
-        print(f"{part:24s} median {its['median']:8.1f}{unit}   p99 {its['p99']:8.1f}{unit}")
+        shown = "   ".join(f"{name} {value:8.1f}{unit}" for name, value in its.items())
+        print(f"{part:24s} {shown}")
     if options.profile is not None:
         profile = cProfile.Profile()
         profile.runcall(measure, options)

@@ -11,6 +11,7 @@ from sglmoe.memory.expert_order import ExpertOrder
 from sglmoe.memory.expert_pager import ExpertPager
 from sglmoe.memory.experts import ABSENT, ExpertTable
 from sglmoe.memory.frame_sets import (
+    USED,
     Counts,
     FrameSets,
     Places,
@@ -81,7 +82,7 @@ class FrameLender:
         num_places = int(self._lent.sizes[layer]) + self._table.num_loading[layer]
         return num_places < int(self._most()[layer]) and self._frames.num_free > 0
 
-    def take_back(self, sets: FrameSets, *, used_key: int, goes_on: bool) -> None:
+    def take_back(self, sets: FrameSets, *, goes_on: bool) -> None:
         """See `MemoryManager.take_back`."""
         lent, self._lent = self._lent, None
         assert lent is not None, "nothing is lent"
@@ -89,7 +90,7 @@ class FrameLender:
         before = self._end_joined(lent, sets)
         is_place = np.arange(self._num_experts) < sets.sizes[:, np.newaxis]
         is_new = (sets.owners != before) & is_place
-        is_used = (sets.keys == used_key) & is_place
+        is_used = (sets.keys == USED) & is_place
         self._replace(before, sets, is_new)
         self._note_uses(sets.owners, is_used, is_hit=is_used & ~is_new)
         self._prefetches.end_layers()

@@ -16,8 +16,7 @@ from sglmoe.memory.experts import ABSENT
 Counts: TypeAlias = npt.NDArray[np.intp]  # [num_layers]
 Places: TypeAlias = npt.NDArray[np.int32]  # [num_layers, num_experts]
 
-# The key of what a step has used, float32's infinity seen as int32; steps that follow it count on from there.
-USED = 0x7F800000
+USED = 0x7F800000  # the key of what the step has used: float32's infinity, seen as int32
 MAX_VALUE = np.finfo(np.float32).max
 
 
@@ -27,9 +26,11 @@ class FrameSets(msgspec.Struct, frozen=True, eq=False):
     sizes: npt.NDArray[np.int32]  # [L], the first so many places of a row count
     frames: Places  # -1 beyond, when they are lent
     owners: Places  # the expert in each place, ABSENT: none
-    keys: Places  # the lowest changes hands first; from USED on, of what steps have used
+    keys: Places  # the lowest changes hands first; USED of what the step has used
+    expert_keys: Places | None = None  # of all experts, when they are lent: the keys of who comes
 
     def copy(self) -> "FrameSets":
+        """But for `expert_keys`."""
         return FrameSets(
             self.sizes.copy(), self.frames.copy(), self.owners.copy(), self.keys.copy()
         )
@@ -51,9 +52,10 @@ def lay_out(
     residents = np.flatnonzero(is_resident)  # layer by layer, and so are the owned places
     frames[is_owned] = frame_table.take(residents)
     owners[is_owned] = residents % len(place)
-    keys[is_owned] = np.minimum(values.take(residents), MAX_VALUE).astype(np.float32).view(np.int32)
+    expert_keys = np.minimum(values, MAX_VALUE).astype(np.float32).view(np.int32)
+    keys[is_owned] = expert_keys.take(residents)
     frames[is_empty] = free_frames
-    return FrameSets(sizes.astype(np.int32), frames, owners, keys)
+    return FrameSets(sizes.astype(np.int32), frames, owners, keys, expert_keys)
 
 
 def plan_quotas(values: Values, num_frames: int, least: int) -> Counts:

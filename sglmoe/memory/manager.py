@@ -27,7 +27,7 @@ from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry, check_floor
 from sglmoe.memory.expert_values import Probabilities
 from sglmoe.memory.experts import ExpertIds
-from sglmoe.memory.frame_sets import USED, FrameSets
+from sglmoe.memory.frame_sets import FrameSets
 from sglmoe.memory.kv_pages import Pages, no_pages
 from sglmoe.memory.link_gate import LoadExperts
 from sglmoe.memory.memory_map import draw_memory
@@ -314,11 +314,11 @@ class MemoryManager:
         evicted, if a layer can't have `least`, or one for each expert."""
         return self._lender.lend(least, num_ahead)
 
-    def take_back(self, sets: FrameSets, *, used_key: int = USED, goes_on: bool = False) -> None:
-        """What the step has made of them: who is in each place, `used_key` where it used that, and prefetches that came
-        meanwhile in further places, behind those that were lent. Unchanged, nothing has happened. With `goes_on` the next
-        step works with the sets as they are, and they stay lent: `extend`, too, may be asked for what `has_pages` grants."""
-        self._lender.take_back(sets, used_key=used_key, goes_on=goes_on)
+    def take_back(self, sets: FrameSets, *, goes_on: bool = False) -> None:
+        """What the step has made of them: who is in each place, USED where it used that, and prefetches that came meanwhile
+        in further places, behind those that were lent. Unchanged, nothing has happened. With `goes_on` the next step works
+        with the sets as they are, and they stay lent: `extend`, too, may be asked for what `has_pages` grants."""
+        self._lender.take_back(sets, goes_on=goes_on)
 
     @property
     def num_on_their_way(self) -> int:

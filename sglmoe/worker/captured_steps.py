@@ -34,8 +34,9 @@ from sglmoe.worker.step_state import IN_FLIGHT, Sizes, StepState
 
 # Arbitrary: between two looks at how far a step has come, which leave the interpreter to threads that copy.
 POLL_SECONDS = 20e-6
-# Arbitrary: that work with sets as they were laid out once, where not all experts are there; their worth changes little.
-MAX_STEPS = 16
+# How many steps go on with what was lent to one before them, where not all experts are in frames. Experts' worth is that of the
+# first, and changes little: by `eval.memory_overhead` no more are missed than with 0, and 63 begin to miss more.
+MAX_BEHIND = 15
 
 
 class LayerKernels(Protocol):
@@ -123,9 +124,8 @@ class CapturedSteps:
         self._state = StepState(its, device)
         self._number = 0  # of the step
         self._num_rows = 0  # of it
-        self._used_key = USED  # in it
-        # Numbers and keys of those that were queued and not taken back.
-        self._running: deque[tuple[int, int]] = deque(maxlen=IN_FLIGHT)
+        self._num_behind = 0  # steps that went on with what was lent to the one before
+        self._running: deque[int] = deque(maxlen=IN_FLIGHT)  # numbers of those not taken back
         self._has_blocks = False  # of all experts, and the device knows them
         self._is_queued_back = False
         self._rows = torch.arange(its.max_rows, dtype=torch.int32, device=device)
@@ -180,7 +180,8 @@ class CapturedSteps:
         sets = self._lend(num_rows)
         if sets is None:
             return False
-        self._begin(num_rows, used_key=USED)
+        self._begin(num_rows)
+        self._num_behind = 0
         self._state.upload(self._number, sets, self._memory.frame_table, num_rows)
         if self.letters is not None:
             self.letters.open(self._number)
@@ -191,13 +192,13 @@ class CapturedSteps:
         """Whether another step may run behind the one that was queued, before that is taken back."""
         if self.letters is not None:
             return False
-        num_steps = self._used_key - USED + 1
-        return num_steps < MAX_STEPS or bool(self._memory.frame_table.min() >= 0)
+        return self._num_behind < MAX_BEHIND or bool(self._memory.frame_table.min() >= 0)
 
     def go_on(self, num_rows: int) -> None:
         """Have a step of no more rows run with what the one before it makes of its frames."""
-        self._begin(num_rows, used_key=self._used_key + 1)
-        self._state.go_on(self._number, num_rows, self._used_key)
+        self._begin(num_rows)
+        self._num_behind += 1
+        self._state.go_on(self._number, num_rows)
 
     def queued(self) -> None:
         """The step has been: what becomes of the sets can be on its way before anybody waits for it."""
@@ -206,16 +207,16 @@ class CapturedSteps:
 
     def take_back(self, *, goes_on: bool = False) -> None:
         """Wait for the first step that was not taken back; `goes_on`: another one runs behind it."""
-        number, used_key = self._running.popleft()
+        number = self._running.popleft()
         assert bool(self._running) == goes_on
         if not goes_on and not self._is_queued_back:  # the step has failed
             self._state.queue_back(number)
         sets = self._state.read_back(number)
         if self.letters is not None:
             self.letters.close()
-        self._memory.take_back(sets, used_key=used_key, goes_on=goes_on)
+        self._memory.take_back(sets, goes_on=goes_on)
         is_used = np.zeros(sets.owners.shape, bool)
-        layers, places = np.nonzero(sets.keys == used_key)
+        layers, places = np.nonzero(sets.keys == USED)
         is_used[layers, sets.owners[layers, places]] = True
         for counter in self._experts.counters:
             counter.note_all(is_used)
@@ -245,12 +246,11 @@ class CapturedSteps:
         num_ahead = observer.num_ahead if observer is not None and self.letters is not None else 0
         return self._memory.lend(self._sizes.top_k * num_rows, num_ahead=num_ahead)
 
-    def _begin(self, num_rows: int, *, used_key: int) -> None:
+    def _begin(self, num_rows: int) -> None:
         self._number += 1
         self._num_rows = num_rows
-        self._used_key = used_key
         self._is_queued_back = False
-        self._running.append((self._number, used_key))
+        self._running.append(self._number)
 
     def _knows_blocks(self) -> bool:
         """Host memory holds all experts, and then keeps each where it is."""

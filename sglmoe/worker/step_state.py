@@ -32,8 +32,9 @@ class StepState:
 
     def __init__(self, its: Sizes, device: str):
         of_experts = (its.num_layers, its.num_experts)
-        head = {"number": (1,), "num_rows": (1,), "used_key": (1,)}
+        head = {"number": (1,), "num_rows": (1,)}
         sets = {
+            "expert_keys": of_experts,
             "frame_table": of_experts,
             "set_sizes": of_experts[:1],
             "set_frames": of_experts,
@@ -69,9 +70,11 @@ class StepState:
         on_device = parts(self._device)
         self.number = on_device.pop("number")
         self.num_rows = on_device.pop("num_rows")
+        self._expert_keys = on_device.pop("expert_keys")
         self.residency = DeviceResidency(
             **on_device,
             block_of=torch.full(of_experts, -1, dtype=torch.int32, device=device),
+            used_key=torch.full((1,), USED, dtype=torch.int32, device=device),
         )
 
     def upload(
@@ -81,7 +84,7 @@ class StepState:
         values = {
             "number": number,
             "num_rows": num_rows,
-            "used_key": USED,
+            "expert_keys": sets.expert_keys,
             "frame_table": frame_table,
             "set_sizes": sets.sizes,
             "set_frames": sets.frames,
@@ -93,11 +96,15 @@ class StepState:
             self._host[name][...] = value
         self._device.copy_(self._sent, non_blocking=True)
 
-    def go_on(self, number: int, num_rows: int, used_key: int) -> None:
-        """Queue it, in front of a step that finds the sets as the one before leaves them."""
+    def go_on(self, number: int, num_rows: int) -> None:
+        """Queue it, in front of a step that finds the sets as the one before leaves them; but what that has used has the keys
+        of all others again, as of when sets were laid out."""
         head = self._heads[number % IN_FLIGHT]
-        head.numpy()[:] = number, num_rows, used_key
+        head.numpy()[:] = number, num_rows
         self._device[self._head].copy_(head, non_blocking=True)
+        its = self.residency
+        keys = self._expert_keys.gather(1, its.set_owners.clamp(min=0).long())
+        its.set_keys.copy_(torch.where(its.set_keys == its.used_key, keys, its.set_keys))
 
     def queue_back(self, number: int) -> None:
         """Copy back, as soon as the step of that number is over."""

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from step_without_host import Step, run_step
+from step_without_host import Step, run_step, sets_behind
 
 from sglmoe.config import MemoryPolicy
 from sglmoe.memory.arena import Geometry
@@ -443,25 +443,25 @@ class MemoryMachine(RuleBasedStateMachine):
             return
         assert self.memory.violations() == []
         self.check_sets(sets, least)
-        keys = range(USED, USED + len(steps))
+        assert sets.expert_keys is not None
         outcome = run_step(sets, steps[0])
-        for key, following in zip(keys, [*steps[1:], None], strict=True):
+        for following in [*steps[1:], None]:
             known = outcome
             if following is not None:
                 if grown is not None:
                     self.grow_by_one(grown)
-                outcome = run_step(known.sets, following, key + 1)
-            self.take_back(known, key, goes_on=following is not None)
+                outcome = run_step(sets_behind(known, sets.expert_keys), following)
+            self.take_back(known, goes_on=following is not None)
 
-    def take_back(self, step: Step, used_key: int, *, goes_on: bool) -> None:
+    def take_back(self, step: Step, *, goes_on: bool) -> None:
         counted = self.memory.snapshot(0)
         for layer, expert, frame in step.page_ins:
             self.arena[frame] = expert_number(layer, expert)
-        self.memory.take_back(step.sets, used_key=used_key, goes_on=goes_on)
+        self.memory.take_back(step.sets, goes_on=goes_on)
         assert self.memory.violations() == []
         now = self.memory.snapshot(0)
         is_place = np.arange(NUM_EXPERTS) < step.sets.sizes[:, np.newaxis]
-        num_used = np.count_nonzero(is_place & (step.sets.keys == used_key))
+        num_used = np.count_nonzero(is_place & (step.sets.keys == USED))
         assert now.expert_misses - counted.expert_misses == len(step.page_ins)
         assert now.expert_hits - counted.expert_hits == num_used - len(step.page_ins)
         if goes_on:

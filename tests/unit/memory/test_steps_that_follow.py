@@ -6,9 +6,7 @@
 import numpy as np
 import pytest
 from prefetched_memory import Memory
-from step_without_host import run_step
-
-from sglmoe.memory.frame_sets import USED
+from step_without_host import run_step, sets_behind
 
 
 def start(memory: Memory, rid: str, num_tokens: int) -> None:
@@ -24,7 +22,9 @@ def test_each_step_is_told_as_it_was_though_the_next_one_has_run() -> None:
     assert sets is not None
     assert sets.sizes.tolist() == [3, 2]
     first = run_step(sets, [{0, 1}, {0, 1}])
-    second = run_step(first.sets, [{1, 2}, {2, 3}], USED + 1)  # layer 1 has none left of the first
+    assert sets.expert_keys is not None
+    behind = sets_behind(first, sets.expert_keys)
+    second = run_step(behind, [{1, 2}, {2, 3}])  # layer 1 has none left of the first
 
     memory.take_back(first.sets, goes_on=True)
     assert memory.violations() == []
@@ -33,25 +33,12 @@ def test_each_step_is_told_as_it_was_though_the_next_one_has_run() -> None:
     assert (now.expert_hits, now.expert_misses, now.lent_steps) == (0, 4, 1)
 
     memory.begin_step()
-    memory.take_back(second.sets, used_key=USED + 1)
+    memory.take_back(second.sets)
     assert memory.violations() == []
     assert memory.residents() == ["0.0", "0.1", "0.2", "1.2", "1.3"]
     now = memory.snapshot(0)
     assert (now.expert_hits, now.expert_misses, now.lent_steps) == (1, 7, 2)
     assert now.experts_evicted == 2
-
-
-def test_what_was_used_last_is_worth_more_than_what_was_used_before() -> None:
-    """A set of two, used in turns: who gives way is not the one of the last step."""
-    memory = Memory()
-    start(memory, "r", 32)
-    memory.begin_step()
-    sets = memory.lend(2)
-    assert sets is not None
-    step = run_step(sets, [{0}, {0}])
-    for key, expert in enumerate((1, 0, 2), start=USED + 1):
-        step = run_step(step.sets, [{expert}, {expert}], key)
-    assert sorted(step.sets.owners[0, :2].tolist()) == [0, 2]
 
 
 def test_while_steps_go_on_nobody_else_gets_a_frame() -> None:

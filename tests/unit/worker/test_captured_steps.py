@@ -21,7 +21,7 @@ from sglmoe.memory.experts import Load
 from sglmoe.memory.host_tier import HostTier
 from sglmoe.memory.promotion import Promotion
 from sglmoe.worker import step_messages
-from sglmoe.worker.captured_steps import CapturedSteps, captured_steps
+from sglmoe.worker.captured_steps import MAX_BEHIND, CapturedSteps, captured_steps
 from sglmoe.worker.routed import Routed
 from sglmoe.worker.step_messages import Letters
 from sglmoe.worker.step_state import Sizes, StepState
@@ -327,3 +327,92 @@ def test_the_observer_is_told_of_real_rows_layer_by_layer(prefetching: Bench) ->
     assert bench.told == [(0, [[0, 1]]), (1, [[3, 0]])]
     assert seen[0] == 1
     assert seen[-1] == 2
+
+
+# ------------------------------------------------------------------------------------ steps behind each other
+
+
+def queue(bench: Bench, *experts: list[int]) -> list[list[list[float]]]:
+    """A step of one row, in which each layer is routed to these."""
+    outputs = [bench.compute(layer, its) for layer, its in enumerate(experts)]
+    bench.steps.queued()
+    return outputs
+
+
+def test_a_step_goes_on_where_the_one_before_it_has_not_been_read_back() -> None:
+    bench = Bench()
+    bench.memory.begin_step()
+    assert bench.steps.lend(1)
+    assert queue(bench, [0, 1], [2, 3]) == [[[1, 2]], [[13, 14]]]
+    assert bench.steps.may_go_on
+    bench.steps.go_on(1)
+    assert queue(bench, [1, 2], [3, 2]) == [[[2, 3]], [[14, 13]]]
+    assert bench.memory.residents() == []  # as far as it has heard
+
+    bench.steps.take_back(goes_on=True)
+    assert bench.memory.residents() == ["0.0", "0.1", "1.2", "1.3"]
+    assert bench.memory.violations() == []
+    bench.memory.begin_step()
+    bench.steps.go_on(1)
+    assert queue(bench, [0, 3], [2, 1]) == [[[1, 4]], [[13, 12]]]
+    for goes_on in (True, False):
+        bench.steps.take_back(goes_on=goes_on)
+        assert bench.memory.violations() == []
+    assert bench.memory.residents() == ["0.0", "0.1", "0.2", "0.3", "1.1", "1.2", "1.3"]
+    assert bench.kernels.paged_in == [1, 2, 13, 14, 3, 4, 12]
+    assert [its.tolist() for its in bench.uses] == [
+        [[1, 1, 0, 0], [0, 0, 1, 1]],
+        [[0, 1, 1, 0], [0, 0, 1, 1]],
+        [[1, 0, 0, 1], [0, 1, 1, 0]],
+    ]
+
+
+def test_who_gives_way_behind_another_step_is_by_worth_and_not_by_that_step() -> None:
+    """Three frames a layer: 0 and 1 are used all the time, then 2 once and not 0; and it is 2 that goes for 3."""
+    bench = Bench()
+    bench.memory.admit("r", bytes(4 * 16), "")
+    assert bench.memory.extend("r", 16)
+    for _ in range(6):
+        bench.step([[0, 1]], [[0, 1]], num_rows=1)
+    bench.memory.begin_step()
+    assert bench.steps.lend(1)
+    queue(bench, [1, 2], [1, 2])
+    for experts in ([1, 3], [0, 1]):
+        bench.steps.go_on(1)
+        queue(bench, experts, experts)
+        bench.steps.take_back(goes_on=True)
+    bench.steps.take_back()
+    assert bench.memory.residents() == ["0.0", "0.1", "0.3", "1.0", "1.1", "1.3"]
+    assert bench.kernels.paged_in[4:] == [3, 13, 4, 14]  # and 0 not again
+
+
+def test_what_goes_on_is_laid_out_anew_now_and_then_but_where_all_experts_are_there() -> None:
+    bench = Bench()
+    bench.memory.admit("r", bytes(4 * 16), "")
+    assert bench.memory.extend("r", 16)
+    assert go_on_as_long_as_may_be(bench) == MAX_BEHIND
+    bench.memory.release("r", b"", 0)
+    bench.step([[0, 1], [2, 3]], [[0, 1], [2, 3]], num_rows=2)
+    assert go_on_as_long_as_may_be(bench) > 2 * MAX_BEHIND
+
+
+def go_on_as_long_as_may_be(bench: Bench) -> int:
+    """How many steps behind a first one, but no more than thrice what is usual."""
+    bench.memory.begin_step()
+    assert bench.steps.lend(1)
+    queue(bench, [0, 1], [0, 1])
+    num_behind = 0
+    while bench.steps.may_go_on and num_behind < 3 * MAX_BEHIND:
+        bench.steps.go_on(1)
+        queue(bench, [0, 1], [0, 1])
+        bench.steps.take_back(goes_on=True)
+        num_behind += 1
+    bench.steps.take_back()
+    return num_behind
+
+
+def test_with_letters_a_step_is_read_back_before_the_next(prefetching: Bench) -> None:
+    """Each is for one step."""
+    with prefetching.steps.lent(1):
+        assert not prefetching.steps.may_go_on
+        prefetching.steps.queued()
