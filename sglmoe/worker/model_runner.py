@@ -23,6 +23,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglmoe.protocol import RoutedExperts
+from sglmoe.worker.captured_steps import CapturedSteps
 from sglmoe.worker.copies import on_device, rows_on_device
 from sglmoe.worker.model_runner_graphs import FullGraphs
 from sglmoe.worker.model_runner_loading import Loaded
@@ -113,9 +114,8 @@ class ModelRunner:
         if replay is not None:
             replay.queued()
             replay.watch()
-            if group and not self.prefetching and is_plain(batch, order, group):
-                token_ids = self._sample(output, batch, group)
-                return ReplayedPass(rows, order, group=group, token_ids=token_ids, steps=replay)
+            if group and not self.prefetching and is_plain(order, group):
+                return self._replayed(rows, order, output, batch, group, replay)
             if returns_routing:
                 self._experts.replayed(replay.routing())
         if self.recorder is not None:
@@ -150,10 +150,7 @@ class ModelRunner:
         before.steps.go_on(len(order))
         output = self._runner.forward(batch).logits_output
         before.steps.queued()
-        token_ids = self._sample(output, batch, before.group)
-        return ReplayedPass(
-            rows, order, group=before.group, token_ids=token_ids, steps=before.steps
-        )
+        return self._replayed(rows, order, output, batch, before.group, before.steps)
 
     def _arrange(self, rows: Sequence[BatchRow]) -> tuple[list[BatchRow], SamplingGroup | None]:
         """Rows that sample first, in the order of their sampling group."""
@@ -275,6 +272,22 @@ class ModelRunner:
         batch.sampling_info = group.info
         token_ids: torch.Tensor = self._runner.sample(output, batch)
         return token_ids
+
+    def _replayed(
+        self,
+        rows: Sequence[BatchRow],
+        order: Sequence[BatchRow],
+        output: Any,
+        batch: ForwardBatch,
+        group: SamplingGroup,
+        steps: CapturedSteps,
+    ) -> ReplayedPass:
+        """What has been queued, with what it samples."""
+        token_ids = self._sample(output, batch, group)
+        logprobs = output.next_token_logprobs if batch.return_logprob else None
+        return ReplayedPass(
+            rows, order, group=group, token_ids=token_ids, logprobs=logprobs, steps=steps
+        )
 
     def _sampled(
         self, output: Any, batch: ForwardBatch, order: Sequence[BatchRow], group: SamplingGroup

@@ -4,19 +4,21 @@ One of the files that know sglang.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 
+from sglmoe.protocol import TokenLogprobs
 from sglmoe.worker.captured_steps import CapturedSteps
 from sglmoe.worker.copies import ToHost
+from sglmoe.worker.model_runner_logprobs import output_logprobs
 from sglmoe.worker.request import BatchRow
 from sglmoe.worker.sampling import SamplingGroup
 from sglmoe.worker.seams import Pass, RowOutput
 
 
 class ReplayedPass(Pass):
-    """Queued with all that it samples, which nothing but tokens is asked of (`is_plain`); frames are lent to it until its
+    """Queued with its sampling, where nothing is asked of it beyond what `is_plain` grants; frames are lent to it until its
     outputs are asked for."""
 
     def __init__(
@@ -26,14 +28,17 @@ class ReplayedPass(Pass):
         *,
         group: SamplingGroup,
         token_ids: torch.Tensor,
+        logprobs: torch.Tensor | None,
         steps: CapturedSteps,
     ):
-        """`rows`: as they were asked for; `order`: as they lie in the batch. `token_ids`: int `[rows]`, on the device, in that
-        order."""
+        """`rows`: as they were asked for; `order`: as they lie in the batch. In that order, on the device: `token_ids`, int
+        `[rows]`, and their `logprobs`, if any row wants them, float `[rows]`."""
         self._rows = rows
+        self._order = order
         self._places = {row.request.rid: place for place, row in enumerate(order)}
         self.steps = steps
-        self._tokens = ToHost(token_ids)
+        self._logprobs = None if logprobs is None else ToHost(logprobs)
+        self._tokens = ToHost(token_ids)  # behind these
         self.group = group
         self.token_ids = token_ids
 
@@ -51,15 +56,22 @@ class ReplayedPass(Pass):
 
     def outputs(self, *, is_followed: bool) -> list[RowOutput]:
         token_ids = self._tokens.wait().tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        if self._logprobs is not None:
+            output = SimpleNamespace(next_token_logprobs=self._logprobs.wait())
+            logprobs = output_logprobs(output, self._order, token_ids)
         self.steps.take_back(goes_on=is_followed)
-        return [RowOutput(token_id=token_ids[self._places[row.request.rid]]) for row in self._rows]
+        outputs = [RowOutput(*its) for its in zip(token_ids, logprobs, strict=True)]
+        return [outputs[self._places[row.request.rid]] for row in self._rows]
 
 
-def is_plain(batch: Any, rows: Sequence[BatchRow], group: SamplingGroup) -> bool:
-    """Whether all that is asked of the decode step is a token of each row, which no other word of the host's decides."""
+def is_plain(rows: Sequence[BatchRow], group: SamplingGroup) -> bool:
+    """Whether a token of each row, and its own log probability, is all that is asked of the decode step, and no word of the
+    host's decides which token that is."""
+    specs = [row.request.spec.logprobs for row in rows]
     return (
         len(group.requests) == len(rows)
-        and not batch.return_logprob
+        and not any(spec.num_top or spec.token_ids for spec in specs if spec)
         and group.info.grammars is None
         and not group.info.penalizer_orchestrator.is_required
         and all(row.request.next_routed is None for row in rows)

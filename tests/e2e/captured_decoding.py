@@ -115,9 +115,10 @@ def decode(
 
 
 class Followed(NamedTuple):
-    """What a worker made of requests that want nothing but tokens."""
+    """What a worker made of requests that want nothing but tokens, and one of them their log probabilities."""
 
     tokens: list[list[int | None]]  # [STEPS][requests]
+    logprobs: list[float | None]  # [STEPS]
     kv: list[bytes]  # of each request, in all layers
     num_followed: int  # steps that began before the one in front of them was finished
     num_segments: int
@@ -132,7 +133,8 @@ def decode_plainly(
     worker = load_worker(budgets, backend)
     rids = [f"r{index}" for index in range(num_requests)]
     for rid, prompt in zip(rids, PROMPTS, strict=False):
-        worker.add(rid, prompt, num_tokens=num_steps + 1)
+        logprobs = LogprobSpec(len(prompt), 0, None) if rid == rids[0] else None
+        worker.add(rid, prompt, num_tokens=num_steps + 1, logprobs=logprobs)
         worker.step(Row(rid, len(prompt)))
     RecordedGraph.num_replays = 0
     results, num_followed = worker.steps(*(Row(rid, 1) for rid in rids), num_steps=num_steps)
@@ -144,6 +146,7 @@ def decode_plainly(
     ]
     return Followed(
         [[row.token_id for row in result.rows] for result in results],
+        [row.logprobs.logprob for result in results for row in result.rows if row.logprobs],
         [b"".join(its[where].numpy().tobytes() for its in buffers) for where in ids],
         num_followed,
         RecordedGraph.num_replays,

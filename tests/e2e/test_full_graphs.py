@@ -75,6 +75,8 @@ def test_a_step_that_begins_before_the_last_one_is_known_changes_no_bit(budgets:
     eager = run_in_fork(decode_plainly, budgets, 2, backend="disabled")
     full = run_in_fork(decode_plainly, budgets, 2, backend="full")
     assert full.tokens == eager.tokens
+    assert full.logprobs == eager.logprobs
+    assert len(full.logprobs) == STEPS
     assert full.kv == eager.kv
     assert full.num_segments == full.memory.lent_steps == STEPS
     assert eager.num_followed == 0

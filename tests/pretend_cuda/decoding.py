@@ -75,6 +75,8 @@ def decode(
             worker.loaded.memory.pack(num_packed, [*product(*map(range, shape))])
         rids = [f"r{index}" for index in range(len(PROMPTS))]
         for rid, prompt in zip(rids, PROMPTS, strict=True):
+            logprobs = LogprobSpec(start=len(prompt), num_top=3, token_ids=None)
+            worker.add(rid, prompt, num_tokens=STEPS + 1, logprobs=logprobs, routed_experts_start=0)
             prefill(worker, rid, prompt)
         RecordedGraph.num_replays = 0
         rows = []
@@ -95,9 +97,10 @@ def decode(
 
 
 class Ahead(NamedTuple):
-    """Of requests that want nothing but tokens."""
+    """Of requests that want nothing but tokens and their log probabilities."""
 
     tokens: list[list[int | None]]  # [STEPS][requests]
+    logprobs: list[list[float | None]]
     num_followed: int  # steps that began before the one in front of them was finished
     begin_waits: list[list[str]]  # of the host, while each step began
     memory: MemorySnapshot
@@ -110,8 +113,9 @@ def decode_ahead(model_dir: Path, *, num_steps: int, backend: str, **options: An
         worker = load_worker(model_dir, device, backend, **options)
         rids = [f"r{index}" for index in range(len(PROMPTS))]
         for rid, prompt in zip(rids, PROMPTS, strict=True):
-            worker.add(rid, prompt, num_tokens=num_steps + 1)
-            worker.step(Row(rid, len(prompt)))
+            logprobs = LogprobSpec(start=len(prompt), num_top=0, token_ids=None)
+            worker.add(rid, prompt, num_tokens=num_steps + 1, logprobs=logprobs)
+            prefill(worker, rid, prompt)
         begin_waits: list[list[str]] = []
 
         def on_begun() -> None:
@@ -124,6 +128,7 @@ def decode_ahead(model_dir: Path, *, num_steps: int, backend: str, **options: An
         memory = worker.loaded.memory
         return Ahead(
             [[row.token_id for row in result.rows] for result in results],
+            [logprobs_of(result.rows) for result in results],
             num_followed,
             begin_waits,
             memory.snapshot(0),
@@ -152,8 +157,6 @@ def load_worker(
 
 def prefill(worker: LoadedWorker, rid: str, prompt: list[int]) -> None:
     """In two chunks: the second attends to what the first has left in the arena."""
-    logprobs = LogprobSpec(start=len(prompt), num_top=3, token_ids=None)
-    worker.add(rid, prompt, num_tokens=STEPS + 1, logprobs=logprobs, routed_experts_start=0)
     worker.step(Row(rid, len(prompt) - 2))
     worker.step(Row(rid, 2))
 
@@ -198,6 +201,11 @@ def foresee(worker: LoadedWorker, rows: Sequence[RowResult], device: Device) -> 
         observer = SimpleNamespace(num_ahead=1, routed=lambda layer, its: None, look_ahead=int)
         device.before_kernel = before_kernel
     worker.loaded.experts.observer = observer
+
+
+def logprobs_of(rows: Sequence[RowResult]) -> list[float | None]:
+    """Of what the rows have sampled."""
+    return [row.logprobs.logprob for row in rows if row.logprobs is not None]
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

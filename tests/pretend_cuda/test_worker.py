@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
-from decoding import STEPS, Budget, Decoded, decode, decode_ahead, measure
+from decoding import STEPS, Budget, Decoded, decode, decode_ahead, logprobs_of, measure
 from forking import run_in_fork
 
 pytestmark = pytest.mark.usefixtures("preloaded")
@@ -108,10 +108,11 @@ def test_the_host_waits_for_nothing_while_it_begins_a_step_behind_another(
     assert its.num_followed == STEPS
     assert its.memory.lent_steps == STEPS + 1
     assert its.tokens[:STEPS] == roomy.tokens
+    assert its.logprobs[:STEPS] == [logprobs_of(rows) for rows in roomy.rows]
     first, behind_it, finished, behind_that = its.begin_waits
     assert first == ["copy to the device"]  # what requests are to be sampled by, which stays there
     assert behind_it == behind_that == []
-    assert len(finished) == 2  # tokens, and what has become of the frames
+    assert len(finished) == 3  # tokens, log probabilities, and what has become of the frames
     assert its.violations == []
 
 

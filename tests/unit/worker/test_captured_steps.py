@@ -390,7 +390,8 @@ def test_what_goes_on_is_laid_out_anew_now_and_then_but_where_all_experts_are_th
     bench = Bench()
     bench.memory.admit("r", bytes(4 * 16), "")
     assert bench.memory.extend("r", 16)
-    assert go_on_as_long_as_may_be(bench) == MAX_BEHIND
+    for _ in range(2):
+        assert go_on_as_long_as_may_be(bench) == MAX_BEHIND
     bench.memory.release("r", b"", 0)
     bench.step([[0, 1], [2, 3]], [[0, 1], [2, 3]], num_rows=2)
     assert go_on_as_long_as_may_be(bench) > 2 * MAX_BEHIND
