@@ -188,11 +188,16 @@ class CapturedSteps:
         return True
 
     @property
+    def num_behind(self) -> int:
+        """How many steps may go on with what was lent once, as a rule."""
+        return 0 if self.letters is not None else MAX_BEHIND
+
+    @property
     def may_go_on(self) -> bool:
         """Whether another step may run behind the one that was queued, before that is taken back."""
-        if self.letters is not None:
+        if not self.num_behind:
             return False
-        return self._num_behind < MAX_BEHIND or bool(self._memory.frame_table.min() >= 0)
+        return self._num_behind < self.num_behind or bool(self._memory.frame_table.min() >= 0)
 
     def go_on(self, num_rows: int) -> None:
         """Have a step of no more rows run with what the one before it makes of its frames."""

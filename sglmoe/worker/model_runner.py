@@ -99,6 +99,12 @@ class ModelRunner:
 
     # ------------------------------------------------------------------------------------------------ forward
 
+    @property
+    def num_behind(self) -> int:
+        """See `Model.num_behind`."""
+        is_watched = self.recorder is not None or self.prefetching is not None
+        return 0 if is_watched else self._full_graphs.num_behind
+
     @torch.inference_mode()
     def begin(self, rows: Sequence[BatchRow]) -> Pass:
         """Compute the rows and sample where one is complete."""

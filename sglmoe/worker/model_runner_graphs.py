@@ -76,6 +76,11 @@ class FullGraphs:
         self._steps = steps
         self._graphs: Any = runner.decode_cuda_graph_runner if steps else None
 
+    @property
+    def num_behind(self) -> int:
+        """See `CapturedSteps.num_behind`."""
+        return 0 if self._steps is None else self._steps.num_behind
+
     def lend(self, batch: Any, *, may_replay: bool) -> CapturedSteps | None:
         """For sglang's `forward` of the batch, which is next: what replays it, and takes frames back behind it. None where
         nothing does."""

@@ -53,6 +53,10 @@ class Done(Pass):
 class Model(Protocol):
     """The seam to tensors: everything here happens on the device and in sglang."""
 
+    @property
+    def num_behind(self) -> int:
+        """How many steps are likely to follow one in which all rows decode. They need pages that are at hand."""
+
     def write_token_ids(self, table_row: int, start: int, token_ids: np.ndarray) -> None:
         """Set `req_to_token[table_row, start:]` to the KV ids of these positions."""
 

@@ -186,7 +186,17 @@ class Worker:
             else:
                 reserved.append(batch_row)
         self._write_decode_ids([row for row in reserved if row.decodes])
+        self._extend_ahead(reserved)
         return reserved, tuple(rejected)
+
+    def _extend_ahead(self, rows: Sequence[BatchRow]) -> None:
+        """Have pages at hand for steps that are likely to follow, as far as there are any and requests may need them."""
+        if not all(row.decodes for row in rows):
+            return
+        for row in rows:
+            num_ahead = min(self._model.num_behind, row.request.num_tokens_left - 1)
+            if not self.memory.extend(row.request.rid, row.stop + max(0, num_ahead)):
+                return
 
     def _reserve_row(self, request: WorkerRequest, num_tokens: int) -> BatchRow | None:
         if not request.holds_memory and not self._admit(request):

@@ -60,6 +60,8 @@ LIMITS = Limits(
 class RoutingModel:
     """Asks for random experts in every layer, and samples how many tokens it has seen."""
 
+    num_behind = 0
+
     def __init__(self, memory: MemoryManager, rng: random.Random) -> None:
         self._memory = memory
         self._rng = rng

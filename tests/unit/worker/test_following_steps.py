@@ -146,6 +146,38 @@ def test_other_plans_have_to_wait(rows: Any, fields: dict[str, Any]) -> None:
     assert TO_COME not in bench.worker._requests["a"].tokens
 
 
+def test_pages_of_steps_to_come_are_at_hand_but_no_more_than_can_be_needed() -> None:
+    """a wants 50 tokens, c three: for it the last of what it computes is its sixth position."""
+    bench = FollowingBench()
+    bench.add("c", range(20, 24), max_new_tokens=3)
+    bench.step(("c", 4))
+    bench.model.num_behind = 9
+    bench.step(A, ("c", 1))  # fifth positions
+    assert len(bench.memory.pages("a")) == 4  # of 5 + 9 tokens
+    assert len(bench.memory.pages("c")) == 2
+    results = [bench.worker.begin(bench.plan(A, ("c", 1)))]
+    assert bench.worker.follow(bench.plan(A, ("c", 1)), results[0]) is not None
+
+
+def test_nobody_is_turned_away_for_pages_of_steps_to_come() -> None:
+    """KV has 12 pages: 4 of a and b, 8 of c, which is the last in its plan and in need of one."""
+    bench = FollowingBench()
+    bench.add("c", range(30, 58), max_new_tokens=50)
+    bench.step(("c", 28))
+    bench.model.num_behind = 30
+    result = bench.step(A, B, ("c", 1))
+    assert [row.rid for row in result.rows] == ["a", "b", "c"]
+    assert not result.rejected
+
+
+def test_while_prompts_are_computed_nothing_is_kept_for_steps_to_come() -> None:
+    bench = FollowingBench()
+    bench.add("c", range(30, 34))
+    bench.model.num_behind = 9
+    bench.step(A, ("c", 4))
+    assert len(bench.memory.pages("a")) == 2
+
+
 def test_a_step_that_needs_a_frame_has_to_wait() -> None:
     """Each has a frame, full with 8 tokens, and then none at hand."""
     bench = FollowingBench()

@@ -32,6 +32,8 @@ NUM_LAYERS, NUM_EXPERTS = 2, 4
 class RoutingModel:
     """Routes a token with id t to experts t and t + 1, in the second layer one further."""
 
+    num_behind = 0
+
     def __init__(self, memory: MemoryManager) -> None:
         self.recorder: Recorder | None = None
         self._memory = memory

@@ -35,6 +35,8 @@ PAGE_TOKENS = 4
 class CountingModel:
     """Samples the request's length, so that tokens say what was computed; keeps the token table."""
 
+    num_behind = 0
+
     def __init__(self) -> None:
         self.table: dict[tuple[int, int], int] = {}
         self.computed: list[tuple[str, int, int]] = []
