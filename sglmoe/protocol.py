@@ -212,6 +212,9 @@ class MemorySnapshot(Struct, frozen=True):
     prefill_tokens: int
     ghost_hit_tokens: int  # that would have been found cached had they not been evicted
     lent_steps: int = 0  # decode steps that were lent frames, and paged experts in without the host
+    followed_steps: int = (
+        0  # of them, those behind which another one began before memory heard of them
+    )
     late_seconds: float = 0.0  # of stall_seconds, for experts that a prefetch was bringing already
     load_seconds: float = 0.0  # that loads on demand took, some of it while others computed
     prefetches_begun: int = 0

@@ -63,6 +63,7 @@ class ExpertPager:
         self.num_waves = 0
         self.num_split_layers = 0
         self.lent_steps = 0
+        self.followed_steps = 0
         self.stall_seconds = 0.0
         self.late_seconds = 0.0  # of these, for prefetches that came late
         self.load_seconds = 0.0  # that demand loads took, whether anybody waited or not
@@ -101,11 +102,12 @@ class ExpertPager:
         if self.streaming is not None:
             self.streaming.begin_step(num_tokens)
 
-    def note_step(self, *, hits: int, misses: int) -> None:
+    def note_step(self, *, hits: int, misses: int, is_followed: bool) -> None:
         """Count those of a step without the host, which asks for no waves."""
         self.hits += hits
         self.misses += misses
         self.lent_steps += 1
+        self.followed_steps += is_followed
 
     def counters(self) -> dict[str, Any]:
         """These totals, as `MemorySnapshot` calls them."""
@@ -118,6 +120,7 @@ class ExpertPager:
             "num_waves": self.num_waves,
             "num_split_layers": self.num_split_layers,
             "lent_steps": self.lent_steps,
+            "followed_steps": self.followed_steps,
             "experts_streamed": self.streaming.num_streamed if self.streaming else 0,
         }
 

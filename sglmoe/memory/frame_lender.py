@@ -92,7 +92,8 @@ class FrameLender:
         is_new = (sets.owners != before) & is_place
         is_used = (sets.keys == USED) & is_place
         self._replace(before, sets, is_new)
-        self._note_uses(sets.owners, is_used, is_hit=is_used & ~is_new)
+        num_hits = self._note_uses(sets.owners, is_used, is_hit=is_used & ~is_new)
+        self._pager.note_step(hits=num_hits, misses=int(self._misses.sum()), is_followed=goes_on)
         self._prefetches.end_layers()
         if goes_on:
             self._frames.lend(int(np.count_nonzero((sets.owners == ABSENT) & is_place)))
@@ -184,13 +185,14 @@ class FrameLender:
         self._evictor.experts_evicted += int(np.count_nonzero(evicted != ABSENT))
         self._misses = np.bincount(layers, minlength=self._num_layers)
 
-    def _note_uses(self, owners: Places, is_used: IsPlace, *, is_hit: IsPlace) -> None:
+    def _note_uses(self, owners: Places, is_used: IsPlace, *, is_hit: IsPlace) -> int:
+        """How many were hits."""
         layers, places = np.nonzero(is_hit)
         self._prefetches.use(layers, owners[layers, places].astype(np.intp))
-        self._pager.note_step(hits=len(layers), misses=int(self._misses.sum()))
         experts = owners[is_used].astype(np.intp)
         stops = np.count_nonzero(is_used, axis=1).cumsum().tolist()
         start = 0
         for layer, stop in enumerate(stops):
             self._order.use(layer, experts[start:stop])
             start = stop
+        return len(layers)

@@ -77,6 +77,10 @@ COUNTERS = {
         "Decode steps that paged experts in without the host.",
         "lent_steps",
     ),
+    "sglmoe_followed_steps": (
+        "Of those, the ones behind which another step began before they were over.",
+        "followed_steps",
+    ),
     "sglmoe_experts_evicted": ("Experts evicted.", "experts_evicted"),
     "sglmoe_pages_evicted": ("Cached KV pages evicted.", "pages_evicted"),
     "sglmoe_ghost_hit_tokens": (

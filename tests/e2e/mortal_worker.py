@@ -11,21 +11,21 @@ from typing import Any
 from sglmoe.protocol import StepPlan, StepResult
 from sglmoe.transport import Receiver, Sender
 from sglmoe.worker import process
-from sglmoe.worker.worker import Worker
+from sglmoe.worker.worker import RunningStep, Worker
 
 PILL = 1021  # a token; with it in its prompt, a request is the worker's end
 
 
 def run_mortal_worker(*arguments: Any) -> None:
     """As `run_worker`, which see."""
-    step, load_model = Worker.step, process.load_model
+    begin, load_model = Worker.begin, process.load_model
 
-    def mortal_step(self: Worker, plan: StepPlan) -> StepResult:
+    def mortal_begin(self: Worker, plan: StepPlan) -> RunningStep:
         served = [self._requests[row.rid] for row in plan.rows]
         if any(PILL in request.tokens[: request.num_prompt] for request in served):
             os.kill(os.getpid(), signal.SIGSEGV)
         let_go()
-        return step(self, plan)
+        return begin(self, plan)
 
     def load_model_that_heeds_seeds(*args: Any, **keywords: Any) -> Any:
         from sglang.srt.runtime_context import get_context
@@ -37,7 +37,7 @@ def run_mortal_worker(*arguments: Any) -> None:
         return loaded
 
     let_go = hold_answers_back()
-    Worker.step = mortal_step  # type: ignore[method-assign]
+    Worker.begin = mortal_begin  # type: ignore[method-assign]
     process.load_model = load_model_that_heeds_seeds
     process.run_worker(*arguments)
 

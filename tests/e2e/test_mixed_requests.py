@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from checkpoints import VOCAB_SIZE, make_checkpoint
+from following_worker import have_steps_follow
 from forking import run_in_fork
 from halving_scheduler import decode_in_halves
 from holding_scheduler import hold_prompts_back
@@ -90,6 +91,12 @@ def answers_of_held_prompts(model_dir: Path, memory_budget: str) -> Answers:
     return answers(model_dir, memory_budget, fill_passes="on")
 
 
+def answers_of_following_steps(model_dir: Path, memory_budget: str) -> Answers:
+    """As `answers`, by decode steps that are one graph each."""
+    have_steps_follow()
+    return answers(model_dir, memory_budget, host_memory="8MB")
+
+
 def answers_of_sglang(model_dir: Path) -> tuple[list[Any], list[Any]]:
     """Each alone as it is asked, and without what it asks for."""
     with running_engine(model_dir, dtype="float32") as engine:
@@ -164,6 +171,21 @@ def test_prompts_that_wait_for_fuller_passes_answer_the_same(
     alone_again, held_together, held = run_in_fork(answers_of_held_prompts, model_dir, tight)
     assert alone_again == held_together == alone
     assert held["held_passes"] > 0
+
+
+def test_steps_that_begin_behind_others_answer_the_same(model_dir: Path, roomy: Answers) -> None:
+    """Of those alone who want nothing but tokens; all others' are finished one by one, in between."""
+    alone, _, _ = roomy
+    all_there = run_in_fork(answers_of_following_steps, model_dir, "200MB")
+    limits, memory = all_there.state["limits"], all_there.state["memory"]
+    frames = 28 * memory["frame_bytes"] + memory["frame_bytes"] // 2  # and padding
+    tight = str(limits["dense_bytes"] + limits["graph_bytes"] + frames)
+    half_there = run_in_fork(answers_of_following_steps, model_dir, tight)
+    for its in (all_there, half_there):
+        assert its.alone == its.together == alone
+        memory = its.state["memory"]
+        assert memory["lent_steps"] > memory["followed_steps"] > 100
+    assert half_there.state["memory"]["experts_evicted"] > 0
 
 
 def penalised_answers(running: Any, model_dir: Path, **options: Any) -> list[Any]:

@@ -38,6 +38,7 @@ def test_each_step_is_told_as_it_was_though_the_next_one_has_run() -> None:
     assert memory.residents() == ["0.0", "0.1", "0.2", "1.2", "1.3"]
     now = memory.snapshot(0)
     assert (now.expert_hits, now.expert_misses, now.lent_steps) == (1, 7, 2)
+    assert now.followed_steps == 1
     assert now.experts_evicted == 2
 
 
