@@ -12,7 +12,9 @@ import triton.language as tl
 
 from sglmoe.kernels.residency import DeviceResidency, PageIns
 
-MOST_COMPARED = 8192  # arbitrary: ids times experts at once; 64 elements for each thread of four warps
+MOST_COMPARED = (
+    8192  # arbitrary: ids times experts at once; 64 elements for each thread of four warps
+)
 PAIRS_AT_A_TIME = 256  # arbitrary: written at once
 
 
@@ -31,7 +33,7 @@ def num_warps(num_experts: int) -> int:
 
 def ids_at_a_time(num_pairs: int, experts: int) -> int:
     """Compared with all experts and with each other. `experts` is a power of two."""
-    return min(triton.next_power_of_2(num_pairs), max(16, MOST_COMPARED // experts), 64)
+    return min(int(triton.next_power_of_2(num_pairs)), max(16, MOST_COMPARED // experts), 64)
 
 
 @triton.jit
@@ -60,8 +62,8 @@ def count_pairs(
     EXPERTS: tl.constexpr,
     IDS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Pairs of each expert, and pairs of none; writes the ids of the `num_real` first pairs, -1 for others, and of each pair how
-    many lie in front of it that have the same."""
+    """Pairs of each expert, and pairs of none. Writes the ids of the `num_real` first pairs, -1 for others, and of each pair
+    how many lie in front of it that have the same."""
     expert, lane = tl.arange(0, EXPERTS), tl.arange(0, IDS)
     counts = expert * 0
     num_none = num_pairs * 0
@@ -123,56 +125,30 @@ def fill_blocks(
         tl.store(pairs + place, pair, mask=is_pair)
 
 
-@triton.jit(
-    do_not_specialize=["layer", "num_pairs", "top_k", "num_experts", "max_frames"],
-)
-def dispatch_kernel(
-    topk_ids: tl.tensor,
-    num_rows: tl.tensor,
+@triton.jit
+def bring_in(
+    counts: tl.tensor,
+    its_frame: tl.tensor,
+    has_block: tl.tensor,
+    owner: tl.tensor,
+    key: tl.tensor,
+    is_place: tl.tensor,
+    used: tl.tensor,
     frame_table: tl.tensor,
     block_of: tl.tensor,
     set_frames: tl.tensor,
     set_owners: tl.tensor,
     set_keys: tl.tensor,
-    set_sizes: tl.tensor,
-    used_key: tl.tensor,
     shortfall: tl.tensor,
     sources: tl.tensor,
     frames: tl.tensor,
     count: tl.tensor,
-    ids: tl.tensor,
-    ranks: tl.tensor,
-    pairs: tl.tensor,
-    block_frames: tl.tensor,
-    num_padded: tl.tensor,
-    layer: tl.tensor,
-    num_pairs: tl.tensor,
-    top_k: tl.tensor,
-    num_experts: tl.tensor,
-    max_frames: tl.tensor,
     EXPERTS: tl.constexpr,
     FRAMES: tl.constexpr,
-    IDS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    PAIRS: tl.constexpr,
-) -> None:
-    """One program. Missing experts are served in the order of their ids, each by the free place that is first."""
-    frame_table += layer * num_experts
-    block_of += layer * num_experts
-    set_frames += layer * max_frames
-    set_owners += layer * max_frames
-    set_keys += layer * max_frames
+) -> tl.tensor:
+    """Missing experts are served in the order of their ids, each by the free place that is first. The frame of each expert
+    afterwards, if it is needed."""
     expert, place = tl.arange(0, EXPERTS), tl.arange(0, FRAMES)
-    is_expert, is_place = expert < num_experts, place < tl.load(set_sizes + layer)
-    its_frame = tl.load(frame_table + expert, mask=is_expert, other=-1)
-    has_block = tl.load(block_of + expert, mask=is_expert, other=-1) >= 0
-    owner = tl.load(set_owners + place, mask=is_place, other=-1)
-    key = tl.load(set_keys + place, mask=is_place, other=0)
-    used, num_real = tl.load(used_key), tl.load(num_rows) * top_k
-    counts, num_none = count_pairs(
-        topk_ids, ids, ranks, num_real, num_pairs, num_experts, EXPERTS, IDS
-    )
-
     is_kept = (owner >= 0) & (tl.gather(counts, tl.maximum(owner, 0), 0) > 0)
     key = tl.where(is_kept, used, key)
     is_missing, is_free = (counts > 0) & (its_frame < 0), is_place & ~is_kept
@@ -198,20 +174,50 @@ def dispatch_kernel(
     tl.store(set_keys + place, key, mask=is_place)
     tl.store(count, num_served)
     tl.store(shortfall, tl.load(shortfall) + how_many(is_missing) - num_served)
-    fill_blocks(
-        ids,
-        ranks,
-        pairs,
-        block_frames,
-        num_padded,
-        counts,
-        num_none,
-        its_frame,
-        num_pairs,
-        num_experts,
-        BLOCK_TOKENS,
-        PAIRS,
+    return its_frame
+
+
+# fmt: off  (what belongs together stays in a line)
+@triton.jit(do_not_specialize=["layer", "num_pairs", "top_k", "num_experts", "max_frames"])
+def dispatch_kernel(
+    topk_ids: tl.tensor, num_rows: tl.tensor,
+    frame_table: tl.tensor, block_of: tl.tensor, set_frames: tl.tensor, set_owners: tl.tensor,
+    set_keys: tl.tensor, set_sizes: tl.tensor, used_key: tl.tensor, shortfall: tl.tensor,
+    sources: tl.tensor, frames: tl.tensor, count: tl.tensor,
+    ids: tl.tensor, ranks: tl.tensor,
+    pairs: tl.tensor, block_frames: tl.tensor, num_padded: tl.tensor,
+    layer: tl.tensor, num_pairs: tl.tensor, top_k: tl.tensor, num_experts: tl.tensor,
+    max_frames: tl.tensor,
+    EXPERTS: tl.constexpr, FRAMES: tl.constexpr, IDS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr,
+) -> None:
+    """One program: arguments of `dispatch`, and what it returns; `ranks` is room for it to write in."""
+    frame_table += layer * num_experts
+    block_of += layer * num_experts
+    set_frames += layer * max_frames
+    set_owners += layer * max_frames
+    set_keys += layer * max_frames
+    expert, place = tl.arange(0, EXPERTS), tl.arange(0, FRAMES)
+    is_expert, is_place = expert < num_experts, place < tl.load(set_sizes + layer)
+    # All loads begin before anything waits for one.
+    its_frame = tl.load(frame_table + expert, mask=is_expert, other=-1)
+    has_block = tl.load(block_of + expert, mask=is_expert, other=-1) >= 0
+    owner = tl.load(set_owners + place, mask=is_place, other=-1)
+    key = tl.load(set_keys + place, mask=is_place, other=0)
+    used, num_real = tl.load(used_key), tl.load(num_rows) * top_k
+    counts, num_none = count_pairs(
+        topk_ids, ids, ranks, num_real, num_pairs, num_experts, EXPERTS, IDS
     )
+    its_frame = bring_in(
+        counts, its_frame, has_block, owner, key, is_place, used,
+        frame_table, block_of, set_frames, set_owners, set_keys, shortfall, sources, frames, count,
+        EXPERTS, FRAMES,
+    )
+    fill_blocks(
+        ids, ranks, pairs, block_frames, num_padded, counts, num_none, its_frame, num_pairs,
+        num_experts, BLOCK_TOKENS, PAIRS,
+    )
+# fmt: on
 
 
 def room_for(num_pairs: int, *, num_experts: int, block_tokens: int) -> int:
@@ -219,7 +225,7 @@ def room_for(num_pairs: int, *, num_experts: int, block_tokens: int) -> int:
     room = num_pairs * block_tokens
     if num_pairs > num_experts:
         room = num_pairs + (num_experts + 1) * (block_tokens - 1)
-    return triton.cdiv(room, 4) * 4
+    return -(-room // 4) * 4
 
 
 def dispatch(

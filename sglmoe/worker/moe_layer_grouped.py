@@ -143,7 +143,7 @@ class GroupedExperts:
         *,
         config: Any,
     ) -> torch.Tensor:
-        """The same in one wave and without the host, to be captured: of blocks that know their frames. `ids`: for their shape."""
+        """The same in one wave and without the host, to be captured: blocks know their frames. `ids`: for their shape."""
         blocks = dispatched.pairs, dispatched.frames, dispatched.num_padded
         settings = self._settings_for(hidden, ids)
         outputs = self._sequence(hidden, weights, ids, blocks, settings, config)

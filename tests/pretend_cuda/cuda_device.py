@@ -88,7 +88,9 @@ class Device(TorchDispatchMode):
         """Another thread's is the same device as `its`."""
         super().__init__()
         self.waits: list[str] = []  # of this thread for the device, in their order
-        self.launches: list[str] = []  # of this thread: kernels, and operations that are one or a copy
+        self.launches: list[
+            str
+        ] = []  # of this thread: kernels, and operations that are one or a copy
         self.page_locked: list[range] = [] if its is None else its.page_locked  # addresses
         self._kept: list[torch.Tensor] = []  # whose addresses nothing else is to have
         # While something is captured: records a kernel, which is the first argument and reads and writes the others.
