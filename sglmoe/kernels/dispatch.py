@@ -177,7 +177,8 @@ def bring_in(
     return its_frame
 
 
-# fmt: off  (what belongs together stays in a line)
+# What belongs together stays in a line.
+# fmt: off
 @triton.jit(do_not_specialize=["layer", "num_pairs", "top_k", "num_experts", "max_frames"])
 def dispatch_kernel(
     topk_ids: tl.tensor, num_rows: tl.tensor,
