@@ -15,11 +15,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 import triton.language as tl
 
+import sglmoe.kernels.dispatch
 from eval.servers import describe_run
 from sglmoe.kernels.blocks import map_blocks
 from sglmoe.kernels.dispatch import dispatch
@@ -109,7 +111,7 @@ def measure_dispatch() -> dict[str, Any]:
     found = {}
     for num_rows in (1, 4, 8, 32, 64):
         state, out = new_residency(1)
-        first = torch.stack([torch.randperm(SET_FRAMES)[:TOP_K] for _ in range(num_rows)])
+        first = torch.arange(num_rows * TOP_K).view(num_rows, TOP_K) % SET_FRAMES
         halves = [ints(first), ints(first + EXPERTS - SET_FRAMES)]
         its = dispatch_of(num_rows, state, out)
 
@@ -117,14 +119,19 @@ def measure_dispatch() -> dict[str, Any]:
             for ids in halves:
                 its(ids, 0)
 
-        hits = microseconds(captured(partial(its, halves[0], 0)))
         misses = microseconds(captured(partial(both, its, halves))) / 2
         align = partial(moe_align_block_size, halves[0], BLOCK_TOKENS, EXPERTS)
-        found[f"{num_rows} rows"] = {
-            "all there": hits,
+        row = {
             "all missing": misses,
             "alignment alone": microseconds(captured(align)),
         }
+        its(halves[0], 0)
+        for warps in (1, 2, 4, 8):  # that four are best is a guess
+            with patch.object(sglmoe.kernels.dispatch, "num_warps", lambda _, warps=warps: warps):
+                row[f"all there, {warps} warps"] = microseconds(
+                    captured(partial(its, halves[0], 0))
+                )
+        found[f"{num_rows} rows"] = row
     return found
 
 
