@@ -1,9 +1,9 @@
 """What the kernels cost on this GPU, each beside what it stands for: `python -m eval.kernel_speed [OUT.json]`.
 
 page-in    bytes a second from page-locked memory into frames, against the driver's copy of as many experts
-decide     microseconds to decide for one layer, by routed ids: nothing missing, and all missing
+dispatch   microseconds for one layer, by rows, beside SGLang's alignment, for which it stands too: nothing missing, all missing
 products   SGLang's grouped GEMM on frames in random order, against contiguous weights; whether the bits are the same
-step       microseconds of 48 captured layers that decide, page nothing in and look frames up as full graphs do: what it adds
+step       microseconds of 48 captured layers that dispatch and page nothing in, as full graphs do: what it adds to alignment
 
 Sizes are Qwen3-30B-A3B's. No GPU has run this yet.
 """
@@ -15,20 +15,24 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 import triton.language as tl
 
+import sglmoe.kernels.dispatch
 from eval.servers import describe_run
-from sglmoe.kernels.blocks import map_blocks, wave_blocks
+from sglmoe.kernels.blocks import map_blocks
+from sglmoe.kernels.dispatch import dispatch
 from sglmoe.kernels.page_in import page_in
-from sglmoe.kernels.residency import DeviceResidency, PageIns, decide
+from sglmoe.kernels.residency import DeviceResidency, PageIns
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 48, 128, 8, 2048, 768
 EXPERT_BYTES = 3 * HIDDEN * INNER * 2
 NUM_FRAMES = 2 * EXPERTS
 SET_FRAMES = 64
+BLOCK_TOKENS = 16
 GEMM_CONFIG = {
     "BLOCK_SIZE_M": 16,
     "BLOCK_SIZE_N": 64,
@@ -86,21 +90,48 @@ def new_residency(num_layers: int) -> tuple[DeviceResidency, PageIns]:
     return state, PageIns(ints([0] * SET_FRAMES), ints([0] * SET_FRAMES), ints([0]))
 
 
-def measure_decide() -> dict[str, Any]:
-    """By number of requests. Where all are missing, two halves of the experts take turns."""
+def dispatch_of(num_rows: int, state: DeviceResidency, out: PageIns) -> Callable[..., object]:
+    """To be called with ids and the layer."""
+    return partial(
+        dispatch,
+        num_rows=ints([num_rows]),
+        state=state,
+        page_ins=out,
+        ids=ints([[0] * TOP_K] * num_rows),
+        block_tokens=BLOCK_TOKENS,
+    )
+
+
+def measure_dispatch() -> dict[str, Any]:
+    """By number of rows. Where all are missing, two halves of the experts take turns."""
+    from sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size import (
+        moe_align_block_size,
+    )
+
     found = {}
-    for num_tokens in (1, 4, 8):
+    for num_rows in (1, 4, 8, 32, 64):
         state, out = new_residency(1)
-        num_ids = num_tokens * TOP_K
-        halves = [ints(torch.arange(num_ids)), ints(torch.arange(num_ids) + EXPERTS // 2)]
+        first = torch.arange(num_rows * TOP_K).view(num_rows, TOP_K) % SET_FRAMES
+        halves = [ints(first), ints(first + EXPERTS - SET_FRAMES)]
+        its = dispatch_of(num_rows, state, out)
 
-        def both(state: DeviceResidency, out: PageIns, halves: list[torch.Tensor]) -> None:
+        def both(its: Callable[..., object], halves: list[torch.Tensor]) -> None:
             for ids in halves:
-                decide(ids, 0, state=state, page_ins=out)
+                its(ids, 0)
 
-        hits = microseconds(partial(decide, halves[0], 0, state=state, page_ins=out))
-        misses = microseconds(partial(both, state, out, halves)) / 2
-        found[f"{num_ids} ids"] = {"all there": hits, "all missing": misses}
+        misses = microseconds(captured(partial(both, its, halves))) / 2
+        align = partial(moe_align_block_size, halves[0], BLOCK_TOKENS, EXPERTS)
+        row = {
+            "all missing": misses,
+            "alignment alone": microseconds(captured(align)),
+        }
+        its(halves[0], 0)
+        for warps in (1, 2, 4, 8):  # that four are best is a guess
+            with patch.object(sglmoe.kernels.dispatch, "num_warps", lambda _, warps=warps: warps):
+                row[f"all there, {warps} warps"] = microseconds(
+                    captured(partial(its, halves[0], 0))
+                )
+        found[f"{num_rows} rows"] = row
     return found
 
 
@@ -125,7 +156,7 @@ def measure_products() -> dict[str, Any]:
         hidden = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
         weights, ids = torch.rand(num_tokens, EXPERTS, device="cuda").topk(TOP_K)
         ids = ids.to(torch.int32)
-        sorted_ids, blocks, padded = moe_align_block_size(ids, 16, EXPERTS)
+        sorted_ids, blocks, padded = moe_align_block_size(ids, BLOCK_TOKENS, EXPERTS)
         outputs = [
             torch.zeros(num_tokens * TOP_K, rows, device="cuda", dtype=torch.bfloat16)
             for _ in range(2)
@@ -168,11 +199,11 @@ def measure_step() -> dict[str, Any]:
 
         def align(ids: torch.Tensor) -> None:
             for _ in range(LAYERS):
-                moe_align_block_size(ids, 16, EXPERTS)
+                moe_align_block_size(ids, BLOCK_TOKENS, EXPERTS)
 
-        def paged(ids: torch.Tensor, state: DeviceResidency, out: PageIns) -> None:
+        def paged(its: Callable[..., object], ids: torch.Tensor, out: PageIns) -> None:
             for layer in range(LAYERS):
-                decide(ids, layer, state=state, page_ins=out)
+                its(ids, layer)
                 page_in(
                     blocks,
                     arena,
@@ -181,14 +212,11 @@ def measure_step() -> dict[str, Any]:
                     frames=out.frames,
                     count=out.count,
                 )
-                rows, experts, padded = moe_align_block_size(ids, 16, EXPERTS)
-                table = state.frame_table[layer]
-                places = {"frame_table": table, "block_tokens": 16, "num_pairs": ids.numel()}
-                wave_blocks(rows, experts, padded, **places)
 
+        its = dispatch_of(num_tokens, state, out)
         stock = microseconds(captured(partial(align, ids)))
         found[f"{num_tokens} tokens"] = {
-            "added": microseconds(captured(partial(paged, ids, state, out))) - stock,
+            "added": microseconds(captured(partial(paged, its, ids, out))) - stock,
             "alignment alone": stock,
         }
     return found
@@ -213,7 +241,7 @@ def described() -> dict[str, Any]:
 
 def main() -> None:
     found = {**described(), "triton": triton.__version__}
-    for measure in (measure_page_in, measure_decide, measure_products, measure_step):
+    for measure in (measure_page_in, measure_dispatch, measure_products, measure_step):
         name = measure.__name__.removeprefix("measure_")
         found[name] = measure()
         print(name, json.dumps(found[name], indent=1), flush=True)

@@ -163,7 +163,7 @@ class Device:
 
 
 def compute(sets: FrameSets, experts: Sequence[np.ndarray]) -> FrameSets:
-    """What the device makes of the sets: `kernels.residency.decide`."""
+    """What the device makes of the sets: `kernels.dispatch`."""
     owners, keys = sets.owners.copy(), sets.keys.copy()
     for layer, wanted in enumerate(experts):
         size = sets.sizes[layer]

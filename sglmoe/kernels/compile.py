@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sglmoe.kernels import blocks, mailbox, page_in, residency
+from sglmoe.kernels import blocks, dispatch, mailbox, page_in
 
 CAPABILITIES = (80, 89, 90)  # A100; L40S and RTX 4090; H100 and H200
 WARP_SIZE = 32
@@ -88,12 +88,19 @@ SPECIMENS = (
     ),
     *(
         Specimen(
-            residency.decide_kernel,
-            "*i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 i32 i32 i32 i32",
-            {"EXPERTS": experts, "FRAMES": frames, "IDS": residency.IDS_AT_A_TIME},
-            residency.num_warps(max(experts, frames)),
+            dispatch.dispatch_kernel,
+            " ".join(["*i32"] * 18 + ["i32"] * 5),
+            {
+                "EXPERTS": experts,
+                "FRAMES": frames,
+                "IDS": dispatch.ids_at_a_time(pairs, experts),
+                "BLOCK_TOKENS": rows,
+                "PAIRS": dispatch.PAIRS_AT_A_TIME,
+            },
+            dispatch.num_warps(max(experts, frames)),
         )
         for experts, frames in ((64, 64), (128, 64), (256, 256), (512, 512))
+        for pairs, rows in ((8, 16), (640, 64))
     ),
     Specimen(mailbox.post_kernel, "*i32 *i32 i32 i32 i32 i32 i32", num_warps=1),
     Specimen(
@@ -134,14 +141,14 @@ def cuobjdump() -> str:
 
 def compile_all(specimens: Iterable[Specimen]) -> bool:
     """Print a line for each kernel and GPU; whether none spills."""
-    print(f"{'kernel':44} {'sm':>3} {'registers':>9} {'shared bytes':>12} {'local bytes':>11}")
+    print(f"{'kernel':72} {'sm':>3} {'registers':>9} {'shared bytes':>12} {'local bytes':>11}")
     is_good = True
     for specimen, capability in itertools.product(specimens, CAPABILITIES):
         its = figures(compile_for(specimen, capability))
         is_good &= its.local_bytes == 0
         note = "" if its.local_bytes == 0 else "  spills"
         print(
-            f"{specimen.name:44} {capability:>3} {its.registers:>9} {its.shared_bytes:>12} "
+            f"{specimen.name:72} {capability:>3} {its.registers:>9} {its.shared_bytes:>12} "
             f"{its.local_bytes:>11}{note}"
         )
     return is_good

@@ -111,7 +111,7 @@ def post(mailbox: Mailbox, *, layer: int, expert: int, frame: int, step: int) ->
 
 def commit(mailbox: Mailbox, layer: int, state: DeviceResidency, *, step: torch.Tensor) -> None:
     """Put the frames of letters that have been posted for this step into the layer's set, to change hands after all that
-    it does not use; in front of its `decide`. `step`: int32 `[1]`, the number of the one that runs.
+    it does not use; in front of its `dispatch`. `step`: int32 `[1]`, the number of the one that runs.
 
     The set must have room for all of a step. May be captured.
     """

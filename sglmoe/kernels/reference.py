@@ -2,6 +2,7 @@
 
 import torch
 
+from sglmoe.kernels.dispatch import Dispatched
 from sglmoe.kernels.mailbox import Mailbox
 from sglmoe.kernels.residency import DeviceResidency, PageIns
 
@@ -59,14 +60,40 @@ def page_in(
         arena.view(-1, frame_bytes)[frame, : blocks.shape[1]] = blocks[source]
 
 
-def decide(
-    topk_ids: torch.Tensor, layer: int, *, state: DeviceResidency, page_ins: PageIns
-) -> None:
-    """See `residency.decide`."""
+def dispatch(
+    topk_ids: torch.Tensor,
+    layer: int,
+    *,
+    num_rows: torch.Tensor,
+    state: DeviceResidency,
+    page_ins: PageIns,
+    ids: torch.Tensor,
+    block_tokens: int,
+) -> Dispatched:
+    """See `dispatch.dispatch`; no more than what is in use."""
+    ids.copy_(topk_ids)
+    ids[int(num_rows) :] = -1
+    num_experts = state.frame_table.shape[1]
+    routed = [its if 0 <= its < num_experts else None for its in ids.flatten().tolist()]
+    bring_in({its for its in routed if its is not None}, layer, state, page_ins)
+    pairs: list[int] = []
+    frames: list[int] = []
+    for expert in [*range(num_experts), None]:
+        run = [pair for pair, its in enumerate(routed) if its == expert]
+        run += [len(routed)] * (-len(run) % block_tokens)
+        frame = ABSENT if expert is None else int(state.frame_table[layer, expert])
+        pairs += run
+        frames += [frame] * (len(run) // block_tokens)
+    return Dispatched(
+        *(torch.tensor(its, dtype=torch.int32) for its in (pairs, frames, [len(pairs)]))
+    )
+
+
+def bring_in(needed: set[int], layer: int, state: DeviceResidency, page_ins: PageIns) -> None:
+    """Make these experts residents, as far as there are places."""
     table, blocks = state.frame_table[layer], state.block_of[layer]
     owners, keys = state.set_owners[layer], state.set_keys[layer]
     used, size = int(state.used_key), int(state.set_sizes[layer])
-    needed = {expert for expert in topk_ids.flatten().tolist() if 0 <= expert < len(table)}
     for place in range(size):
         if int(owners[place]) in needed:
             keys[place] = used

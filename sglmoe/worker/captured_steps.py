@@ -1,7 +1,7 @@
 """Decode steps that are one CUDA graph each: memory lends every layer a set of frames, the device pages within it.
 
 Before a step the host uploads who is where and what may be replaced; the captured layers make residents of what their routers
-choose, without it (`kernels/residency.py`); behind the step the host reads back what became of the sets. Which steps can run so
+choose, without it (`kernels/dispatch.py`); behind the step the host reads back what became of the sets. Which steps can run so
 is known before they do: every layer has a frame for each expert that it might need, and host memory has all experts. No GPU has
 run this.
 """
@@ -20,7 +20,7 @@ from sglmoe.errors.budgets import (
     full_graphs_need_plain_experts,
     full_graphs_need_whole_vectors,
 )
-from sglmoe.kernels import residency
+from sglmoe.kernels.dispatch import Dispatched, dispatch
 from sglmoe.kernels.mailbox import Mailbox, commit
 from sglmoe.kernels.page_in import VECTOR_BYTES, page_in
 from sglmoe.kernels.residency import DeviceResidency, PageIns
@@ -47,19 +47,24 @@ class LayerKernels(Protocol):
     ) -> None:
         """See `mailbox.commit`."""
 
-    def decide(
-        self, topk_ids: torch.Tensor, layer: int, *, state: DeviceResidency, page_ins: PageIns
-    ) -> None:
-        """See `residency.decide`."""
+    def dispatch(
+        self,
+        routing: Routed,
+        *,
+        num_rows: torch.Tensor,
+        state: DeviceResidency,
+        page_ins: PageIns,
+        ids: torch.Tensor,
+    ) -> Any:
+        """See `dispatch.dispatch`: what `forward` takes of it."""
 
     def page_in(self, page_ins: PageIns) -> None:
         """Copy these blocks of host memory into these frames."""
 
     def forward(
-        self, routing: Routed, weights: torch.Tensor, *, frame_table: torch.Tensor, config: Any
+        self, routing: Routed, weights: torch.Tensor, dispatched: Any, *, config: Any
     ) -> torch.Tensor:
-        """The layer's output, `[rows, hidden]`, by the frame of each expert: int32 `[experts]`. Rows whose ids are
-        negative may have any."""
+        """The layer's output, `[rows, hidden]`, zeros for rows that pad the step."""
 
 
 class TritonKernels:
@@ -67,7 +72,6 @@ class TritonKernels:
     frames."""
 
     commit = staticmethod(commit)
-    decide = staticmethod(residency.decide)
 
     def __init__(
         self, blocks: torch.Tensor, arena: torch.Tensor, *, frame_bytes: int, experts: PagedExperts
@@ -77,6 +81,25 @@ class TritonKernels:
         self._arena = arena
         self._frame_bytes = frame_bytes
         self._grouped = experts.grouped
+
+    def dispatch(
+        self,
+        routing: Routed,
+        *,
+        num_rows: torch.Tensor,
+        state: DeviceResidency,
+        page_ins: PageIns,
+        ids: torch.Tensor,
+    ) -> Dispatched:
+        return dispatch(
+            routing.ids,
+            routing.layer,
+            num_rows=num_rows,
+            state=state,
+            page_ins=page_ins,
+            ids=ids,
+            block_tokens=self._grouped.block_tokens(routing.hidden, routing.ids),
+        )
 
     def page_in(self, page_ins: PageIns) -> None:
         page_in(
@@ -89,12 +112,10 @@ class TritonKernels:
         )
 
     def forward(
-        self, routing: Routed, weights: torch.Tensor, *, frame_table: torch.Tensor, config: Any
+        self, routing: Routed, weights: torch.Tensor, dispatched: Dispatched, *, config: Any
     ) -> torch.Tensor:
         hidden, ids = routing.hidden, routing.ids
-        return self._grouped.forward_by_table(
-            hidden, weights, ids, frame_table=frame_table, config=config
-        )
+        return self._grouped.forward_dispatched(hidden, weights, ids, dispatched, config=config)
 
 
 class CapturedSteps:
@@ -128,7 +149,6 @@ class CapturedSteps:
         self._running: deque[int] = deque(maxlen=IN_FLIGHT)  # numbers of those not taken back
         self._has_blocks = False  # of all experts, and the device knows them
         self._is_queued_back = False
-        self._rows = torch.arange(its.max_rows, dtype=torch.int32, device=device)
         # What each layer has chosen, -1 for rows that pad the step: the kernels' copy, and the host's to read.
         self._ids = torch.full(
             (its.num_layers, its.max_rows, its.top_k), -1, dtype=torch.int32, device=device
@@ -147,21 +167,21 @@ class CapturedSteps:
 
     def compute(self, routing: Routed, weights: torch.Tensor, *, config: Any) -> torch.Tensor:
         """The layer's output `[rows, hidden]`, zeros for rows that pad the step: no expert comes for them."""
-        layer, num_rows = routing.layer, len(routing.ids)
-        is_padding = (self._rows[:num_rows] >= self._state.num_rows).unsqueeze(1)
-        ids = self._ids[layer, :num_rows]
-        ids.copy_(routing.ids).masked_fill_(is_padding, -1)
-        routing = Routed(layer, ids, routing.logits, routing.hidden)
-        kernels, state = self._kernels, self._state.residency
-        if self.letters is not None and self._mirror is not None:
-            self._mirror.copy(routing, self._state.number)
-            kernels.commit(self.letters.mailbox, layer, state, step=self._state.number)
-        kernels.decide(ids, layer, state=state, page_ins=self._page_ins)
-        kernels.page_in(self._page_ins)
-        output = kernels.forward(
-            routing, weights, frame_table=state.frame_table[layer], config=config
+        layer, kernels = routing.layer, self._kernels
+        ids, state, number = self._ids[layer, : len(routing.ids)], self._state, self._state.number
+        if self.letters is not None:
+            kernels.commit(self.letters.mailbox, layer, state.residency, step=number)
+        dispatched = kernels.dispatch(
+            routing,
+            num_rows=state.num_rows,
+            state=state.residency,
+            page_ins=self._page_ins,
+            ids=ids,
         )
-        return output.masked_fill_(is_padding, 0)
+        if self._mirror is not None:
+            self._mirror.copy(Routed(layer, ids, routing.logits, routing.hidden), number)
+        kernels.page_in(self._page_ins)
+        return kernels.forward(routing, weights, dispatched, config=config)
 
     # ------------------------------------------------------------------------------------------------ while serving
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from sglmoe.kernels.blocks import wave_blocks
+from sglmoe.kernels.dispatch import Dispatched
 from sglmoe.memory.expert_layout import W4A16, BlockFp8, Plain
 from sglmoe.memory.experts import ABSENT, ExpertIds
 from sglmoe.worker.frame_views import FrameViews
@@ -63,10 +64,24 @@ def quantised(views: FrameViews) -> Quantised:
     return Quantised(weights, UNQUANTISED | {kind: True}, scales, block, WITHOUT_SUM)
 
 
+class Settings(NamedTuple):
+    """How SGLang computes, tuned for the number of rows: what its sequence takes, in order."""
+
+    config: dict[str, Any]
+    down_config: dict[str, Any] | None
+    down_moe_use_tma: bool
+    up_moe_use_tma: bool
+
+    @property
+    def block_tokens(self) -> int:
+        """Rows of one expert that are a block."""
+        return int(self.config["BLOCK_SIZE_M"])
+
+
 class Aligned(NamedTuple):
     """What SGLang makes of a routing: how to compute, and rows sorted by expert, in blocks of one expert each."""
 
-    settings: list[Any]  # tuned for the number of rows
+    settings: Settings
     rows: torch.Tensor
     experts: torch.Tensor  # of each block
     num_padded: torch.Tensor
@@ -86,6 +101,7 @@ class GroupedExperts:
             torch.empty(num_experts, *its.shape[1:], dtype=its.dtype, device="meta")
             for its in (self._w13, self._w2)
         ]
+        self._settings: dict[tuple[int, int], Settings] = {}  # by rows and experts a row
 
     def forward(
         self,
@@ -113,32 +129,44 @@ class GroupedExperts:
                 torch.where((table[ids.long()] >= 0).unsqueeze(-1), computed, outputs, out=outputs)
         return self._combine(outputs, hidden, config)
 
-    def forward_by_table(
+    def block_tokens(self, hidden: torch.Tensor, ids: torch.Tensor) -> int:
+        """Of the blocks that `forward_dispatched` takes, for a step of this shape. The first time it aligns something that is
+        thrown away; SGLang computes each size before it captures it, so that is in no graph."""
+        return self._settings_for(hidden, ids).block_tokens
+
+    def forward_dispatched(
         self,
         hidden: torch.Tensor,
         weights: torch.Tensor,
         ids: torch.Tensor,
+        dispatched: Dispatched,
         *,
-        frame_table: torch.Tensor,
         config: Any,
     ) -> torch.Tensor:
-        """The same in one wave and without the host, to be captured. `frame_table`: int32 `[num_experts]` on the device;
-        rows whose ids are negative mean nothing."""
-        aligned = self._align(hidden, ids)
-        outputs = self._compute(hidden, weights, ids, aligned, frame_table, config)
+        """The same in one wave and without the host, to be captured: blocks know their frames. `ids`: for their shape."""
+        blocks = dispatched.pairs, dispatched.frames, dispatched.num_padded
+        settings = self._settings_for(hidden, ids)
+        outputs = self._sequence(hidden, weights, ids, blocks, settings, config)
         return self._combine(outputs, hidden, config)
+
+    def _settings_for(self, hidden: torch.Tensor, ids: torch.Tensor) -> Settings:
+        """SGLang looks them up by shapes alone, and aligns in the same breath: ids that are experts', as it checks none."""
+        shape = (len(hidden), ids.shape[1])
+        if shape not in self._settings:
+            self._settings[shape] = self._align(hidden, torch.zeros_like(ids)).settings
+        return self._settings[shape]
 
     def _align(self, hidden: torch.Tensor, ids: torch.Tensor) -> Aligned:
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
-        *settings, rows, experts, num_padded = fused_moe._prepare_fused_moe_run(
+        config, down_config, down_tma, up_tma, *aligned = fused_moe._prepare_fused_moe_run(
             hidden,
             *self._stock,
             ids,
             block_shape=self._quantised.block_shape,
             **self._quantised.kinds,
         )
-        return Aligned(settings, rows, experts, num_padded)
+        return Aligned(Settings(config, down_config, down_tma, up_tma), *aligned)
 
     def _compute(
         self,
@@ -155,7 +183,7 @@ class GroupedExperts:
             aligned.experts,
             aligned.num_padded,
             frame_table=table,
-            block_tokens=aligned.settings[0]["BLOCK_SIZE_M"],
+            block_tokens=aligned.settings.block_tokens,
             num_pairs=ids.numel(),
         )
         output: torch.Tensor = self._sequence(
@@ -186,7 +214,7 @@ class GroupedExperts:
         weights: torch.Tensor,
         ids: torch.Tensor,
         blocks: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        settings: list[Any],
+        settings: Settings,
         config: Any,
     ) -> Any:
         """Weighted outputs of the blocks' rows, `[tokens, top_k, hidden]`; other rows mean nothing."""

@@ -165,12 +165,17 @@ class RecordedKernels:
 
         as_one(commit, (*asdict(mailbox).values(), *asdict(state).values(), step))
 
-    def decide(self, topk_ids: torch.Tensor, layer: int, *, state: Any, page_ins: Any) -> None:
-        def decide() -> torch.Tensor:
-            reference.decide(topk_ids, layer, state=state, page_ins=page_ins)
+    def dispatch(self, routing: Any, **its: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids, -1 for rows that pad the step, and frames: blocks are of no use to a layer that computes expert by expert."""
+        state, layer = its["state"], routing.layer
+
+        def dispatch() -> torch.Tensor:
+            reference.dispatch(routing.ids, layer, block_tokens=1, **its)
             return cast("torch.Tensor", state.frame_table)
 
-        as_one(decide, (topk_ids, *asdict(state).values(), *asdict(page_ins).values()))
+        written = (*asdict(state).values(), *asdict(its["page_ins"]).values(), its["ids"])
+        as_one(dispatch, (routing.ids, its["num_rows"], *written))
+        return its["ids"], state.frame_table[layer]
 
     def page_in(self, page_ins: Any) -> None:
         its = asdict(page_ins)
@@ -182,12 +187,12 @@ class RecordedKernels:
         as_one(page_in, (self._where["arena"], *its.values()))
 
     def forward(
-        self, routing: Any, weights: torch.Tensor, *, frame_table: torch.Tensor, config: Any
+        self, routing: Any, weights: torch.Tensor, dispatched: Any, *, config: Any
     ) -> torch.Tensor:
-        ids, hidden = routing.ids, routing.hidden
+        (ids, frame_table), hidden = dispatched, routing.hidden
 
         def forward() -> torch.Tensor:
-            output = torch.full_like(hidden, torch.nan)
+            output = torch.zeros_like(hidden)
             num_rows = int((ids[:, 0] >= 0).sum())
             if num_rows:
                 self._experts._frame_table = {routing.layer: frame_table.numpy()}

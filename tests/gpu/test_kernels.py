@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sglmoe.demo_model import DEMO_MODEL
-from sglmoe.kernels import blocks, mailbox, page_in, reference, residency
+from sglmoe.kernels import blocks, dispatch, mailbox, page_in, reference, residency
 from sglmoe.memory.device_transfer import page_lock
 from sglmoe.memory.host_tier import page_locked
 
@@ -34,6 +34,9 @@ OFF = (
     "apply_router_weight_on_input",
     "filter_expert",
 )
+
+
+Blocks = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # as SGLang's sequence takes them
 
 
 def ints(values: object) -> torch.Tensor:
@@ -82,9 +85,11 @@ def test_page_in_beyond_2_31_words() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_decide(seed: int) -> None:
+def test_dispatch(seed: int) -> None:
+    """One row, or as many as are compared and written in several goes; some pad the step, and some ids are none."""
     random = torch.Generator().manual_seed(seed)
-    num_experts, max_frames = 128 if seed % 2 else 60, 48
+    num_experts, max_frames = (60, 128, 256, 512)[seed % 4], 48
+    rows, block_tokens = (1, 5, 64)[seed % 3], (16, 64)[seed % 2]
     state = residency.DeviceResidency.empty(2, num_experts, max_frames, DEVICE)
     state.set_frames.copy_(torch.randperm(2 * max_frames, generator=random).view(2, -1))
     state.set_sizes.copy_(torch.tensor([max_frames, max_frames // 2]))
@@ -98,14 +103,23 @@ def test_decide(seed: int) -> None:
         state.used_key.add_(1)
         expected.used_key.add_(1)
         for layer in range(2):
-            ids = torch.randint(-1, num_experts, (5, TOP_K), generator=random).to(torch.int32)
-            residency.decide(ids.to(DEVICE), layer, state=state, page_ins=out)
-            reference.decide(ids, layer, state=expected, page_ins=expected_out)
+            ids = torch.randint(-1, num_experts + 1, (rows, TOP_K), generator=random)
+            num_rows = torch.randint(0, rows + 1, (1,), generator=random).to(torch.int32)
+            its, wanted = {"block_tokens": block_tokens}, {"block_tokens": block_tokens}
+            its |= {"num_rows": num_rows.to(DEVICE), "state": state, "page_ins": out}
+            wanted |= {"num_rows": num_rows, "state": expected, "page_ins": expected_out}
+            its["ids"] = torch.empty(rows, TOP_K, dtype=torch.int32, device=DEVICE)
+            wanted["ids"] = torch.empty(rows, TOP_K, dtype=torch.int32)
+            got = dispatch.dispatch(ids.to(DEVICE), layer, **its)
+            dispatched = reference.dispatch(ids, layer, **wanted)
             assert_same(state, expected)
+            assert torch.equal(its["ids"].cpu(), wanted["ids"])
             count = int(expected_out.count)
             assert int(out.count) == count
             assert torch.equal(out.sources[:count].cpu(), expected_out.sources[:count])
             assert torch.equal(out.frames[:count].cpu(), expected_out.frames[:count])
+            for name, used in msgspec.structs.asdict(dispatched).items():
+                assert torch.equal(getattr(got, name)[: len(used)].cpu(), used), name
 
 
 def test_a_letter_carries_the_bytes_that_were_copied_before_it() -> None:
@@ -200,9 +214,10 @@ class Layer:
         self,
         weights: torch.Tensor,
         ids: torch.Tensor,
-        map_ids: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] | None = None,
+        place: Callable[[Blocks, int], Blocks] | None = None,
     ) -> torch.Tensor:
-        """SGLang's sequence up to the sum, `[T, k, hidden]`: stock weights, or frames where block ids are mapped."""
+        """SGLang's sequence up to the sum, `[T, k, hidden]`: stock weights, or frames. `place`: from sorted ids, the expert of
+        each block, how many are in use, and a block's rows, to the same with frames."""
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
         config, down_config, down_tma, up_tma, rows, experts, padded = (
@@ -219,9 +234,9 @@ class Layer:
                 block_shape=None,
             )
         )
-        w13, w2 = self.w13, self.w2
-        if map_ids is not None:
-            experts = map_ids(experts, padded, config["BLOCK_SIZE_M"])
+        w13, w2, placed = self.w13, self.w2, (rows, experts, padded)
+        if place is not None:
+            placed = place(placed, config["BLOCK_SIZE_M"])
             w13, w2 = self.frames13, self.frames2
         nothing = dict.fromkeys(NOTHING)
         off = dict.fromkeys(OFF, False)
@@ -231,9 +246,7 @@ class Layer:
             w2,
             weights,
             ids,
-            rows,
-            experts,
-            padded,
+            *placed,
             config,
             down_config,
             down_tma,
@@ -267,15 +280,18 @@ def test_frames_give_the_stock_layers_bits(num_tokens: int) -> None:
     layer.frames13[table.long()] = layer.w13
     layer.frames2[table.long()] = layer.w2
     weights, ids = layer.route(num_tokens)
-    from_frames = layer.compute(
-        weights, ids, lambda experts, padded, rows: blocks.map_blocks(experts, padded, table, rows)
-    )
+
+    def place(placed: Blocks, block_tokens: int) -> Blocks:
+        rows, experts, padded = placed
+        return rows, blocks.map_blocks(experts, padded, table, block_tokens), padded
+
+    from_frames = layer.compute(weights, ids, place)
     assert torch.equal(from_frames, layer.compute(weights, ids))
 
 
 @pytest.mark.usefixtures("server_args")
 def test_a_captured_layer_pages_in_what_each_replay_needs() -> None:
-    """Two tokens, frames for 16 of 32 experts: decision, page-in, block ids and both products in one graph."""
+    """Two tokens, frames for 16 of 32 experts: dispatch, page-in and both products in one graph."""
     num_frames = 2 * TOP_K
     layer = Layer(num_frames, 2)
     host = torch.cat([layer.w13.reshape(EXPERTS, -1), layer.w2.reshape(EXPERTS, -1)], dim=1)
@@ -287,9 +303,18 @@ def test_a_captured_layer_pages_in_what_each_replay_needs() -> None:
     out = new_page_ins(num_frames)
     weights, ids = layer.route(2)
 
-    def step() -> torch.Tensor:
-        state.used_key.add_(1)
-        residency.decide(ids, 0, state=state, page_ins=out)
+    num_rows, written = ints([2]), torch.empty_like(ids)
+
+    def place(_: Blocks, block_tokens: int) -> Blocks:
+        its = dispatch.dispatch(
+            ids,
+            0,
+            num_rows=num_rows,
+            state=state,
+            page_ins=out,
+            ids=written,
+            block_tokens=block_tokens,
+        )
         page_in.page_in(
             host,
             layer.arena.view(torch.uint8),
@@ -298,12 +323,11 @@ def test_a_captured_layer_pages_in_what_each_replay_needs() -> None:
             frames=out.frames,
             count=out.count,
         )
-        table = state.frame_table[0]
-        return layer.compute(
-            weights,
-            ids,
-            lambda experts, padded, rows: blocks.map_blocks(experts, padded, table, rows),
-        )
+        return its.pairs, its.frames, its.num_padded
+
+    def step() -> torch.Tensor:
+        state.used_key.add_(1)
+        return layer.compute(weights, ids, place)
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()

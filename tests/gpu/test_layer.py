@@ -1,4 +1,5 @@
-"""What serves on CUDA: a layer out of frames, in waves, has the bits of SGLang's own. Skipped without a GPU.
+"""What serves on CUDA: a layer out of frames, in waves or dispatched on the device, has the bits of SGLang's own. Skipped
+without a GPU.
 
 Sizes are those of Qwen3-30B-A3B's layers, in bf16, fp8, GPTQ and AWQ, with fewer experts.
 """
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.kernels.dispatch import Dispatched, dispatch
+from sglmoe.kernels.residency import DeviceResidency, PageIns
 from sglmoe.memory.arena import plan_geometry
 from sglmoe.memory.expert_layout import W4A16, BlockFp8, ExpertFormat, Plain, plan_layout
 from sglmoe.worker.frame_views import FrameViews
@@ -55,6 +58,23 @@ def random_tensor(name: str, dtype: str, shape: tuple[int, int]) -> torch.Tensor
     return (values if dtype.startswith("float8") else values * 0.02).to(getattr(torch, dtype))
 
 
+def dispatch_all(
+    ids: torch.Tensor, table: torch.Tensor, num_rows: int, block_tokens: int
+) -> Dispatched:
+    """All experts are where the table says."""
+    state = DeviceResidency.empty(1, EXPERTS, EXPERTS, DEVICE)
+    state.frame_table.copy_(table.view(1, -1))
+    return dispatch(
+        ids,
+        0,
+        num_rows=torch.tensor([num_rows], dtype=torch.int32, device=DEVICE),
+        state=state,
+        page_ins=PageIns(*(torch.zeros_like(its) for its in (table, table, table[:1]))),
+        ids=torch.empty_like(ids),
+        block_tokens=block_tokens,
+    )
+
+
 @pytest.mark.parametrize(
     "its",
     [
@@ -68,7 +88,7 @@ def random_tensor(name: str, dtype: str, shape: tuple[int, int]) -> torch.Tensor
 )
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 600])
 @pytest.mark.usefixtures("server_args")
-def test_waves_give_the_stock_layers_bits(num_tokens: int, its: ExpertFormat) -> None:
+def test_frames_give_the_stock_layers_bits(num_tokens: int, its: ExpertFormat) -> None:
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
     torch.manual_seed(3)
@@ -91,7 +111,8 @@ def test_waves_give_the_stock_layers_bits(num_tokens: int, its: ExpertFormat) ->
     weights, ids = torch.rand(num_tokens, EXPERTS, device=DEVICE).topk(TOP_K)
     ids = ids.to(torch.int32)
     needed = ids.unique().cpu().numpy()
-    output = GroupedExperts(views, EXPERTS).forward(
+    grouped = GroupedExperts(views, EXPERTS)
+    output = grouped.forward(
         hidden,
         weights,
         ids,
@@ -110,3 +131,8 @@ def test_waves_give_the_stock_layers_bits(num_tokens: int, its: ExpertFormat) ->
     matrices = [stock.get(f"{w}_weight", stock.get(f"{w}_qweight")) for w in MATRICES.values()]
     expected = fused_moe.fused_experts_impl(hidden.clone(), *matrices, weights, ids, **options)
     assert torch.equal(output, expected)
+    num_real = max(1, num_tokens - 3)  # the others pad the step
+    dispatched = dispatch_all(ids, table, num_real, grouped.block_tokens(hidden, ids))
+    output = grouped.forward_dispatched(hidden, weights, ids, dispatched, config=CONFIG)
+    assert torch.equal(output[:num_real], expected[:num_real])
+    assert not output[num_real:].any()

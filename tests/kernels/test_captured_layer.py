@@ -29,6 +29,7 @@ from sglmoe.worker.routed import Routed
 from sglmoe.worker.step_state import Sizes
 
 MAX_ROWS, TOP_K = 4, 2
+NO_EXPERT = 999  # what a router makes of a row without numbers
 FP8 = BlockFp8(16, 32)  # an expert has to have a multiple of 16 bytes
 
 
@@ -68,7 +69,8 @@ def steps_of(layer: Layer) -> CapturedSteps:
 def test_lent_frames_give_the_stock_layers_bits(
     num_frames: int, num_rows: int, its: ExpertFormat
 ) -> None:
-    """Frames are as few as can be lent for so many rows; the step has four, and those that pad it get zeros."""
+    """Frames are as few as can be lent for so many rows; the step has four, and those that pad it get zeros, whatever is in
+    them."""
     layer = Layer(num_frames, its)
     steps = steps_of(layer)
     random = torch.Generator().manual_seed(2)
@@ -77,10 +79,13 @@ def test_lent_frames_give_the_stock_layers_bits(
         weights, ids = torch.rand(MAX_ROWS, NUM_EXPERTS, generator=random).topk(TOP_K)
         ids = ids.to(torch.int32)
         stock = stock_layer(layer, hidden, weights, ids, inplace=True, filter_expert=False)
+        hidden[num_rows:], weights[num_rows:] = torch.nan, torch.nan
         layer.memory.begin_step()
         with steps.lent(num_rows) as is_lent:
             assert is_lent
-            routing = Routed(0, ids.clone(), torch.empty(0), hidden)
+            chosen = ids.clone()
+            chosen[num_rows:] = NO_EXPERT
+            routing = Routed(0, chosen, torch.empty(0), hidden)
             output = steps.compute(routing, weights, config=config(None))
             steps.queued()
         assert torch.equal(output[:num_rows], stock[:num_rows])

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglmoe.kernels.dispatch import Dispatched, dispatch
 from sglmoe.kernels.mailbox import Mailbox, commit, post
 from sglmoe.kernels.page_in import page_in
-from sglmoe.kernels.residency import DeviceResidency, PageIns, decide
+from sglmoe.kernels.residency import DeviceResidency, PageIns
 
 NUM_LAYERS, NUM_EXPERTS, NUM_FRAMES, ROOM, FRAME_BYTES = 2, 5, 9, 3, 16
 
@@ -117,7 +118,16 @@ class Machine:
         commit(self.mailbox, layer, state, step=self.number)
         self.arrive()
         before = int(state.shortfall)
-        decide(torch.tensor(ids, dtype=torch.int32), layer, state=state, page_ins=self.page_ins)
+        routed = torch.tensor([ids], dtype=torch.int32)
+        dispatched = dispatch(
+            routed,
+            layer,
+            num_rows=torch.ones(1, dtype=torch.int32),
+            state=state,
+            page_ins=self.page_ins,
+            ids=torch.empty_like(routed),
+            block_tokens=1,
+        )
         self.arrive()
         page_in(
             self.blocks,
@@ -129,10 +139,21 @@ class Machine:
             num_programs=1,
         )
         self.arrive()
+        self.check_blocks(dispatched, layer, ids)
         needed = {expert for expert in ids if expert >= 0}
         absent = {expert for expert in needed if state.frame_table[layer, expert] < 0}
         assert len(absent) == int(state.shortfall) - before
         assert len(needed) <= int(state.set_sizes[layer]) or absent
+
+    def check_blocks(self, dispatched: Dispatched, layer: int, ids: list[int]) -> None:
+        """What the layer reads for each pair, a block each: its expert's bytes, or zeros."""
+        pairs = dispatched.pairs[: int(dispatched.num_padded)].tolist()
+        assert sorted(pairs) == list(range(len(ids)))
+        for pair, frame in zip(pairs, dispatched.frames.tolist(), strict=False):
+            if frame >= 0:
+                assert self.frames[frame].eq(layer * NUM_EXPERTS + ids[pair]).all()
+            else:
+                assert ids[pair] < 0 or self.state.frame_table[layer, ids[pair]] < 0
 
     def check(self) -> None:
         """Residents' bytes are in their frames, and each frame is in one place."""

@@ -31,6 +31,16 @@ WAITING = {
     aten.bincount.default,
 }
 COPIES = {aten._to_copy.default, aten.copy_.default}
+# Which queue nothing on the device, beside views.
+NO_LAUNCH = {
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten._unsafe_view,
+    aten.lift_fresh,
+}
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 
 
@@ -78,6 +88,9 @@ class Device(TorchDispatchMode):
         """Another thread's is the same device as `its`."""
         super().__init__()
         self.waits: list[str] = []  # of this thread for the device, in their order
+        self.launches: list[
+            str
+        ] = []  # of this thread: kernels, and operations that are one or a copy
         self.page_locked: list[range] = [] if its is None else its.page_locked  # addresses
         self._kept: list[torch.Tensor] = []  # whose addresses nothing else is to have
         # While something is captured: records a kernel, which is the first argument and reads and writes the others.
@@ -104,6 +117,8 @@ class Device(TorchDispatchMode):
             is_here = self._note_copy(func, args, kwargs, is_here)
         else:
             self._check(func, args, tensors, mine)
+        if (is_here or mine) and not (func.is_view or func.overloadpacket in NO_LAUNCH):
+            self.launches.append(func.overloadpacket.__name__)
         result = func(*tree_map(held, args), **tree_map(held, kwargs))
         if is_locked:
             self.keep_locked(result)
@@ -124,8 +139,9 @@ class Device(TorchDispatchMode):
             its.start <= start and start + memory.nbytes <= its.stop for its in self.page_locked
         )
 
-    def launch(self, kernel: Callable[[], object], *arguments: Any) -> None:
+    def launch(self, name: str, kernel: Callable[[], object], *arguments: Any) -> None:
         """A kernel that reads and writes these, now or whenever what is captured is replayed."""
+        self.launches.append(name)
         if self.capture is None:
             kernel()
         else:
@@ -313,7 +329,7 @@ def kernels_take_its_tensors(device: Device) -> Generator[None, None, None]:
             with one_at_a_time:
                 really_run(executor, *args, **kwargs)
 
-        device.launch(run_now, *args, *kwargs.values())
+        device.launch(executor.fn.__name__, run_now, *args, *kwargs.values())
 
     really_dot = InterpreterBuilder.create_dot
 

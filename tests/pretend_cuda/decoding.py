@@ -62,19 +62,24 @@ def decode(
     *,
     on_device: bool = True,
     backend: str = "disabled",
+    prompts: Sequence[list[int]] = PROMPTS,
+    spoils_padding: bool = False,
     foreseen: Decoded | None = None,
     num_packed: int = 0,
     **options: Any,
 ) -> Decoded:
-    """`num_packed`: so many frames hold packed experts, any that come by. `foreseen`: the same decoding; memory is asked for
-    experts that it used, at layers' boundaries."""
+    """`spoils_padding`: no numbers are where the KV of rows that pad a step would be, which nobody writes. `foreseen`: the same
+    decoding; memory is asked for experts that it used, at layers' boundaries. `num_packed`: so many frames hold packed experts,
+    any that come by."""
     with sglang_on_it() if on_device else nullcontext() as device:
         worker = load_worker(model_dir, device, backend, **options)
+        if spoils_padding:
+            spoil_padding(worker.loaded.runner.token_to_kv_pool)
         if num_packed:
             shape = worker.loaded.memory.frame_table.shape
             worker.loaded.memory.pack(num_packed, [*product(*map(range, shape))])
-        rids = [f"r{index}" for index in range(len(PROMPTS))]
-        for rid, prompt in zip(rids, PROMPTS, strict=True):
+        rids = [f"r{index}" for index in range(len(prompts))]
+        for rid, prompt in zip(rids, prompts, strict=True):
             logprobs = LogprobSpec(start=len(prompt), num_top=3, token_ids=None)
             worker.add(rid, prompt, num_tokens=STEPS + 1, logprobs=logprobs, routed_experts_start=0)
             prefill(worker, rid, prompt)
@@ -153,6 +158,11 @@ def load_worker(
     if worker.loaded.tier.blocks.nbytes >= worker.loaded.experts.store.total_bytes:
         wait_until(lambda: worker.loaded.tier.holds_all)  # its promoter fills it
     return worker
+
+
+def spoil_padding(pool: Any) -> None:
+    for buffer in (*pool.k_buffer, *pool.v_buffer):
+        buffer[0].fill_(np.nan)
 
 
 def prefill(worker: LoadedWorker, rid: str, prompt: list[int]) -> None:

@@ -98,7 +98,7 @@ def aligned_on(device: Device) -> Callable[..., tuple[torch.Tensor, ...]]:
             for place, its in zip(made, align_now(), strict=True):
                 place.copy_(its)
 
-        device.launch(align_again, ids, *made)
+        device.launch("moe_align_block_size", align_again, ids, *made)
         return tuple(CudaTensor(its) for its in made)
 
     return aligned
@@ -124,6 +124,6 @@ def stored_on(device: Device) -> Callable[..., None]:
             for rows, new in ((key_rows, keys), (value_rows, values)):
                 held(rows)[places[is_stored]] = held(new)[is_stored]
 
-        device.launch(store_now, keys, values, key_rows, value_rows, ids)
+        device.launch("store_cache", store_now, keys, values, key_rows, value_rows, ids)
 
     return store

@@ -94,3 +94,11 @@ def test_views_are_of_the_same_memory(device: Device) -> None:
     assert flat.count_nonzero().item() == 2
     torch.add(its, 1, out=its)
     assert its.sum().item() == 20
+
+
+def test_launches_are_seen(device: Device) -> None:
+    its = torch.zeros(4, device="cuda")
+    double[(1,)](its[1:], torch.empty_like(its), SIZE=2)
+    its.view(2, 2).add_(1).cpu()
+    torch.ones(4) + 1  # the host's
+    assert device.launches == ["zeros", "double", "add_", "_to_copy"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
-from decoding import STEPS, Budget, Decoded, decode, decode_ahead, logprobs_of, measure
+from decoding import PROMPTS, STEPS, Budget, Decoded, decode, decode_ahead, logprobs_of, measure
 from forking import run_in_fork
 
 pytestmark = pytest.mark.usefixtures("preloaded")
@@ -114,6 +114,30 @@ def test_the_host_waits_for_nothing_while_it_begins_a_step_behind_another(
     assert behind_it == behind_that == []
     assert len(finished) == 3  # tokens, log probabilities, and what has become of the frames
     assert its.violations == []
+
+
+def test_a_row_that_pads_a_step_may_hold_no_numbers(model_dir: Path, budget: Budget) -> None:
+    """One request in a graph for two: attention of the other row reads KV that nobody has written, so its router may say
+    anything."""
+    padded = run_in_fork(
+        decode,
+        model_dir,
+        backend="full",
+        prompts=PROMPTS[:1],
+        spoils_padding=True,
+        budget=budget.bytes(NUM_FRAMES, captures=True),
+        host_memory="8MB",
+    )
+    eager = run_in_fork(decode, model_dir, prompts=PROMPTS[:1])
+    assert padded.tokens == eager.tokens
+    routed, as_before = (
+        [[row.routed_experts for row in rows] for rows in its.rows] for its in (padded, eager)
+    )
+    assert routed == as_before
+    used, as_before = (its.memory.expert_hits + its.memory.expert_misses for its in (padded, eager))
+    assert used == as_before
+    assert padded.memory.lent_steps == STEPS
+    assert padded.violations == []
 
 
 @pytest.mark.parametrize("backend", ["disabled", "full"])

@@ -1,4 +1,4 @@
-"""What the device makes of frame sets in a step without the host: `mailbox.commit` and `residency.decide`, in Python."""
+"""What the device makes of frame sets in a step without the host: `mailbox.commit` and `dispatch.dispatch`, in Python."""
 
 from collections.abc import Sequence, Set
 from typing import NamedTuple

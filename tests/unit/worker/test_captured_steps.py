@@ -16,6 +16,7 @@ import torch
 from prefetched_memory import Memory
 
 from sglmoe.kernels import reference
+from sglmoe.kernels.dispatch import Dispatched
 from sglmoe.kernels.residency import PageIns
 from sglmoe.memory.experts import Load
 from sglmoe.memory.host_tier import HostTier
@@ -31,7 +32,6 @@ FRAME_BYTES, TOP_K, MAX_ROWS = 100, 2, 3
 
 class Kernels:
     commit = staticmethod(reference.commit)
-    decide = staticmethod(reference.decide)
 
     def __init__(self, blocks: torch.Tensor):
         self._blocks = blocks
@@ -43,11 +43,18 @@ class Kernels:
         self.paged_in += self._blocks[page_ins.sources[: int(page_ins.count)], 0].tolist()
         reference.page_in(self._blocks, self.frames.view(-1), frame_bytes=FRAME_BYTES, **its)
 
+    def dispatch(self, routing: Routed, **its: Any) -> Dispatched:
+        return reference.dispatch(routing.ids, routing.layer, block_tokens=2, **its)
+
     def forward(
-        self, routing: Routed, weights: torch.Tensor, *, frame_table: torch.Tensor, config: Any
+        self, routing: Routed, weights: torch.Tensor, dispatched: Dispatched, *, config: Any
     ) -> torch.Tensor:
-        frames = frame_table[routing.ids.clamp(min=0)]
-        return self.frames[frames, 0].float().masked_fill(routing.ids < 0, torch.nan)
+        """What the GEMM reads: a block's frame, and nothing where it has none."""
+        frames = dispatched.frames.repeat_interleave(2)
+        read = self.frames[frames, 0].float().masked_fill(frames < 0, 0)
+        outputs = torch.full((routing.ids.numel() + 1,), torch.nan)
+        outputs[dispatched.pairs.long()] = read
+        return outputs[:-1].view(routing.ids.shape)
 
 
 class Bench:
