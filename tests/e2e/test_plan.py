@@ -13,13 +13,14 @@ from sglmoe.checkpoint import read_json
 from sglmoe.config import Machine, Options
 from sglmoe.decode_graphs import GraphFlags
 from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.memory.staging import decoding_bytes
 from sglmoe.pack import main as pack_experts
 from sglmoe.plan.budgets import Demand
 from sglmoe.plan.cost_model import assumed_speeds, costs_of
 from sglmoe.plan.launch_plan import Question, decode_graphs, plan_launch
 from sglmoe.plan.machine_limits import Limits
 from sglmoe.plan.model_shape import ModelShape, read_model, shape_of
-from sglmoe.plan.packed import decoding_bytes_of
+from sglmoe.plan.packed import stored_bytes_of
 from sglmoe.plan.server_flags import ServerFlags
 
 pytestmark = pytest.mark.usefixtures("preloaded")
@@ -127,7 +128,7 @@ def test_the_plan_counts_what_decoding_packed_experts_takes(family: str, tmp_pat
     model = read_model(str(model_dir), device="cuda")
     loaded = run_in_fork(decoding_as_loaded, model_dir)
     assert 0 < loaded < 0.8 * 9 * model.shape.expert_bytes
-    assert decoding_bytes_of(model, "auto", "cuda") == loaded
+    assert decoding_bytes(stored_bytes_of(model, "auto", "cuda")) == loaded
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
