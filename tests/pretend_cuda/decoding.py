@@ -79,7 +79,7 @@ def decode(
                 "before_loading": lambda: record_graphs(device),
             }
         worker = LoadedWorker(model_dir, **options)
-        if worker.loaded.tier.blocks.nbytes >= worker.loaded.experts.store.total_bytes:
+        if len(worker.loaded.tier.blocks) == len(worker.loaded.experts.store.experts()):
             wait_until(lambda: worker.loaded.tier.holds_all)  # its promoter fills it
         if num_packed:
             shape = worker.loaded.memory.frame_table.shape
