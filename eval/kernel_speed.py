@@ -1,6 +1,7 @@
 """What the kernels cost on this GPU, each beside what it stands for: `python -m eval.kernel_speed [OUT.json]`.
 
 page-in    bytes a second from page-locked memory into frames, against the driver's copy of as many experts
+packed     the same of packed experts, with experts a second, against plain ones
 decide     microseconds to decide for one layer, by routed ids: nothing missing, and all missing
 products   SGLang's grouped GEMM on frames in random order, against contiguous weights; whether the bits are the same
 step       microseconds of 48 captured layers that decide, page nothing in and look frames up as full graphs do: what it adds
@@ -22,6 +23,9 @@ import triton.language as tl
 
 from eval.servers import describe_run
 from sglmoe.kernels.blocks import map_blocks, wave_blocks
+from sglmoe.kernels.exponent_codec.encode import encode
+from sglmoe.kernels.exponent_codec.layout import read_layout
+from sglmoe.kernels.exponent_codec.page_in_packed import PackedBlocks, page_in_packed
 from sglmoe.kernels.page_in import page_in
 from sglmoe.kernels.residency import DeviceResidency, PageIns, decide
 
@@ -72,6 +76,35 @@ def measure_page_in() -> dict[str, Any]:
         found[f"{num_experts} experts"] = {
             name: num_bytes / spent / 1e3 for name, spent in row.items()
         }
+    return found
+
+
+def measure_page_in_packed() -> dict[str, Any]:
+    """By number of experts, and of programs that decode."""
+    part_bytes = EXPERT_BYTES // 3
+    parts = [encode(torch.randn(part_bytes // 2).bfloat16()) for _ in range(3)]
+    blocks = torch.cat(parts).repeat(64, 1).pin_memory()
+    its = PackedBlocks.empty([(part_bytes * part, part_bytes) for part in range(3)], 64, "cuda")
+    starts = [0, len(parts[0]), len(parts[0]) + len(parts[1])]
+    num_escapes = [read_layout(part.numpy()).num_escapes for part in parts]
+    its.stored.copy_(ints(list(zip(starts, num_escapes, strict=True))))
+    plain = torch.randint(0, 256, (64, EXPERT_BYTES), dtype=torch.uint8).pin_memory()
+    arena = torch.empty(NUM_FRAMES * EXPERT_BYTES, dtype=torch.uint8, device="cuda")
+    where = {"sources": ints(range(64)), "frames": ints(torch.randperm(NUM_FRAMES)[:64])}
+    found: dict[str, Any] = {}
+    for num_experts in (1, 4, 16, 64):
+        loads = {"frame_bytes": EXPERT_BYTES, **where, "count": ints([num_experts])}
+        row = {"plain": (EXPERT_BYTES, partial(page_in, plain, arena, **loads))}
+        for programs in (128, 256, 512, 1024):
+            decode = partial(page_in_packed, blocks, arena, its=its, **loads)
+            row[f"{programs} programs"] = blocks.shape[1], partial(decode, num_programs=programs)
+        found[f"{num_experts} experts"] = its_rows = {}
+        for name, (num_bytes, work) in row.items():
+            experts_a_second = 1e6 * num_experts / microseconds(work)
+            its_rows[name] = {
+                "GB/s": 1e-9 * num_bytes * experts_a_second,
+                "experts/s": experts_a_second,
+            }
     return found
 
 
@@ -213,7 +246,13 @@ def described() -> dict[str, Any]:
 
 def main() -> None:
     found = {**described(), "triton": triton.__version__}
-    for measure in (measure_page_in, measure_decide, measure_products, measure_step):
+    for measure in (
+        measure_page_in,
+        measure_page_in_packed,
+        measure_decide,
+        measure_products,
+        measure_step,
+    ):
         name = measure.__name__.removeprefix("measure_")
         found[name] = measure()
         print(name, json.dumps(found[name], indent=1), flush=True)

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 
 from sglmoe.memory.expert_layout import Plain
+from sglmoe.memory.staging import slot_bytes
 from sglmoe.packed_checkpoint import PackedLayer, find_layers
 from sglmoe.plan.model_shape import Model, ModelShape
 
@@ -31,6 +32,6 @@ def stored_expert_bytes(layers: list[PackedLayer], shape: ModelShape) -> int:
     for tensor in (tensor for layer in layers for tensor in layer.index.tensors):
         match = EXPERT.search(tensor.name)
         if match and int(match[1]) < shape.num_layers:  # one beyond predicts, and is not served
-            saved[match[1], match[2]] += tensor.num_bytes - tensor.packed_bytes
+            saved[match[1], match[2]] += tensor.num_bytes - slot_bytes(tensor.packed_bytes)
     others = [0] if len(saved) < shape.all_experts else []
     return shape.expert_bytes - min([*saved.values(), *others])

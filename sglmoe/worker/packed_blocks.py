@@ -1,4 +1,4 @@
-"""Where the tensors of experts lie in blocks of host memory that hold them as they are stored, for a device that decodes them."""
+"""Where tensors lie in blocks of host memory that hold experts as they are stored, for a device that decodes them."""
 
 import numpy as np
 import numpy.typing as npt

@@ -147,7 +147,13 @@ class RecordedKernels:
     at_boundary: ClassVar[Callable[[int], None] | None] = None
 
     def __init__(
-        self, blocks: torch.Tensor, arena: torch.Tensor, *, frame_bytes: int, experts: Any, packed: Any
+        self,
+        blocks: torch.Tensor,
+        arena: torch.Tensor,
+        *,
+        frame_bytes: int,
+        experts: Any,
+        packed: Any,
     ):
         self._where = {"blocks": blocks, "arena": arena, "frame_bytes": frame_bytes}
         self._page_in: Callable[..., None] = reference.page_in

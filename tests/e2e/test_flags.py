@@ -170,5 +170,7 @@ def test_steps_without_the_host_can_not_decode_packed_experts() -> None:
     check_steps_need_no_host(config)
     for share in (None, 0.3):
         packed = msgspec.structs.replace(config, packed_share=share)
-        with pytest.raises(ValueError, match="--packed-share: full graphs bring experts in from host"):
+        with pytest.raises(
+            ValueError, match="--packed-share: full graphs bring experts in from host"
+        ):
             check_steps_need_no_host(packed)

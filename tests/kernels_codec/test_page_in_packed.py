@@ -3,10 +3,11 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vast import vast_bytes
+from vast import last_bytes, vast_bytes
 
 from sglmoe.kernels import reference
 from sglmoe.kernels.exponent_codec.encode import encode
@@ -42,12 +43,14 @@ class Model(NamedTuple):
 
 
 def values_of(kind: str, num_values: int, seed: int) -> torch.Tensor:
-    """int16. `escapes`: in one tile a quarter of them."""
+    """int16. Each tile has exponents of its own; `escapes`: half of a tile has a quarter of others."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "noise":
         bits = torch.randint(-(2**15), 2**15, (num_values,), generator=generator)
         return bits.to(torch.int16)
-    values = torch.randn(num_values, generator=generator).bfloat16().view(torch.int16)
+    values = torch.randn(num_values, generator=generator)
+    values *= 2.0 ** (7 * (torch.arange(num_values) // TILE_VALUES % 5))
+    values = values.bfloat16().view(torch.int16)
     if kind == "escapes":
         tile = values[-TILE_VALUES // 2 :]
         some = torch.randperm(len(tile), generator=generator)[: len(tile) // 4]
@@ -137,6 +140,17 @@ def test_more_escapes_than_are_put_at_once_in_every_tile_of_a_group() -> None:
     model = Model([[values]], piece.view(1, -1), packed, 2 * num_values)
     loads = {"sources": ints(0), "frames": ints(1), "count": ints(1)}
     assert torch.equal(run(page_in_packed, model, 2, **loads, num_programs=1)[1], model.frame(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_read_behind_the_last_block(kind: str) -> None:
+    """Where no memory is; a group of tiles that is not full ends there."""
+    model = make_model([TILE_VALUES * (TILES_AT_ONCE + 1) - 8], [[kind]])
+    blocks = last_bytes(model.blocks.numel()).view(1, -1)
+    blocks.copy_(model.blocks)
+    loads = {"sources": ints(0), "frames": ints(0), "count": ints(1)}
+    frames = run(page_in_packed, model._replace(blocks=blocks), 1, **loads, num_programs=2)
+    assert torch.equal(frames[0], model.frame(0))
 
 
 def test_offsets_have_64_bits() -> None:

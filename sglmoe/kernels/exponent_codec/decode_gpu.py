@@ -102,4 +102,3 @@ def _load_uint32(place):
     word |= tl.load(place + 1).to(tl.uint32) << 8
     word |= tl.load(place + 2).to(tl.uint32) << 16
     return word | (tl.load(place + 3).to(tl.uint32) << 24)
-

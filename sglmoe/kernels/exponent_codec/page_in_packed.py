@@ -24,15 +24,16 @@ from sglmoe.units import ceil_div
 # What is asked of an expert's tensors and of frames: they begin and end at a multiple of so many bytes.
 VECTOR_BYTES = layout.ALIGN_BYTES
 NOT_CODED = -1  # in the place of a number of escapes: the bytes are the values
-# A program takes so many tiles of a tensor at a time: where their escapes begin, their bases and all their escapes are then a few
-# reads of neighbours instead of several of a few bytes for each. A link moves 32 bytes for whoever asks for one.
+# A link moves 32 bytes for whoever asks for one. So a program takes so many tiles of a tensor at a time: where their escapes
+# begin, their bases, and all their escapes are then a few reads of neighbours, where each tile would have several of its own.
 TILES_AT_ONCE = 4
 # For those of such tiles of Gaussian weights, 100, once is enough.
 ESCAPES_AT_ONCE = 128
-# One warp: of a row, 256 bytes, each thread has eight, so a warp asks for whole lines, and nobody reads a number twice that all
-# need. It waits for a tile, 2816 bytes, decodes it, and asks for the next; what fills the link is that many do. PCIe 5.0 moves
-# 110 KB within 2 us, so 40 would do if none ever decoded; these are four for each multiprocessor of a large GPU, one for each of
-# its schedulers, and a quarter of the threads of `page_in`. Arbitrary beyond that: no GPU has run it.
+# One warp: each thread has eight of a row's 256 bytes, so a warp asks for two whole lines (tensors end where one does, see
+# `memory/staging.py`), and no number that all need is read more than once. A program asks for a tile, 2816 bytes, decodes it,
+# asks for the next, and for escapes at the end; what fills the link is that many do. PCIe 5.0 moves 110 KB in 2 us, so 40 would
+# do if none ever decoded. These are four for each multiprocessor of a large GPU, one for each of its schedulers, and a quarter
+# of the threads of `page_in`.
 NUM_WARPS = 1
 NUM_PROGRAMS = 512
 
@@ -52,7 +53,7 @@ class PackedBlocks(msgspec.Struct, frozen=True, eq=False):
     def empty(
         cls, in_frame: Sequence[tuple[int, int]], num_blocks: int, device: str
     ) -> "PackedBlocks":
-        """`in_frame`: where each tensor begins in a frame, and its size, multiples of 16. Of what blocks hold nothing is said."""
+        """`in_frame`: where each tensor begins in a frame, and its size, multiples of 16. Nothing is said of blocks yet."""
         rows, num_groups = [], 0
         for offset, num_bytes in in_frame:
             assert offset % VECTOR_BYTES == num_bytes % VECTOR_BYTES == 0
@@ -188,17 +189,16 @@ def _decode_group(
     stop = _pick(first, GROUP)
     for begin in range(_pick(first, 0), stop, ESCAPES):
         escape = begin + tl.arange(0, ESCAPES)
-        _put_escapes(position, exponent, escape, stop, first, values, num_left, GROUP)
+        _put_escapes(position, exponent, escape, stop, first, values, GROUP)
 
 
 @triton.jit
-def _put_escapes(position, exponent, escape, stop, first, values, num_left, GROUP: tl.constexpr):
+def _put_escapes(position, exponent, escape, stop, first, values, GROUP: tl.constexpr):
     exists = escape < stop
     place = tl.load(position.to(tl.pointer_type(tl.uint16)) + escape, mask=exists, other=0)
     place = place.to(tl.int32)
     for tile in tl.static_range(1, GROUP):
         place += tl.where(escape >= _pick(first, tile), TILE_VALUES, 0)
-    exists &= place < num_left
     exponents = tl.load(exponent + escape, mask=exists, other=0).to(tl.int32)
     # Sign and mantissa are in the frame by now, which is the device's own memory; the link need not bring them again.
     value = tl.load(values + place, mask=exists, other=0).to(tl.int32)

@@ -1,7 +1,7 @@
 """No race in steps that run without the host, beside threads that prefetch: as `test_device_protocol`, with frames lent.
 
-All experts are in host memory, as they are or packed. The device decides when it does so what it reads and writes: letters that have been posted, the
-blocks that it pages in, the frames that it replaces. Half of the steps go through the host as ever.
+All experts are in host memory, as they are or packed. The device decides when it does so what it reads and writes: letters
+that have been posted, the blocks that it pages in, the frames that it replaces. Half of the steps go through the host as ever.
 """
 
 from collections import Counter

@@ -152,17 +152,20 @@ def test_what_decoding_packed_experts_takes_is_told() -> None:
 
 
 def test_steps_without_the_host_need_all_experts_as_they_are_stored() -> None:
-    """64, of 192 MiB instead of 256."""
+    """64, of 192 MiB instead of 256; 8 are in frames."""
     full = ServerFlags(graphs=GraphFlags(backend="full"))
     roomy = msgspec.structs.replace(GPU, host_bytes=64 * GIB)
     plans = []
     for host_memory in (None, "12GiB", "11GiB"):
-        options = {} if host_memory is None else {"host_memory": host_memory}
+        options = {"memory_budget": "5GiB"}
+        options |= {} if host_memory is None else {"host_memory": host_memory}
         its = question(roomy, flags=full, **options)
         plans.append(plan_launch(msgspec.structs.replace(its, stored_bytes=3 * 2**26)))
     assert [the.can_start for the in plans] == [True, True, False]
     command = plans[0].command
     assert command[command.index("--host-memory") + 1] == "12.00GiB"
+    assert plans[1].chosen.geometry is not None
+    assert plans[1].chosen.geometry.num_frames == 8
     assert told(plans[1]) == ""  # no expert is on disk alone
     assert "raise --host-memory from 11.00 GiB to 12.00 GiB" in told(plans[2])
 
