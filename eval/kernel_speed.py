@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sglmoe.kernels.exponent_codec.layout import read_layout
 from sglmoe.kernels.exponent_codec.page_in_packed import PackedBlocks, page_in_packed
 from sglmoe.kernels.page_in import page_in
 from sglmoe.kernels.residency import DeviceResidency, PageIns, decide
+from sglmoe.memory.staging import slot_bytes
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 48, 128, 8, 2048, 768
 EXPERT_BYTES = 3 * HIDDEN * INNER * 2
@@ -83,11 +85,14 @@ def measure_page_in_packed() -> dict[str, Any]:
     """By number of experts, and of programs that decode."""
     part_bytes = EXPERT_BYTES // 3
     parts = [encode(torch.randn(part_bytes // 2).bfloat16()) for _ in range(3)]
-    blocks = torch.cat(parts).repeat(64, 1).pin_memory()
+    stops = [*accumulate(slot_bytes(len(part)) for part in parts)]
+    block, places = torch.zeros(stops[-1], dtype=torch.uint8), []
+    for stop, part in zip(stops, parts, strict=True):
+        block[stop - len(part) : stop] = part
+        places.append((stop - len(part), read_layout(part.numpy()).num_escapes))
+    blocks = block.repeat(64, 1).pin_memory()
     its = PackedBlocks.empty([(part_bytes * part, part_bytes) for part in range(3)], 64, "cuda")
-    starts = [0, len(parts[0]), len(parts[0]) + len(parts[1])]
-    num_escapes = [read_layout(part.numpy()).num_escapes for part in parts]
-    its.stored.copy_(ints(list(zip(starts, num_escapes, strict=True))))
+    its.stored.copy_(ints(places))
     plain = torch.randint(0, 256, (64, EXPERT_BYTES), dtype=torch.uint8).pin_memory()
     arena = torch.empty(NUM_FRAMES * EXPERT_BYTES, dtype=torch.uint8, device="cuda")
     where = {"sources": ints(range(64)), "frames": ints(torch.randperm(NUM_FRAMES)[:64])}
