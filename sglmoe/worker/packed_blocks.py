@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglmoe.kernels.exponent_codec.layout import HEADER_BYTES, Bytes, Form, read_layout
-from sglmoe.kernels.exponent_codec.page_in_packed import NOT_CODED, PackedBlocks
+from sglmoe.kernels.exponent_codec.page_in_packed import NOT_CODED, VECTOR_BYTES, PackedBlocks
 from sglmoe.memory.host_tier import HostTier
 from sglmoe.memory.store import ExpertStore, StoredPart
 
@@ -23,6 +23,7 @@ def where_stored(tier: HostTier, store: ExpertStore) -> npt.NDArray[np.int32]:
     for (layer, expert), block in np.ndenumerate(tier.block_table()):
         parts = store.stored_parts(layer, expert)
         places[block] = [_place(part, tier.blocks[block]) for part in parts]
+    assert not (places[..., 0] % VECTOR_BYTES).any()
     return places
 
 
