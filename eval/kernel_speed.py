@@ -1,6 +1,7 @@
 """What the kernels cost on this GPU, each beside what it stands for: `python -m eval.kernel_speed [OUT.json]`.
 
 page-in    bytes a second from page-locked memory into frames, against the driver's copy of as many experts
+packed     the same of packed experts, with experts a second, against plain ones
 dispatch   microseconds for one layer, by rows, beside SGLang's alignment, for which it stands too: nothing missing, all missing
 products   SGLang's grouped GEMM on frames in random order, against contiguous weights; whether the bits are the same
 step       microseconds of 48 captured layers that dispatch and page nothing in, as full graphs do: what it adds to alignment
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,8 +27,12 @@ import sglmoe.kernels.dispatch
 from eval.servers import describe_run
 from sglmoe.kernels.blocks import map_blocks
 from sglmoe.kernels.dispatch import dispatch
+from sglmoe.kernels.exponent_codec.encode import encode
+from sglmoe.kernels.exponent_codec.layout import read_layout
+from sglmoe.kernels.exponent_codec.page_in_packed import PackedBlocks, page_in_packed
 from sglmoe.kernels.page_in import page_in
 from sglmoe.kernels.residency import DeviceResidency, PageIns
+from sglmoe.memory.staging import slot_bytes
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 48, 128, 8, 2048, 768
 EXPERT_BYTES = 3 * HIDDEN * INNER * 2
@@ -76,6 +82,38 @@ def measure_page_in() -> dict[str, Any]:
         found[f"{num_experts} experts"] = {
             name: num_bytes / spent / 1e3 for name, spent in row.items()
         }
+    return found
+
+
+def measure_page_in_packed() -> dict[str, Any]:
+    """By number of experts, and of programs that decode."""
+    part_bytes = EXPERT_BYTES // 3
+    parts = [encode(torch.randn(part_bytes // 2).bfloat16()) for _ in range(3)]
+    stops = [*accumulate(slot_bytes(len(part)) for part in parts)]
+    block, places = torch.zeros(stops[-1], dtype=torch.uint8), []
+    for stop, part in zip(stops, parts, strict=True):
+        block[stop - len(part) : stop] = part
+        places.append((stop - len(part), read_layout(part.numpy()).num_escapes))
+    blocks = block.repeat(64, 1).pin_memory()
+    its = PackedBlocks.empty([(part_bytes * part, part_bytes) for part in range(3)], 64, "cuda")
+    its.stored.copy_(ints(places))
+    plain = torch.randint(0, 256, (64, EXPERT_BYTES), dtype=torch.uint8).pin_memory()
+    arena = torch.empty(NUM_FRAMES * EXPERT_BYTES, dtype=torch.uint8, device="cuda")
+    where = {"sources": ints(range(64)), "frames": ints(torch.randperm(NUM_FRAMES)[:64])}
+    found: dict[str, Any] = {}
+    for num_experts in (1, 4, 16, 64):
+        loads = {"frame_bytes": EXPERT_BYTES, **where, "count": ints([num_experts])}
+        row = {"plain": (EXPERT_BYTES, partial(page_in, plain, arena, **loads))}
+        for programs in (128, 256, 512, 1024):
+            decode = partial(page_in_packed, blocks, arena, its=its, **loads)
+            row[f"{programs} programs"] = blocks.shape[1], partial(decode, num_programs=programs)
+        found[f"{num_experts} experts"] = its_rows = {}
+        for name, (num_bytes, work) in row.items():
+            experts_a_second = 1e6 * num_experts / microseconds(work)
+            its_rows[name] = {
+                "GB/s": 1e-9 * num_bytes * experts_a_second,
+                "experts/s": experts_a_second,
+            }
     return found
 
 
@@ -241,7 +279,13 @@ def described() -> dict[str, Any]:
 
 def main() -> None:
     found = {**described(), "triton": triton.__version__}
-    for measure in (measure_page_in, measure_dispatch, measure_products, measure_step):
+    for measure in (
+        measure_page_in,
+        measure_page_in_packed,
+        measure_dispatch,
+        measure_products,
+        measure_step,
+    ):
         name = measure.__name__.removeprefix("measure_")
         found[name] = measure()
         print(name, json.dumps(found[name], indent=1), flush=True)

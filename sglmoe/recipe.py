@@ -23,7 +23,7 @@ from sglmoe.plan.cost_model import Speeds, costs_of
 from sglmoe.plan.launch_plan import LaunchPlan, Question, plan_launch
 from sglmoe.plan.machine_limits import Limits, find_problems, measure_limits
 from sglmoe.plan.model_shape import Model, find_folder, read_model
-from sglmoe.plan.packed import decoding_bytes_of
+from sglmoe.plan.packed import stored_bytes_of
 from sglmoe.plan.report import full_report
 from sglmoe.plan.server_flags import find_server_flags
 from sglmoe.units import parse_bytes
@@ -114,7 +114,7 @@ def read_plan(path: Path, more: list[str]) -> tuple[LaunchPlan, list[str]]:
         demand=Demand(),
         costs=costs_of(model.shape, text.speeds(), request_tokens=Demand().request_tokens),
         costs_are=f"{text.name}, by its data sheet; {never_run(text)}",
-        decoding_bytes=decoding_bytes_of(model, flags.packed_experts, text.device),
+        stored_bytes=stored_bytes_of(model, flags.packed_experts, text.device),
         options=options,
         flags=flags,
         arguments=arguments,

@@ -66,13 +66,6 @@ def full_graphs_may_lack_frames(
     )
 
 
-def full_graphs_need_plain_experts() -> UserError:
-    return UserError(
-        "--cuda-graph-backend-decode=full: steps without the host can't decode packed experts: add --packed-experts=off, "
-        "or use breakable"
-    )
-
-
 def full_graphs_need_whole_vectors(*, expert_bytes: int, vector_bytes: int) -> UserError:
     return UserError(
         f"--cuda-graph-backend-decode=full: steps without the host move whole {show_bytes(vector_bytes)}, and an expert of "

@@ -120,7 +120,7 @@ def graph_sizes_without_graphs(*, flag: str) -> UserError:
 
 def full_graphs_beside_packed_share() -> UserError:
     return UserError(
-        "--packed-share: full graphs bring experts in as they are in host memory; leave it out, or use "
+        "--packed-share: full graphs bring experts in from host memory, not from other frames; leave it out, or use "
         "--cuda-graph-backend-decode=breakable"
     )
 

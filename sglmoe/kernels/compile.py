@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sglmoe.kernels import blocks, dispatch, mailbox, page_in
+from sglmoe.kernels.exponent_codec import decode_gpu, page_in_packed
 
 CAPABILITIES = (80, 89, 90)  # A100; L40S and RTX 4090; H100 and H200
 WARP_SIZE = 32
@@ -86,6 +87,17 @@ SPECIMENS = (
         {"CHUNK": page_in.CHUNK_WORDS},
         page_in.NUM_WARPS,
     ),
+    Specimen(
+        page_in_packed.page_in_packed_kernel,
+        "*u8 *i16 *i32 *i32 *i32 *i32 *i32 i32 i32 i32 i32",
+        {
+            "PARTS": 4,
+            "GROUP": page_in_packed.TILES_AT_ONCE,
+            "ESCAPES": page_in_packed.ESCAPES_AT_ONCE,
+        },
+        page_in_packed.NUM_WARPS,
+    ),
+    Specimen(decode_gpu.decode_tile, "*u8 *i64 *i16 *i64 i32", num_warps=decode_gpu.NUM_WARPS),
     *(
         Specimen(
             dispatch.dispatch_kernel,

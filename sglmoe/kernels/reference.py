@@ -3,6 +3,8 @@
 import torch
 
 from sglmoe.kernels.dispatch import Dispatched
+from sglmoe.kernels.exponent_codec.page_in_packed import NOT_CODED, PackedBlocks
+from sglmoe.kernels.exponent_codec.reference import decode_first
 from sglmoe.kernels.mailbox import Mailbox
 from sglmoe.kernels.residency import DeviceResidency, PageIns
 
@@ -58,6 +60,28 @@ def page_in(
     """See `page_in.page_in`."""
     for source, frame in zip(sources[: int(count)], frames[: int(count)], strict=True):
         arena.view(-1, frame_bytes)[frame, : blocks.shape[1]] = blocks[source]
+
+
+def page_in_packed(
+    blocks: torch.Tensor,
+    arena: torch.Tensor,
+    *,
+    frame_bytes: int,
+    its: PackedBlocks,
+    sources: torch.Tensor,
+    frames: torch.Tensor,
+    count: torch.Tensor,
+) -> None:
+    """See `page_in_packed.page_in_packed`."""
+    for source, frame in zip(sources[: int(count)], frames[: int(count)], strict=True):
+        places = zip(its.parts.tolist(), its.stored[source].tolist(), strict=True)
+        for (_, offset, num_bytes), (start, num_escapes) in places:
+            stored = blocks[source, start:]
+            if num_escapes == NOT_CODED:
+                values = stored[:num_bytes]
+            else:
+                values = torch.from_numpy(decode_first(stored.numpy())).view(torch.uint8)
+            arena.view(-1, frame_bytes)[frame, offset : offset + num_bytes] = values
 
 
 def dispatch(

@@ -128,8 +128,15 @@ class InMemory:
         self._pieces = [*pieces]
         self._before_bytes = before_bytes
 
+    def skip(self, num_bytes: int) -> None:
+        """Bytes that belong to none."""
+        self._take(num_bytes)
+
     def take(self, num_bytes: int) -> Bytes:
         self._before_bytes(num_bytes)
+        return self._take(num_bytes)
+
+    def _take(self, num_bytes: int) -> Bytes:
         parts: list[Bytes] = []
         while self._pieces and (num_bytes or not parts):
             piece = self._pieces[0]

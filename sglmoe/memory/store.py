@@ -20,6 +20,7 @@ from sglmoe.memory.checkpoint_form import Converted
 from sglmoe.memory.mapped_files import Extent, MappedFiles, UnreadableError
 from sglmoe.memory.packed_extent import BeforeBytes, InMemory, PackedExtent, PackedPlace, unpack
 from sglmoe.memory.read_rate import ReadRate
+from sglmoe.memory.staging import slot_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -131,12 +132,12 @@ class ExpertStore:
         return num_bytes
 
     def stored_parts(self, layer: int, expert: int) -> list[StoredPart]:
-        """Where `read_stored` puts the expert's tensors: one behind the other."""
-        placed, start = [], 0
+        """Where `read_stored` puts the expert's tensors: one behind the other, packed ones at the end of their slots."""
+        placed, stop = [], 0
         for offset, part in self.parts(layer, expert):
-            is_packed = isinstance(part, PackedExtent)
-            placed.append(StoredPart(offset, part.nbytes, start, stored_bytes(part), is_packed))
-            start += stored_bytes(part)
+            is_packed, num_bytes = isinstance(part, PackedExtent), stored_bytes(part)
+            stop += slot_bytes(num_bytes) if is_packed else num_bytes
+            placed.append(StoredPart(offset, part.nbytes, stop - num_bytes, num_bytes, is_packed))
         return placed
 
     def read_stored(
@@ -156,7 +157,7 @@ class ExpertStore:
                 self._read_stored_part(part, place, before_bytes)
             except UnreadableError as error:
                 raise _read_error(layer, expert, part, error) from error
-        return stored[-1].stored_offset + stored[-1].stored_bytes
+        return sum(its.stored_bytes for its in stored)
 
     def unpack(
         self,
@@ -175,8 +176,10 @@ class ExpertStore:
             if before_chunk is not None:
                 before_chunk()
 
-        num_bytes, source = 0, InMemory(stored, before_bytes)
+        num_bytes, num_taken, source = 0, 0, InMemory(stored, before_bytes)
         for part in self.stored_parts(layer, expert):
+            source.skip(part.stored_offset - num_taken)
+            num_taken = part.stored_offset + part.stored_bytes
             place = target[part.offset : part.offset + part.num_bytes]
             if part.is_packed:
                 unpack(source, part.stored_bytes, place)

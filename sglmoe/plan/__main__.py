@@ -23,7 +23,7 @@ from sglmoe.plan.cost_model import CostModel, Speeds, assumed_speeds, costs_of
 from sglmoe.plan.launch_plan import Question, plan_launch
 from sglmoe.plan.machine_limits import Limits, measure_limits
 from sglmoe.plan.model_shape import Model, read_model
-from sglmoe.plan.packed import decoding_bytes_of
+from sglmoe.plan.packed import stored_bytes_of
 from sglmoe.plan.report import draw, full_report
 from sglmoe.plan.server_flags import add_server_flags, as_arguments, server_flags
 from sglmoe.units import parse_bytes
@@ -70,7 +70,7 @@ def ask(options: argparse.Namespace) -> Question:
         demand=demand_of(options),
         costs=costs,
         costs_are=costs_are,
-        decoding_bytes=decoding_bytes_of(model, flags.packed_experts, device),
+        stored_bytes=stored_bytes_of(model, flags.packed_experts, device),
         options=Options(memory_budget=options.memory_budget, host_memory=options.expert_memory),
         budgets=tuple(
             parse_bytes(text, whole_bytes=machine.device_bytes)

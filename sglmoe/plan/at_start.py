@@ -7,7 +7,7 @@ from sglmoe.plan.cost_model import assumed_speeds, costs_of
 from sglmoe.plan.launch_plan import Question, plan_launch
 from sglmoe.plan.machine_limits import measure_limits
 from sglmoe.plan.model_shape import read_model
-from sglmoe.plan.packed import decoding_bytes_of
+from sglmoe.plan.packed import stored_bytes_of
 from sglmoe.plan.report import short_report
 from sglmoe.plan.server_flags import ServerFlags
 
@@ -27,7 +27,7 @@ def start_report(
             # Speeds are not told: measuring them would keep the server from starting.
             costs=costs_of(model.shape, assumed_speeds(device), request_tokens=1),
             costs_are="",
-            decoding_bytes=decoding_bytes_of(model, flags.packed_experts, device),
+            stored_bytes=stored_bytes_of(model, flags.packed_experts, device),
             options=Options(
                 memory_budget=str(config.memory_budget_bytes),
                 host_memory=str(config.host_memory_bytes) if config.host_memory_bytes else None,

@@ -24,6 +24,7 @@ from sglmoe.memory.residency import (
     most_running,
     predict,
 )
+from sglmoe.memory.staging import decoding_bytes
 from sglmoe.plan.cost_model import CostModel
 from sglmoe.plan.model_shape import ModelShape
 from sglmoe.plan.routing import expert_uses, reference_skew
@@ -61,6 +62,7 @@ class BudgetPlan(msgspec.Struct, frozen=True):
 
     budget_bytes: int
     host_bytes: int  # --host-memory
+    block_bytes: int = 0  # what an expert takes of that
     geometry: Geometry | None = None
     floor_frames: int = 0  # never taken by KV
     kv_tokens: int = 0  # at most: where experts have but their floor
@@ -82,7 +84,17 @@ class PlanSnapshot(msgspec.Struct, frozen=True):
     on_gpu: bool = False
     # Of KV, beside which there are to be frames for steps without the host; None where these need no such care.
     context_tokens: int | None = None
-    decoding_bytes: int = 0  # of the device, for packed experts
+    stored_bytes: int = 0  # of the largest expert, where a GPU decodes packed ones
+
+    @property
+    def block_bytes(self) -> int:
+        """What an expert takes of host memory."""
+        return self.stored_bytes or self.shape.expert_bytes
+
+    @property
+    def decoding_bytes(self) -> int:
+        """What decoding packed experts takes of the device beside their frames."""
+        return decoding_bytes(self.stored_bytes) if self.stored_bytes else 0
 
 
 def plan_budget(now: PlanSnapshot, budget_bytes: int, host_bytes: int) -> BudgetPlan:
@@ -98,6 +110,7 @@ def plan_budget(now: PlanSnapshot, budget_bytes: int, host_bytes: int) -> Budget
     return BudgetPlan(
         budget_bytes=budget_bytes,
         host_bytes=host_bytes,
+        block_bytes=now.block_bytes,
         geometry=geometry,
         floor_frames=floor_frames,
         kv_tokens=geometry.kv_tokens(floor_frames),
@@ -169,7 +182,8 @@ def forecast(
     )
     num_running = min(concurrency, most_running(residency))
     num_used = curve.misses(num_running, 0)  # with no frames at all
-    host_ratio = tier_ratio(shape, geometry.num_frames, host_bytes, now.page_cache_bytes)
+    num_blocks = host_bytes // now.block_bytes if shape.num_experts else 0
+    host_ratio = tier_ratio(shape, geometry.num_frames, num_blocks, now.page_cache_bytes)
     step = predict(residency, now.costs.model(num_running, num_used, host_ratio), num_running)
     return DecodeForecast(
         concurrency=concurrency,
@@ -182,7 +196,7 @@ def forecast(
     )
 
 
-def tier_ratio(shape: ModelShape, num_frames: int, host_bytes: int, page_cache_bytes: int) -> float:
+def tier_ratio(shape: ModelShape, num_frames: int, num_blocks: int, page_cache_bytes: int) -> float:
     """Of the experts in no frame, those in host memory or the page cache; the rest is read from disk.
 
     Host memory is taken to hold experts that the frames lack, the page cache any of them.
@@ -190,7 +204,7 @@ def tier_ratio(shape: ModelShape, num_frames: int, host_bytes: int, page_cache_b
     missing = shape.all_experts - num_frames
     if missing <= 0:
         return 1.0
-    in_blocks = min(1.0, host_bytes // shape.expert_bytes / missing)
+    in_blocks = min(1.0, num_blocks / missing)
     in_cache = min(1.0, page_cache_bytes / shape.all_expert_bytes)
     return 1 - (1 - in_blocks) * (1 - in_cache)
 

@@ -9,7 +9,6 @@ from sglmoe.decode_graphs import DecodeGraphs, captured_rows, check_graphs, grap
 from sglmoe.errors.budgets import (
     full_graphs_may_lack_frames,
     full_graphs_need_all_experts,
-    full_graphs_need_plain_experts,
 )
 from sglmoe.memory.arena import least_lent
 from sglmoe.plan.budgets import (
@@ -46,7 +45,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     demand: Demand
     costs: CostModel
     costs_are: str  # where they come from, in words
-    decoding_bytes: int = 0  # of a GPU, for packed experts
+    stored_bytes: int = 0  # of the largest expert, where a GPU decodes packed ones
     options: Options = Options()
     memory_policy: MemoryPolicy = MemoryPolicy.COST_AWARE
     budgets: tuple[int, ...] = ()  # to compare; those of `budgets_to_try` if none
@@ -90,7 +89,7 @@ def plan_launch(asked: Question) -> LaunchPlan:
         demand=asked.demand,
         costs=asked.costs,
         costs_are=asked.costs_are,
-        decoding_bytes=asked.decoding_bytes,
+        decoding_bytes=now.decoding_bytes,
         graphs=now.graphs,
         chosen=chosen,
         compared=tuple(
@@ -115,7 +114,8 @@ def fill_in(asked: Question) -> Options:
     config = plan_config(options, asked.machine, page_tokens=asked.flags.page_size)
     host = options.host_memory
     if host is None and config.host_memory_bytes and asked.shape.num_experts:
-        host = host_flag(config.host_memory_bytes, asked.shape.all_expert_bytes)
+        block_bytes = asked.stored_bytes or asked.shape.expert_bytes
+        host = host_flag(config.host_memory_bytes, asked.shape.all_experts * block_bytes)
     return msgspec.structs.replace(
         options,
         memory_budget=options.memory_budget or size_flag(config.memory_budget_bytes),
@@ -137,7 +137,7 @@ def snapshot_of(asked: Question, budget_bytes: int, host_bytes: int) -> PlanSnap
         page_tokens=asked.flags.page_size,
         max_running=asked.flags.max_running_requests or DEFAULT_MAX_RUNNING,
         graphs=graphs,
-        decoding_bytes=asked.decoding_bytes,
+        stored_bytes=asked.stored_bytes,
         context_tokens=graphs.lent_beside(context_tokens, asked.memory_policy),
         on_gpu=asked.machine.has_gpu,
     )
@@ -158,14 +158,11 @@ def find_graph_problems(
 ) -> Iterator[Finding]:
     """Steps that run without the host read experts from host memory alone, and need frames for all that they use at once."""
     shape, geometry = asked.shape, chosen.geometry
-    if now.graphs.is_full and chosen.host_bytes < shape.all_expert_bytes:
+    all_block_bytes = shape.all_experts * now.block_bytes
+    if now.graphs.is_full and chosen.host_bytes < all_block_bytes:
         yield problem(
-            full_graphs_need_all_experts(
-                host_bytes=chosen.host_bytes, expert_bytes=shape.all_expert_bytes
-            )
+            full_graphs_need_all_experts(host_bytes=chosen.host_bytes, expert_bytes=all_block_bytes)
         )
-    if now.graphs.is_full and asked.decoding_bytes:
-        yield problem(full_graphs_need_plain_experts())
     if now.context_tokens is None or geometry is None or not shape.num_experts:
         return
     num_frames = least_lent(shape.num_moe_layers, shape.num_experts, shape.top_k)
@@ -190,7 +187,7 @@ def launch_command(asked: Question, options: Options) -> tuple[str, ...]:
 
 
 def host_flag(host_bytes: int, all_expert_bytes: int) -> str:
-    """So much host memory, and no more than all experts take; but these wholly, where they fit."""
+    """So much host memory, and no more than all experts take there; but these wholly, where they fit."""
     if host_bytes < all_expert_bytes:
         return size_flag(host_bytes)
     unit = 2**30 if all_expert_bytes >= 2**30 else 2**20

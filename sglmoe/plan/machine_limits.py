@@ -130,7 +130,7 @@ def _available(plan: BudgetPlan, machine: Machine, limits: Limits) -> Finding | 
 def _on_disk(shape: ModelShape, plan: BudgetPlan, machine: Machine) -> Finding | None:
     if not shape.num_experts or plan.geometry is None:
         return None
-    missing_bytes = (shape.all_experts - plan.geometry.num_frames) * shape.expert_bytes
+    missing_bytes = (shape.all_experts - plan.geometry.num_frames) * plan.block_bytes
     cached_bytes = max(0, machine.host_bytes - _taken_of_host(plan, machine) - HEADROOM_BYTES)
     held_bytes = plan.host_bytes + (0 if machine.has_gpu else cached_bytes)
     if missing_bytes <= held_bytes:

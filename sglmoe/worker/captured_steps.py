@@ -14,13 +14,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from msgspec.structs import asdict
 
 from sglmoe.errors.budgets import (
     full_graphs_need_all_experts,
-    full_graphs_need_plain_experts,
     full_graphs_need_whole_vectors,
 )
 from sglmoe.kernels.dispatch import Dispatched, dispatch
+from sglmoe.kernels.exponent_codec.page_in_packed import PackedBlocks, page_in_packed
 from sglmoe.kernels.mailbox import Mailbox, commit
 from sglmoe.kernels.page_in import VECTOR_BYTES, page_in
 from sglmoe.kernels.residency import DeviceResidency, PageIns
@@ -28,6 +29,7 @@ from sglmoe.memory.frame_sets import USED, FrameSets
 from sglmoe.memory.host_tier import HostTier
 from sglmoe.memory.manager import MemoryManager
 from sglmoe.worker.moe_layer import PagedExperts
+from sglmoe.worker.packed_blocks import new_packed_blocks, where_stored
 from sglmoe.worker.routed import Routed
 from sglmoe.worker.step_messages import Letters, RoutingMirror
 from sglmoe.worker.step_state import IN_FLIGHT, Sizes, StepState
@@ -68,19 +70,26 @@ class LayerKernels(Protocol):
 
 
 class TritonKernels:
-    """Ours, and SGLang's between them. `blocks`: the host's, page-locked, uint8 `[num_blocks, expert_bytes]`; `arena`: its
-    frames."""
+    """Ours, and SGLang's between them. `blocks`: the host's, page-locked, uint8 `[num_blocks, block_bytes]`, which hold experts
+    as they lie in a frame, or where `packed` says; `arena`: its frames."""
 
     commit = staticmethod(commit)
 
     def __init__(
-        self, blocks: torch.Tensor, arena: torch.Tensor, *, frame_bytes: int, experts: PagedExperts
+        self,
+        blocks: torch.Tensor,
+        arena: torch.Tensor,
+        *,
+        frame_bytes: int,
+        experts: PagedExperts,
+        packed: PackedBlocks | None,
     ):
         assert experts.grouped is not None  # on CUDA
         self._blocks = blocks
         self._arena = arena
         self._frame_bytes = frame_bytes
         self._grouped = experts.grouped
+        self._packed = packed
 
     def dispatch(
         self,
@@ -102,14 +111,11 @@ class TritonKernels:
         )
 
     def page_in(self, page_ins: PageIns) -> None:
-        page_in(
-            self._blocks,
-            self._arena,
-            frame_bytes=self._frame_bytes,
-            sources=page_ins.sources,
-            frames=page_ins.frames,
-            count=page_ins.count,
-        )
+        its: dict[str, Any] = {"frame_bytes": self._frame_bytes, **asdict(page_ins)}
+        if self._packed is None:
+            page_in(self._blocks, self._arena, **its)
+        else:
+            page_in_packed(self._blocks, self._arena, its=self._packed, **its)
 
     def forward(
         self, routing: Routed, weights: torch.Tensor, dispatched: Dispatched, *, config: Any
@@ -121,7 +127,8 @@ class TritonKernels:
 class CapturedSteps:
     """The steps, and their layers as they are captured. `kernels` write into the arena that `memory` lends frames of.
 
-    With `letters` experts may be prefetched while a step runs, and the observer of `experts` is told what it routes.
+    With `letters` experts may be prefetched while a step runs, and the observer of `experts` is told what it routes. `packed`:
+    what `kernels` go by where host memory holds experts as they are stored.
     """
 
     def __init__(
@@ -134,8 +141,10 @@ class CapturedSteps:
         tier: HostTier,
         letters: Letters | None,
         device: str,
+        packed: PackedBlocks | None = None,
     ):
         self._kernels = kernels
+        self._packed = packed
         self._sizes = its
         self._experts = experts
         self._memory = memory
@@ -281,6 +290,9 @@ class CapturedSteps:
         """Host memory holds all experts, and then keeps each where it is."""
         if not self._has_blocks and self._tier.holds_all:
             self._state.residency.block_of.copy_(torch.from_numpy(self._tier.block_table()))
+            if self._packed is not None:
+                places = where_stored(self._tier, self._experts.store)
+                self._packed.stored.copy_(torch.from_numpy(places))
             self._has_blocks = True
         return self._has_blocks
 
@@ -296,18 +308,23 @@ def captured_steps(
     letters: Letters | None,
 ) -> CapturedSteps:
     """Of those sizes, on those frames. Raises ValueError where they could never run, with the flag to change."""
-    if tier.as_stored:
-        raise full_graphs_need_plain_experts()
-    if tier.blocks.shape[1] % VECTOR_BYTES:
+    store, device = experts.store, arena.device.type
+    num_experts = its.num_layers * its.num_experts
+    if store.expert_bytes() % VECTOR_BYTES:
         raise full_graphs_need_whole_vectors(
-            expert_bytes=tier.blocks.shape[1], vector_bytes=VECTOR_BYTES
+            expert_bytes=store.expert_bytes(), vector_bytes=VECTOR_BYTES
         )
-    if len(tier.blocks) < its.num_layers * its.num_experts:
+    if len(tier.blocks) < num_experts:
         raise full_graphs_need_all_experts(
-            host_bytes=tier.blocks.nbytes, expert_bytes=experts.store.total_bytes
+            host_bytes=tier.blocks.nbytes, expert_bytes=num_experts * tier.blocks.shape[1]
         )
+    packed = new_packed_blocks(tier, store, device) if tier.as_stored else None
     kernels = TritonKernels(
-        torch.from_numpy(tier.blocks), arena, frame_bytes=frame_bytes, experts=experts
+        torch.from_numpy(tier.blocks),
+        arena,
+        frame_bytes=frame_bytes,
+        experts=experts,
+        packed=packed,
     )
     return CapturedSteps(
         kernels,
@@ -316,5 +333,6 @@ def captured_steps(
         memory=memory,
         tier=tier,
         letters=letters,
-        device=arena.device.type,
+        device=device,
+        packed=packed,
     )

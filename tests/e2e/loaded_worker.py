@@ -21,6 +21,7 @@ class LoadedWorker:
         budget: str = "64MB",
         host_memory: str | None = None,
         expert_prefetch: str | None = None,
+        packed_experts: str | None = None,
         packed_share: str | None = None,
         before_loading: Callable[[], None] | None = None,
         **flags: Any,
@@ -47,6 +48,7 @@ class LoadedWorker:
                 memory_budget=budget,
                 host_memory=host_memory,
                 expert_prefetch=expert_prefetch,
+                packed_experts=packed_experts,
                 packed_share=packed_share,
             ),
         )

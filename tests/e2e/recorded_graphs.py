@@ -147,9 +147,19 @@ class RecordedKernels:
     at_boundary: ClassVar[Callable[[int], None] | None] = None
 
     def __init__(
-        self, blocks: torch.Tensor, arena: torch.Tensor, *, frame_bytes: int, experts: Any
+        self,
+        blocks: torch.Tensor,
+        arena: torch.Tensor,
+        *,
+        frame_bytes: int,
+        experts: Any,
+        packed: Any,
     ):
         self._where = {"blocks": blocks, "arena": arena, "frame_bytes": frame_bytes}
+        self._page_in: Callable[..., None] = reference.page_in
+        if packed is not None:
+            self._where["its"] = packed
+            self._page_in = reference.page_in_packed
         self._experts = copy(
             experts
         )  # one that asks nobody for its experts, and tells nobody of them
@@ -181,7 +191,7 @@ class RecordedKernels:
         its = asdict(page_ins)
 
         def page_in() -> torch.Tensor:
-            reference.page_in(**self._where, **its)
+            self._page_in(**self._where, **its)
             return cast("torch.Tensor", self._where["arena"])
 
         as_one(page_in, (self._where["arena"], *its.values()))

@@ -162,7 +162,7 @@ def test_small_steps_are_captured_unless_a_flag_says_which(
 
 
 @pytest.mark.usefixtures("preloaded")
-def test_steps_without_the_host_can_not_decode_packed_experts() -> None:
+def test_steps_without_the_host_can_not_decode_what_frames_hold_packed() -> None:
     """On a GPU; a share of the frames that is planned would be found out long after the start."""
     from sglmoe.preparation import check_steps_need_no_host
 
@@ -170,5 +170,7 @@ def test_steps_without_the_host_can_not_decode_packed_experts() -> None:
     check_steps_need_no_host(config)
     for share in (None, 0.3):
         packed = msgspec.structs.replace(config, packed_share=share)
-        with pytest.raises(ValueError, match="--packed-share: full graphs bring experts in as"):
+        with pytest.raises(
+            ValueError, match="--packed-share: full graphs bring experts in from host"
+        ):
             check_steps_need_no_host(packed)

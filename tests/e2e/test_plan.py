@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from checkpoints import FAMILIES, make_checkpoint
 from command_lines import refused
@@ -13,14 +14,16 @@ from sglmoe.checkpoint import read_json
 from sglmoe.config import Machine, Options
 from sglmoe.decode_graphs import GraphFlags
 from sglmoe.demo_model import DEMO_MODEL
+from sglmoe.memory.staging import decoding_bytes
 from sglmoe.pack import main as pack_experts
 from sglmoe.plan.budgets import Demand
 from sglmoe.plan.cost_model import assumed_speeds, costs_of
 from sglmoe.plan.launch_plan import Question, decode_graphs, plan_launch
 from sglmoe.plan.machine_limits import Limits
 from sglmoe.plan.model_shape import ModelShape, read_model, shape_of
-from sglmoe.plan.packed import decoding_bytes_of
+from sglmoe.plan.packed import stored_bytes_of
 from sglmoe.plan.server_flags import ServerFlags
+from sglmoe.units import show_bytes
 
 pytestmark = pytest.mark.usefixtures("preloaded")
 
@@ -127,7 +130,44 @@ def test_the_plan_counts_what_decoding_packed_experts_takes(family: str, tmp_pat
     model = read_model(str(model_dir), device="cuda")
     loaded = run_in_fork(decoding_as_loaded, model_dir)
     assert 0 < loaded < 0.8 * 9 * model.shape.expert_bytes
-    assert decoding_bytes_of(model, "auto", "cuda") == loaded
+    assert decoding_bytes(stored_bytes_of(model, "auto", "cuda")) == loaded
+
+
+def start_full_graphs(model_dir: Path, host_bytes: int) -> str:
+    """Why a server does not, that has so much host memory; on a CPU."""
+    from loaded_worker import LoadedWorker
+
+    def capture() -> None:
+        capture_on_cpu([1], "full")
+
+    try:
+        LoadedWorker(model_dir, host_memory=str(host_bytes), before_loading=capture)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_steps_without_the_host_need_room_for_all_experts_as_they_are_stored(
+    tmp_path: Path,
+) -> None:
+    """Where the plan says so the server starts, and with less neither."""
+    model_dir = run_in_fork(make_checkpoint, "qwen3_moe", tmp_path)
+    run_in_fork(pack_experts, ["--model-path", str(model_dir)])
+    model = read_model(str(model_dir), device="cuda")
+    stored_bytes = stored_bytes_of(model, "auto", "cuda")
+    enough = stored_bytes * model.shape.all_experts
+    assert enough < 0.8 * model.shape.all_expert_bytes
+    flags = ServerFlags(max_running_requests=MAX_RUNNING, graphs=GraphFlags("full", (1,)))
+    for host_bytes in (enough, enough - 1):
+        asked = question(model.shape, flags, BUDGET_BYTES)
+        options = Options(memory_budget=str(BUDGET_BYTES), host_memory=str(host_bytes))
+        plan = plan_launch(
+            msgspec.structs.replace(asked, options=options, stored_bytes=stored_bytes)
+        )
+        why = run_in_fork(start_full_graphs, model_dir, host_bytes)
+        assert plan.can_start == (host_bytes == enough) == (not why)
+        needed = f"to {show_bytes(enough)}, or use breakable"
+        assert plan.can_start or (needed in why and needed in str(plan.findings))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])

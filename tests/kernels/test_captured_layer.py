@@ -1,14 +1,17 @@
 """A layer of a captured step, in the interpreter: what memory lends, what kernels make of it, and SGLang's sequence on that
 have the bits of SGLang's own layer.
 
-One layer of eight experts, as `test_layer` has it; all of them are in host memory.
+One layer of eight experts, as `test_layer` has it; all of them are in host memory, as they lie in a frame or packed.
 """
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from paged_layer import (
     AWQ,
     GPTQ,
@@ -21,8 +24,11 @@ from paged_layer import (
     stock_layer,
 )
 
+from sglmoe.kernels.exponent_codec.encode import encode
 from sglmoe.memory.expert_layout import BlockFp8, ExpertFormat
-from sglmoe.memory.host_tier import HostTier, make_blocks
+from sglmoe.memory.host_tier import HostTier, block_reader, make_blocks
+from sglmoe.memory.mapped_files import Extent
+from sglmoe.memory.packed_extent import PackedExtent
 from sglmoe.memory.promotion import Promotion
 from sglmoe.worker.captured_steps import CapturedSteps, captured_steps
 from sglmoe.worker.routed import Routed
@@ -42,14 +48,35 @@ def on_a_gpu() -> Iterator[None]:
 def filled_tier(layer: Layer) -> HostTier:
     """Every expert in a block that is not its number."""
     store = layer.experts.store
-    tier = HostTier(make_blocks(2**20, store), num_layers=1, num_experts=NUM_EXPERTS)
+    its = {"as_stored": store.is_packed}
+    blocks = make_blocks(2**20, store, **its)
+    tier = HostTier(blocks, num_layers=1, num_experts=NUM_EXPERTS, **its)
+    read = block_reader(tier, store)
     for expert in reversed(range(NUM_EXPERTS)):
         assert not tier.holds_all
         block = tier.begin(Promotion(0, expert, victim=None))
         assert block is not None
-        tier.finish(block, store.read(0, expert, tier.blocks[block]))
+        tier.finish(block, read(0, expert, tier.blocks[block]))
     assert tier.holds_all
     return tier
+
+
+def pack(layer: Layer, folder: Path) -> None:
+    """All tensors but one of them."""
+    path, store, offset = folder / "layer.packed", layer.experts.store, 0
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    for (_, expert, name), its in list(store._parts.items()):
+        if (expert, name) == (5, "w3"):
+            continue
+        assert isinstance(its, np.ndarray)
+        packed = encode(torch.from_numpy(its).view(torch.int16)).numpy()
+        os.pwrite(descriptor, packed.tobytes(), offset)
+        store._parts[0, expert, name] = PackedExtent(
+            Extent(descriptor, offset, packed.nbytes, str(path)),
+            xxhash.xxh3_64_intdigest(packed),
+            Extent(-1, 0, its.nbytes, "none"),
+        )
+        offset += packed.nbytes
 
 
 def steps_of(layer: Layer) -> CapturedSteps:
@@ -69,9 +96,18 @@ def steps_of(layer: Layer) -> CapturedSteps:
 def test_lent_frames_give_the_stock_layers_bits(
     num_frames: int, num_rows: int, its: ExpertFormat
 ) -> None:
+    compare_with_stock(Layer(num_frames, its), num_rows)
+
+
+def test_experts_that_are_packed_in_host_memory_give_them_too(tmp_path: Path) -> None:
+    layer = Layer(2)
+    pack(layer, tmp_path)
+    compare_with_stock(layer, 1)
+
+
+def compare_with_stock(layer: Layer, num_rows: int) -> None:
     """Frames are as few as can be lent for so many rows; the step has four, and those that pad it get zeros, whatever is in
     them."""
-    layer = Layer(num_frames, its)
     steps = steps_of(layer)
     random = torch.Generator().manual_seed(2)
     for _ in range(3):  # whatever is resident by now

@@ -20,7 +20,7 @@ def kernels() -> set[str]:
     """The names of all functions of ours that are decorated with `triton.jit` and that no other such function calls."""
     functions = [
         node
-        for path in KERNELS.glob("*.py")
+        for path in KERNELS.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
         and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)

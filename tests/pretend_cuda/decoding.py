@@ -155,7 +155,7 @@ def load_worker(
             "before_loading": lambda: record_graphs(device),
         }
     worker = LoadedWorker(model_dir, **options)
-    if worker.loaded.tier.blocks.nbytes >= worker.loaded.experts.store.total_bytes:
+    if len(worker.loaded.tier.blocks) == len(worker.loaded.experts.store.experts()):
         wait_until(lambda: worker.loaded.tier.holds_all)  # its promoter fills it
     return worker
 

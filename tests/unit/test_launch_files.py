@@ -80,9 +80,9 @@ def test_a_recipe_is_of_its_dtype() -> None:
 
 def test_a_recipe_counts_packed_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(recipe, "decoding_bytes_of", lambda *its: asked.append(its[1:]) or 2**20)
+    monkeypatch.setattr(recipe, "stored_bytes_of", lambda *its: asked.append(its[1:]) or 2**20)
     plan, _ = recipe.read_plan(LAUNCH / "24gb" / "olmoe-1b-7b.toml", ["--packed-experts=./there"])
-    assert plan.decoding_bytes == 2**20
+    assert plan.decoding_bytes == 9 * 2**20
     assert asked == [("./there", "cuda")]
 
 

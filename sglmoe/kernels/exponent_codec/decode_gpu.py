@@ -8,14 +8,17 @@ import triton
 import triton.language as tl
 
 from sglmoe.kernels.exponent_codec import layout
+from sglmoe.kernels.exponent_codec.tiles import (
+    CODES_BYTES,
+    HEADER_BYTES,
+    TILE_BYTES,
+    TILE_VALUES,
+    aligned,
+    decode_codes,
+    value_of,
+)
 from sglmoe.units import ceil_div
 
-HEADER_BYTES = tl.constexpr(layout.HEADER_BYTES)
-ALIGN_BYTES = tl.constexpr(layout.ALIGN_BYTES)
-TILE_VALUES = tl.constexpr(layout.TILE_VALUES)
-TILE_BYTES = tl.constexpr(layout.TILE_BYTES)
-CODES_BYTES = tl.constexpr(layout.CODES_BYTES)
-ROW_VALUES = tl.constexpr(layout.ROW_VALUES)
 RAW = tl.constexpr(int(layout.Form.RAW))
 # A tile of Gaussian weights has 25 escapes.
 ESCAPES_AT_ONCE = tl.constexpr(64)
@@ -59,41 +62,16 @@ def decode_tile(packed, sources, target, targets, num_values):
         num_tiles = tl.cdiv(num_values, TILE_VALUES).to(tl.int64)
         num_escapes = _load_uint32(source + 8).to(tl.int64)
         first_escape = source + HEADER_BYTES
-        base = first_escape + _aligned(4 * (num_tiles + 1))
-        position = base + _aligned(num_tiles)
-        exponent = position + _aligned(2 * num_escapes)
-        bytes_of_tile = exponent + _aligned(num_escapes) + tile.to(tl.int64) * TILE_BYTES
-        _decode_codes(bytes_of_tile, tl.load(base + tile).to(tl.int32), values, num_left)
+        base = first_escape + aligned(4 * (num_tiles + 1))
+        position = base + aligned(num_tiles)
+        exponent = position + aligned(2 * num_escapes)
+        bytes_of_tile = exponent + aligned(num_escapes) + tile.to(tl.int64) * TILE_BYTES
+        decode_codes(bytes_of_tile, tl.load(base + tile).to(tl.int32), values, num_left)
         tl.debug_barrier()  # an escape replaces what another thread has just written
         first = _load_uint32(first_escape + 4 * tile).to(tl.int32)
         stop = _load_uint32(first_escape + 4 * tile + 4).to(tl.int32)
         for escape in range(first, stop, ESCAPES_AT_ONCE):
             _put_escapes(bytes_of_tile, position, exponent, escape, stop, values, num_left)
-
-
-@triton.jit
-def _decode_codes(bytes_of_tile, base, values, num_left):
-    """The values that have codes; what is written for the others does not count."""
-    index = tl.arange(0, ROW_VALUES)
-    a = tl.load(bytes_of_tile + index).to(tl.int32)
-    b = tl.load(bytes_of_tile + ROW_VALUES + index).to(tl.int32)
-    c = tl.load(bytes_of_tile + 2 * ROW_VALUES + index).to(tl.int32)
-    d = (a >> 6) | ((b >> 6) << 2) | ((c >> 6) << 4)
-    signs = bytes_of_tile + CODES_BYTES
-    _store_row(0, base + (a & 7), signs, values, num_left)
-    _store_row(1, base + (b & 7), signs, values, num_left)
-    _store_row(2, base + (c & 7), signs, values, num_left)
-    _store_row(3, base + ((a >> 3) & 7), signs, values, num_left)
-    _store_row(4, base + ((b >> 3) & 7), signs, values, num_left)
-    _store_row(5, base + ((c >> 3) & 7), signs, values, num_left)
-    _store_row(6, base + (d & 7), signs, values, num_left)
-    _store_row(7, base + (d >> 3), signs, values, num_left)
-
-
-@triton.jit
-def _store_row(row: tl.constexpr, exponents, signs, values, num_left):
-    place = row * ROW_VALUES + tl.arange(0, ROW_VALUES)
-    tl.store(values + place, _value(tl.load(signs + place), exponents), mask=place < num_left)
 
 
 @triton.jit
@@ -105,7 +83,7 @@ def _put_escapes(bytes_of_tile, position, exponent, first, stop, values, num_lef
     place = low | (high << 8)
     exponents = tl.load(exponent + escape, mask=exists, other=0).to(tl.int32)
     sign = tl.load(bytes_of_tile + CODES_BYTES + place, mask=exists, other=0)
-    tl.store(values + place, _value(sign, exponents), mask=exists & (place < num_left))
+    tl.store(values + place, value_of(sign, exponents), mask=exists & (place < num_left))
 
 
 @triton.jit
@@ -118,20 +96,9 @@ def _copy_tile(raw, values, num_left):
 
 
 @triton.jit
-def _value(sign, exponents):
-    sign = sign.to(tl.int32)
-    return (((sign & 0x80) << 8) | (exponents << 7) | (sign & 0x7F)).to(tl.int16)
-
-
-@triton.jit
 def _load_uint32(place):
     """Four bytes, little endian."""
     word = tl.load(place).to(tl.uint32)
     word |= tl.load(place + 1).to(tl.uint32) << 8
     word |= tl.load(place + 2).to(tl.uint32) << 16
     return word | (tl.load(place + 3).to(tl.uint32) << 24)
-
-
-@triton.jit
-def _aligned(num_bytes):
-    return (num_bytes + (ALIGN_BYTES - 1)) // ALIGN_BYTES * ALIGN_BYTES

@@ -36,6 +36,11 @@ def decode_reference(packed: Bytes) -> npt.NDArray[np.uint16]:
     return values[: layout.num_values]
 
 
+def decode_first(packed: Bytes) -> npt.NDArray[np.uint16]:
+    """Likewise, of the tensor that `packed` begins with."""
+    return decode_reference(packed[: read_layout(packed).nbytes])
+
+
 def _codes(rows: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
     """Of one tile, value by value."""
     a, b, c = rows.reshape(3, ROW_VALUES)

@@ -65,8 +65,8 @@ def bench(tmp_path: Path) -> Bench:
 
 def stored(store: ExpertStore, expert: int) -> torch.Tensor:
     block = np.zeros(store.stored_expert_bytes(), np.uint8)
-    num_bytes = store.read_stored(0, expert, block, before_chunk=lambda: None)
-    return torch.from_numpy(block[:num_bytes])
+    store.read_stored(0, expert, block, before_chunk=lambda: None)
+    return torch.from_numpy(block)
 
 
 def put(frames: DecodedFrames, store: ExpertStore, load: Load) -> None:

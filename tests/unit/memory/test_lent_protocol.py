@@ -1,7 +1,7 @@
 """No race in steps that run without the host, beside threads that prefetch: as `test_device_protocol`, with frames lent.
 
-All experts are in host memory. The device decides when it does so what it reads and writes: letters that have been posted, the
-blocks that it pages in, the frames that it replaces. Half of the steps go through the host as ever.
+All experts are in host memory, as they are or packed. The device decides when it does so what it reads and writes: letters
+that have been posted, the blocks that it pages in, the frames that it replaces. Half of the steps go through the host as ever.
 """
 
 from collections import Counter
@@ -23,9 +23,11 @@ from test_device_protocol import (
     expert_number,
     run,
 )
+from test_packed_protocol import OnAnotherStream, PackedServer
 
 from sglmoe.memory.device_transfer import StreamCopier
 from sglmoe.memory.experts import Load
+from sglmoe.memory.packed_order import NO_PACKING
 from sglmoe.memory.promotion import Promotion, TierSnapshot
 from sglmoe.worker import step_messages
 from sglmoe.worker.step_messages import Letters
@@ -158,18 +160,34 @@ class LentServer(Server):
         return self.raw.view(-1, GEOMETRY.frame_bytes)[frame, : GEOMETRY.expert_bytes]
 
 
+class PackedLentServer(LentServer, PackedServer):
+    """Host memory has experts packed. Prefetches are decoded behind their copies, misses of the device as they are read."""
+
+    def __init__(self, random: Random, **faults: type):
+        super().__init__(random, **faults)
+        self.packing = NO_PACKING
+
+    def between_steps(self) -> None:
+        pass
+
+
+KINDS = pytest.mark.parametrize("kind", [LentServer, PackedLentServer], ids=["plain", "packed"])
+
+
+@KINDS
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_no_order_of_threads_and_streams_is_a_race(seed: int) -> None:
-    server = run(seed, LentServer)
+def test_no_order_of_threads_and_streams_is_a_race(kind: type[LentServer], seed: int) -> None:
+    server = run(seed, kind)
     assert server.device.races == []
     assert server.wrong == []
 
 
-def test_the_runs_meet_all_there_is_to_meet() -> None:
+@KINDS
+def test_the_runs_meet_all_there_is_to_meet(kind: type[LentServer]) -> None:
     seen: Counter[str] = Counter()
     for seed in range(60):
-        seen += run(seed, LentServer).seen
+        seen += run(seed, kind).seen
     met = {
         "lent",
         "not lent",
@@ -218,6 +236,15 @@ def goes_wrong(seed: int, kind: type[LentServer]) -> bool:
 @pytest.mark.parametrize("kind", [Relaxed, ReadsAll, Impatient])
 def test_each_part_of_the_protocol_is_needed(kind: type[LentServer]) -> None:
     assert any(goes_wrong(seed, kind) for seed in range(60))
+
+
+class DecodesBeside(PackedLentServer, OnAnotherStream):
+    """A letter is posted when an expert has been copied, whether it has been decoded or not."""
+
+
+def test_a_letter_has_to_wait_for_what_decodes() -> None:
+    races = {race for seed in range(60) for race in run(seed, DecodesBeside).device.races}
+    assert any("layer " in race and "decode on decoder" in race for race in races)
 
 
 class PrefetchForgets(Stream):

@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from sglmoe.kernels.exponent_codec.encode import encode
+from sglmoe.kernels.exponent_codec.layout import read_layout
 from sglmoe.memory import packed_extent
 from sglmoe.memory.host_tier import HostTier, TieredStore, make_blocks
 from sglmoe.memory.link_gate import LinkGate
@@ -21,6 +22,7 @@ from sglmoe.memory.mapped_files import Extent
 from sglmoe.memory.packed_extent import PackedExtent, PackedPlace
 from sglmoe.memory.promoter import Promoter
 from sglmoe.memory.read_rate import ReadRate
+from sglmoe.memory.staging import slot_bytes
 from sglmoe.memory.store import PARTS, Bytes, ExpertReadError, ExpertStore
 
 NUM_VALUES = 4096
@@ -103,7 +105,7 @@ def test_experts_are_read_from_fewer_bytes(bench: Bench) -> None:
     assert max(bench.sizes[:5]) < 0.72 * TENSOR_BYTES
     assert bench.store.total_bytes == 2 * EXPERT_BYTES
     assert bench.store.stored_total_bytes() == sum(bench.sizes)
-    assert bench.store.stored_expert_bytes() == sum(bench.sizes[3:])
+    assert bench.store.stored_expert_bytes() == sum(map(slot_bytes, bench.sizes[3:]))
     assert bench.store.expert_bytes() == EXPERT_BYTES
 
 
@@ -225,8 +227,9 @@ def test_host_memory_holds_experts_packed_and_hands_them_out_whole(bench: Bench)
     """In what one expert and a half takes whole, both fit."""
     host_bytes = EXPERT_BYTES * 3 // 2
     assert len(make_blocks(host_bytes, bench.store)) == 1
-    blocks = make_blocks(2 * sum(bench.sizes[3:]), bench.store, as_stored=True)
-    assert blocks.shape == (2, sum(bench.sizes[3:]))
+    block_bytes = sum(map(slot_bytes, bench.sizes[3:]))
+    blocks = make_blocks(2 * block_bytes, bench.store, as_stored=True)
+    assert blocks.shape == (2, block_bytes)
     assert 2 * sum(bench.sizes[:3]) < host_bytes
     tier = HostTier(blocks, num_layers=1, num_experts=2, as_stored=True)
     assert fill(bench, tier) == 2
@@ -241,6 +244,23 @@ def test_host_memory_holds_experts_packed_and_hands_them_out_whole(bench: Bench)
             assert target.tobytes() == bench.expert(expert) + bytes([170, 170])
     assert tier.counters()["host_hits"] == 4
     assert tier.violations() == []
+
+
+def test_tiles_are_whole_lines_of_a_block(bench: Bench) -> None:
+    """128 bytes each. Of what is not coded, the values; what is not packed lies as it is."""
+    expert = np.zeros(bench.store.stored_expert_bytes(), np.uint8)
+    assert expert.nbytes % 128 == 0
+    for number, parts in enumerate(bench.store.stored_parts(0, its) for its in range(2)):
+        bench.store.read_stored(0, number, expert)
+        for part in parts:
+            packed = expert[part.stored_offset :][: part.stored_bytes]
+            assert (part.stored_offset + read_layout(packed).tiles) % 128 == 0
+    path = str(bench.original)
+    bench.store._parts[0, 0, "w1"] = Extent(-1, 0, TENSOR_BYTES, path)
+    plain, packed_part, _ = bench.store.stored_parts(0, 0)
+    assert (plain.stored_offset, plain.stored_bytes) == (0, TENSOR_BYTES)
+    end = packed_part.stored_offset + packed_part.stored_bytes
+    assert end == TENSOR_BYTES + slot_bytes(packed_part.stored_bytes)
 
 
 def test_decoding_from_host_memory_gives_way_before_each_piece(

@@ -91,12 +91,12 @@ def test_graphs_and_padding_take_of_the_budget_what_they_need() -> None:
 
 
 def test_decoding_packed_experts_takes_of_the_budget_too() -> None:
-    now = msgspec.structs.replace(NOW, decoding_bytes=3000)
-    assert plan_budget(now, budget_of(17) + 3000, 0).geometry == (
+    now = msgspec.structs.replace(NOW, stored_bytes=705)  # there is room for nine, of 720
+    assert plan_budget(now, budget_of(17) + 9 * 720, 0).geometry == (
         plan_budget(NOW, budget_of(17), 0).geometry
     )
-    assert budgets_to_try(now) == [budget + 3000 for budget in budgets_to_try(NOW)]
-    assert "and decoding 2.93 KiB" in plan_budget(now, 8000, 0).refusal
+    assert budgets_to_try(now) == [budget + 9 * 720 for budget in budgets_to_try(NOW)]
+    assert "and decoding 6.33 KiB" in plan_budget(now, 8000, 0).refusal
 
 
 def test_on_a_gpu_the_first_kv_id_is_nobodys() -> None:
@@ -148,9 +148,20 @@ def test_more_requests_are_less_skewed() -> None:
 
 def test_tiers_below_frames() -> None:
     """16 experts, 6 in frames, 10 missing: 5 in blocks, and a page cache with room for half of all."""
-    assert tier_ratio(TINY, 6, 5 * 1024, 0) == 0.5
-    assert tier_ratio(TINY, 6, 5 * 1024, 8 * 1024) == 0.75
+    assert tier_ratio(TINY, 6, 5, 0) == 0.5
+    assert tier_ratio(TINY, 6, 5, 8 * 1024) == 0.75
     assert tier_ratio(TINY, 16, 0, 0) == 1.0
+
+
+def test_host_memory_holds_more_experts_packed() -> None:
+    """7 of the 14 that 2 frames lack, or 10."""
+    packed = msgspec.structs.replace(NOW, stored_bytes=720)
+    budgets = budget_of(3), budget_of(3) + 9 * 720
+    seconds = [
+        plan_budget(now, budget, 7 * 1024).forecasts[0].step_seconds
+        for now, budget in zip((NOW, packed), budgets, strict=True)
+    ]
+    assert seconds[1] < seconds[0]
 
 
 def test_a_step_reads_dense_weights_experts_and_kv_once() -> None:

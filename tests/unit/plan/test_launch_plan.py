@@ -143,14 +143,31 @@ def test_steps_without_the_host_keep_their_frames_if_a_whole_context_fits_beside
 def test_what_decoding_packed_experts_takes_is_told() -> None:
     roomy = msgspec.structs.replace(GPU, host_bytes=64 * GIB)
     its = question(roomy, memory_budget=str(6 * GIB + PADDING), host_memory="16GiB")
-    its = msgspec.structs.replace(its, decoding_bytes=2 * 2**28)
+    its = msgspec.structs.replace(its, stored_bytes=59_652_320)  # there is room for nine
     the = plan_launch(its)
     assert the.chosen.geometry is not None
     assert the.chosen.geometry.num_frames == 18  # of 20
     assert "Decoding packed experts: 512.00 MiB of a budget" in full_report(the)
     assert the.can_start
-    full = msgspec.structs.replace(its, flags=ServerFlags(graphs=GraphFlags(backend="full")))
-    assert "can't decode packed experts: add --packed-experts=off" in told(plan_launch(full))
+
+
+def test_steps_without_the_host_need_all_experts_as_they_are_stored() -> None:
+    """64, of 192 MiB instead of 256; 8 are in frames."""
+    full = ServerFlags(graphs=GraphFlags(backend="full"))
+    roomy = msgspec.structs.replace(GPU, host_bytes=64 * GIB)
+    plans = []
+    for host_memory in (None, "12GiB", "11GiB"):
+        options = {"memory_budget": "5GiB"}
+        options |= {} if host_memory is None else {"host_memory": host_memory}
+        its = question(roomy, flags=full, **options)
+        plans.append(plan_launch(msgspec.structs.replace(its, stored_bytes=3 * 2**26)))
+    assert [the.can_start for the in plans] == [True, True, False]
+    command = plans[0].command
+    assert command[command.index("--host-memory") + 1] == "12.00GiB"
+    assert plans[1].chosen.geometry is not None
+    assert plans[1].chosen.geometry.num_frames == 8
+    assert told(plans[1]) == ""  # no expert is on disk alone
+    assert "raise --host-memory from 11.00 GiB to 12.00 GiB" in told(plans[2])
 
 
 def test_command_and_server_look_for_packed_experts(
@@ -158,21 +175,21 @@ def test_command_and_server_look_for_packed_experts(
 ) -> None:
     asked = []
 
-    def decoding_bytes(model: Model, wanted: str, device: str) -> int:
+    def stored_bytes(model: Model, wanted: str, device: str) -> int:
         asked.append((model.name, wanted, device))
         return 2**20
 
     for module in ("__main__", "at_start"):
-        monkeypatch.setattr(f"sglmoe.plan.{module}.decoding_bytes_of", decoding_bytes)
+        monkeypatch.setattr(f"sglmoe.plan.{module}.stored_bytes_of", stored_bytes)
     machine = ["--gpu-memory", "24GiB", "--host-memory", "64GiB"]
     main([*machine, "--packed-experts", "on", "--json"])
     said = json.loads(capsys.readouterr().out)
-    assert said["decoding_bytes"] == 2**20
+    assert said["decoding_bytes"] == 9 * 2**20
     assert said["command"][-2:] == ["--packed-experts", "on"]
     config = EngineConfig(memory_budget_bytes=8 * 10**6, host_memory_bytes=0)
     its = {"flags": ServerFlags(packed_experts="off"), "device": "cpu", "gpu_id": 0}
     said = start_report(config, model_path=str(DEMO_MODEL), **its)
-    assert "Decoding packed experts: 1.00 MiB of a budget" in said
+    assert "Decoding packed experts: 9.00 MiB of a budget" in said
     assert asked == [(str(DEMO_MODEL), "on", "cuda"), (str(DEMO_MODEL), "off", "cpu")]
 
 

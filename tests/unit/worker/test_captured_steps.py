@@ -221,14 +221,24 @@ def test_a_step_that_fails_in_the_middle_leaves_memory_as_the_device_has_it() ->
     ("tier", "words"),
     [
         ({"num_blocks": 7}, "raise --host-memory from 112 B to 128 B, or use breakable"),
-        ({"as_stored": True}, "add --packed-experts=off, or use breakable"),
-        ({"block_bytes": 24}, "move whole 16 B, and an expert of this model has 24 B"),
+        (
+            {"num_blocks": 7, "expert_bytes": 32, "as_stored": True},
+            "raise --host-memory from 112 B to 128 B, or use breakable",
+        ),
+        (
+            {"block_bytes": 24, "expert_bytes": 24},
+            "move whole 16 B, and an expert of this model has 24 B",
+        ),
+        (
+            {"expert_bytes": 24, "as_stored": True},
+            "move whole 16 B, and an expert of this model has 24 B",
+        ),
     ],
 )
 def test_steps_that_could_never_run_are_refused_at_once(tier: dict[str, int], words: str) -> None:
-    its = {"num_blocks": 8, "block_bytes": 16, "as_stored": False} | tier
+    its = {"num_blocks": 8, "block_bytes": 16, "expert_bytes": 16, "as_stored": False} | tier
     blocks = np.zeros((its["num_blocks"], its["block_bytes"]), np.uint8)
-    experts: Any = SimpleNamespace(store=SimpleNamespace(total_bytes=128))
+    experts: Any = SimpleNamespace(store=SimpleNamespace(expert_bytes=lambda: its["expert_bytes"]))
     with pytest.raises(ValueError, match=re.escape(words)):
         captured_steps(
             Sizes(2, 4, TOP_K, MAX_ROWS),
