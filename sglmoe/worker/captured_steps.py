@@ -157,7 +157,6 @@ class CapturedSteps:
         self._num_behind = 0  # steps that went on with what was lent to the one before
         self._running: deque[int] = deque(maxlen=IN_FLIGHT)  # numbers of those not taken back
         self._has_blocks = False  # of all experts, and the device knows them
-        self._is_queued_back = False
         # What each layer has chosen, -1 for rows that pad the step: the kernels' copy, and the host's to read.
         self._ids = torch.full(
             (its.num_layers, its.max_rows, its.top_k), -1, dtype=torch.int32, device=device
@@ -194,18 +193,9 @@ class CapturedSteps:
 
     # ------------------------------------------------------------------------------------------------ while serving
 
-    @contextmanager
-    def lent(self, num_rows: int) -> Generator[bool, None, None]:
-        """Whether a step of so many rows may be replayed now. If so, memory may begin prefetches until this ends, no more."""
-        is_lent = self.lend(num_rows)
-        try:
-            yield is_lent
-        finally:
-            if is_lent:
-                self.take_back()
-
     def lend(self, num_rows: int) -> bool:
-        """Whether a step of so many rows may be replayed now. If so, frames are lent until it is taken back."""
+        """Whether a step of so many rows may be replayed now. If so, frames are lent until it is taken back, and memory may begin
+        prefetches meanwhile, no more."""
         sets = self._lend(num_rows)
         if sets is None:
             return False
@@ -237,14 +227,11 @@ class CapturedSteps:
     def queued(self) -> None:
         """The step has been: what becomes of the sets can be on its way before anybody waits for it."""
         self._state.queue_back(self._number)
-        self._is_queued_back = True
 
     def take_back(self, *, goes_on: bool = False) -> None:
         """Wait for the first step that was not taken back; `goes_on`: another one runs behind it."""
         number = self._running.popleft()
         assert bool(self._running) == goes_on
-        if not goes_on and not self._is_queued_back:  # the step has failed
-            self._state.queue_back(number)
         sets = self._state.read_back(number)
         if self.letters is not None:
             self.letters.close()
@@ -283,7 +270,6 @@ class CapturedSteps:
     def _begin(self, num_rows: int) -> None:
         self._number += 1
         self._num_rows = num_rows
-        self._is_queued_back = False
         self._running.append(self._number)
 
     def _knows_blocks(self) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from lent_steps import lent
 from paged_layer import (
     AWQ,
     GPTQ,
@@ -117,7 +118,7 @@ def compare_with_stock(layer: Layer, num_rows: int) -> None:
         stock = stock_layer(layer, hidden, weights, ids, inplace=True, filter_expert=False)
         hidden[num_rows:], weights[num_rows:] = torch.nan, torch.nan
         layer.memory.begin_step()
-        with steps.lent(num_rows) as is_lent:
+        with lent(steps, num_rows) as is_lent:
             assert is_lent
             chosen = ids.clone()
             chosen[num_rows:] = NO_EXPERT
@@ -140,6 +141,6 @@ def test_what_memory_cant_lend_is_left_to_waves() -> None:
     steps = steps_of(layer)
     for num_rows, can_lend in [(1, True), (2, False), (MAX_ROWS + 1, False)]:
         layer.memory.begin_step()
-        with steps.lent(num_rows) as is_lent:
+        with lent(steps, num_rows) as is_lent:
             assert is_lent == can_lend
         assert layer.memory.violations() == []
