@@ -194,7 +194,7 @@ class CapturedSteps:
     # ------------------------------------------------------------------------------------------------ while serving
 
     def lend(self, num_rows: int) -> bool:
-        """Whether a step of so many rows may be replayed now. If so, frames are lent until it is taken back, and memory may begin
+        """Whether a step of so many rows may be replayed now. If so, frames are lent until it is taken back; memory may begin
         prefetches meanwhile, no more."""
         sets = self._lend(num_rows)
         if sets is None:
