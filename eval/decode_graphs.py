@@ -30,6 +30,7 @@ class Found(NamedTuple):
     alone: list[Any]  # token ids and log probabilities
     costs: dict[str, Any]  # of `/server_info`
     expert_misses: int
+    followed_steps: int  # behind which another one began
 
 
 def ask(engine: Any, prompts: list[list[int]]) -> list[Any]:
@@ -63,7 +64,7 @@ def measure(backend: str, **options: Any) -> Found:
             ask(engine, PROMPTS[:num_requests])
         (state,) = engine.get_server_info()["internal_states"]
         memory, costs = state["sglmoe"]["memory"], state["sglmoe"]["costs"]
-        return Found(alone, costs, memory["expert_misses"])
+        return Found(alone, costs, memory["expert_misses"], memory["followed_steps"])
     finally:
         engine.shutdown()
 
@@ -91,6 +92,7 @@ def main() -> int:
             "same_bits": its.alone == answers[0],
             "costs": its.costs,
             "expert_misses": its.expert_misses,
+            "followed_steps": its.followed_steps,
             "seconds": round(time.perf_counter() - started, 1),
         }
         print(json.dumps({name: said}), flush=True)

@@ -31,3 +31,4 @@ def test_lone_requests_have_the_same_bits_out_of_graphs(
     captured = measure(backend, **options)
     assert captured.alone == eager.alone
     assert captured.expert_misses > 0
+    assert (captured.followed_steps > 0) == (backend == "full" and not options)
