@@ -115,6 +115,7 @@ THEIRS = {
     "--memory": "docker",
     "--ulimit": "docker",
     "--n-cpu-moe": "llama.cpp",
+    "--cpu-offload-gb": "unmodified SGLang, to compare with",
     "--constraint": "pip",
     "--editable": "pip",
     "--hypothesis-profile": "hypothesis",
