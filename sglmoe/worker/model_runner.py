@@ -48,6 +48,7 @@ class ModelRunner:
         self._runner = loaded.runner
         self._experts = loaded.experts
         self._full_graphs = FullGraphs(loaded.runner, loaded.captured)
+        self._overlaps: bool = not server_args.disable_overlap_schedule
         self._device = loaded.runner.device
         self._table = loaded.runner.req_to_token_pool.req_to_token
         config = loaded.runner.model_config
@@ -59,7 +60,7 @@ class ModelRunner:
             device=self._device,
             tokenizer=tokenizer,
             eos_token_ids=config.hf_eos_token_id,
-            penalizes_late=not server_args.disable_overlap_schedule,
+            penalizes_late=self._overlaps,
         )
         self._grammars = GrammarCompiler(make_grammar_backend(server_args, config, tokenizer))
         self.recorder: Recorder | None = None  # of a routing trace, while one is recorded
@@ -103,7 +104,7 @@ class ModelRunner:
     def num_behind(self) -> int:
         """See `Model.num_behind`."""
         is_watched = self.recorder is not None or self.prefetching is not None
-        return 0 if is_watched else self._full_graphs.num_behind
+        return self._full_graphs.num_behind if self._overlaps and not is_watched else 0
 
     @torch.inference_mode()
     def begin(self, rows: Sequence[BatchRow]) -> Pass:
@@ -120,7 +121,7 @@ class ModelRunner:
         if replay is not None:
             replay.queued()
             replay.watch()
-            if group and not self.prefetching and is_plain(order, group):
+            if group and self.num_behind and is_plain(order, group):
                 return self._replayed(rows, order, output, batch, group, replay)
             if returns_routing:
                 self._experts.replayed(replay.routing())

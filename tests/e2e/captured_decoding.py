@@ -127,10 +127,10 @@ class Followed(NamedTuple):
 
 
 def decode_plainly(
-    budgets: Budgets, num_requests: int, *, backend: Backend, num_steps: int = STEPS
+    budgets: Budgets, num_requests: int, *, backend: Backend, num_steps: int = STEPS, **flags: Any
 ) -> Followed:
     """The same prompts, and each step begins as soon as it can."""
-    worker = load_worker(budgets, backend)
+    worker = load_worker(budgets, backend, **flags)
     rids = [f"r{index}" for index in range(num_requests)]
     for rid, prompt in zip(rids, PROMPTS, strict=False):
         logprobs = LogprobSpec(len(prompt), 0, None) if rid == rids[0] else None
@@ -155,18 +155,16 @@ def decode_plainly(
     )
 
 
-def load_worker(
-    budgets: Budgets, backend: Backend, *, expert_prefetch: str | None = None
-) -> LoadedWorker:
+def load_worker(budgets: Budgets, backend: Backend, **flags: Any) -> LoadedWorker:
     is_captured = backend != "disabled"
     worker = LoadedWorker(
         budgets.model_dir,
         budget=str(budgets.captured if is_captured else budgets.eager),
         host_memory="8MB" if backend == "full" else None,  # for all experts
-        expert_prefetch=expert_prefetch,
         before_loading=(lambda: capture_on_cpu(SIZES, backend)) if is_captured else None,
         dtype="float32",
         max_running_requests=MAX_RUNNING,
+        **flags,
     )
     if backend == "full":
         fill_host_memory(worker)

@@ -1,5 +1,7 @@
 """Decode steps that are one graph each, and page experts in without the host: see `captured_decoding`."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from captured_decoding import (
@@ -86,3 +88,15 @@ def test_a_step_that_begins_before_the_last_one_is_known_changes_no_bit(budgets:
         eager.memory.expert_hits + eager.memory.expert_misses
     )
     assert full.violations == []
+
+
+@pytest.mark.parametrize("budgets", ["qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("flags", [{"disable_overlap_schedule": True}, {"expert_prefetch": "on"}])
+def test_steps_of_whoever_wants_them_one_by_one_follow_none(
+    budgets: Budgets, flags: dict[str, Any]
+) -> None:
+    """SGLang's flag against overlap means this too; letters of prefetches are for one step."""
+    full = run_in_fork(decode_plainly, budgets, 2, backend="full", **flags)
+    assert full.tokens == run_in_fork(decode_plainly, budgets, 2, backend="disabled").tokens
+    assert full.num_followed == 0
+    assert full.memory.lent_steps == STEPS
