@@ -47,6 +47,11 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             load_seconds=host_ratio * self.load_seconds + (1 - host_ratio) * self.disk_seconds,
         )
 
+    def moving(self, share: float) -> "CostModel":
+        """With experts that take this share of their bytes on their way; decoding them is taken to be beside that."""
+        load, disk = share * self.load_seconds, share * self.disk_seconds
+        return msgspec.structs.replace(self, load_seconds=load, disk_seconds=disk)
+
 
 def assumed_speeds(device: str) -> Speeds:
     is_gpu = device != "cpu"

@@ -77,6 +77,9 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
 def plan_launch(asked: Question) -> LaunchPlan:
     """Fill in the server's own defaults where no flag is given. Raises ValueError for what the machine has not got."""
     check_graphs(asked.flags.graphs, on_gpu=asked.machine.has_gpu)
+    if asked.stored_bytes:
+        costs = asked.costs.moving(asked.stored_bytes / asked.shape.expert_bytes)
+        asked = msgspec.structs.replace(asked, costs=costs)
     options = fill_in(asked)
     config = plan_config(options, asked.machine, page_tokens=asked.flags.page_size)
     now = snapshot_of(asked, config.memory_budget_bytes, config.host_memory_bytes)
