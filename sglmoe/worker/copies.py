@@ -28,7 +28,7 @@ class ToHost:
         self._event: torch.cuda.Event | None = None
         self._host = values
         if values.device.type != "cpu":
-            self._host = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

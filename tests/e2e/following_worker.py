@@ -37,12 +37,28 @@ def run_following_worker(*arguments: Any) -> None:
     process.run_worker(*arguments)
 
 
+def scheduler_entry(config: Any, viewers: Any = None) -> Any:
+    """Of a scheduler with such workers."""
+    from sglmoe.start_up import ChildEntry
+
+    return ChildEntry(
+        "sglmoe.scheduler.process",
+        "run_scheduler",
+        config=config,
+        run_worker=ChildEntry("following_worker", "run_following_worker"),
+        viewers=viewers,
+    )
+
+
 def have_steps_follow() -> None:
     """To be called in the process of an engine, before it starts."""
     from sglmoe import engine
-    from sglmoe.start_up import ChildEntry
 
-    worker = ChildEntry("following_worker", "run_following_worker")
-    engine.scheduler_entry = lambda config: ChildEntry(
-        "sglmoe.scheduler.process", "run_scheduler", config=config, run_worker=worker
-    )
+    engine.scheduler_entry = scheduler_entry
+
+
+def serve_with_following_workers() -> None:
+    """To be called in the process of a server, before it starts."""
+    from sglmoe import preparation
+
+    preparation.scheduler_entry = scheduler_entry
