@@ -4,7 +4,8 @@
 
 By default Qwen3-30B-A3B's, whose 48 layers of 128 experts need not all be there to compare decode steps. A router's
 logits have a part that is the same for all tokens, of which `--skew` is the spread: 0 for experts that are used alike. Each
-token calls for another one, so that greedy answers wander through the vocabulary.
+token calls for another one, so that greedy answers wander through the vocabulary. `eval.random_model` makes small ones by
+transformers, in memory and in float32, which for these takes too long.
 """
 
 import argparse

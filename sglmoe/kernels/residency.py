@@ -22,8 +22,8 @@ class DeviceResidency(msgspec.Struct, frozen=True, eq=False):
     )  # [L, F], the lowest changes hands first: what each is worth, or when it was last used
     set_sizes: torch.Tensor  # [L]
     used_key: torch.Tensor  # [1], at least 0: the key of what this step uses; others are lower
-    # Routed experts that could not be made resident: the step's output means nothing then, and the host, which sets this to 0
-    # before a step, computes the step again in waves.
+    # Routed experts that could not be made resident: the step's output means nothing then. The host, which sets this to 0
+    # before a step, lends so many frames that there are none.
     shortfall: torch.Tensor  # [1]
 
     @classmethod

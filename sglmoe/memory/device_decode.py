@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 
 from sglmoe.memory.experts import Load, PackedCell
+from sglmoe.memory.small_copies import on_device
 from sglmoe.memory.staging import ALIGN_BYTES, NUM_STAGED, row_bytes
 from sglmoe.memory.store import ExpertStore, StoredPart
 
@@ -178,17 +179,11 @@ class DecodedFrames:
         if sources:
             self._decode(
                 memory,
-                device_index(sources, self._frames.device),
+                on_device(sources, self._frames.device),
                 self._arena.view(torch.int16),
-                device_index(targets, self._frames.device),
+                on_device(targets, self._frames.device),
                 num_values=parts[0].part.num_bytes // VALUE_BYTES,
             )
-
-
-def device_index(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int64, on its way behind what is queued: the host does not wait, and PyTorch keeps its page-locked memory until then."""
-    host = torch.tensor(numbers, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
 
 
 def pieces_of(runs: Sequence[Piece], start: int, stop: int) -> list[Piece]:

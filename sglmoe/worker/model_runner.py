@@ -22,9 +22,9 @@ from sglang.srt.runtime_context import get_model, get_serving
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
+from sglmoe.memory.small_copies import on_device, rows_on_device
 from sglmoe.protocol import RoutedExperts
 from sglmoe.worker.captured_steps import CapturedSteps
-from sglmoe.worker.copies import on_device, rows_on_device
 from sglmoe.worker.model_runner_graphs import FullGraphs
 from sglmoe.worker.model_runner_loading import Loaded
 from sglmoe.worker.model_runner_logprobs import PromptLogprobs, output_logprobs

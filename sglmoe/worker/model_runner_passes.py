@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import torch
 
+from sglmoe.memory.small_copies import ToHost
 from sglmoe.protocol import TokenLogprobs
 from sglmoe.worker.captured_steps import CapturedSteps
-from sglmoe.worker.copies import ToHost
 from sglmoe.worker.model_runner_logprobs import output_logprobs
 from sglmoe.worker.request import BatchRow
 from sglmoe.worker.sampling import SamplingGroup

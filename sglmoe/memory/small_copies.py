@@ -5,9 +5,11 @@ from typing import Any
 import torch
 
 
-def on_device(values: Any, device: str, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+def on_device(
+    values: Any, device: torch.device | str, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
     """A tensor of these numbers, on its way behind what is queued. PyTorch keeps its page-locked memory until it has come."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device != "cpu")
+    host = torch.tensor(values, dtype=dtype, pin_memory=torch.device(device).type != "cpu")
     return host.to(device, non_blocking=True)
 
 
