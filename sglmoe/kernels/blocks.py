@@ -5,7 +5,7 @@ and hands its GEMM one expert id a block. The GEMM takes that expert's matrix at
 frames and a view of the arena whose stride is a frame make it read frames: the same compiled code, the same sums, the same
 bits.
 
-The functions here translate the ids on the device. T tokens, k experts a token, B blocks, E experts.
+What is here translates the ids on the device. T tokens, k experts a token, B blocks, E experts.
 """
 
 import torch
@@ -13,27 +13,6 @@ import triton
 import triton.language as tl
 
 ABSENT = -1  # a block that SGLang's GEMM fills with zeros
-
-
-@triton.jit(do_not_specialize=["num_blocks", "num_experts"])
-def map_blocks_kernel(
-    expert_ids: tl.tensor,
-    num_padded: tl.tensor,
-    frame_table: tl.tensor,
-    frame_ids: tl.tensor,
-    num_blocks: tl.tensor,
-    num_experts: tl.tensor,
-    BLOCK_TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
-    """`frame_ids[b] = frame_table[expert_ids[b]]` for the blocks in use, ABSENT for the others."""
-    block = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    is_block = block < num_blocks
-    is_used = is_block & (block * BLOCK_TOKENS < tl.load(num_padded))
-    expert = tl.load(expert_ids + block, mask=is_used, other=-1)
-    is_expert = (expert >= 0) & (expert < num_experts)
-    frame = tl.load(frame_table + expert, mask=is_expert, other=-1)
-    tl.store(frame_ids + block, frame, mask=is_block)
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -71,33 +50,6 @@ def wave_blocks_kernel(
     tl.store(wave_padded, num_in_wave * BLOCK_TOKENS, mask=block == tl.num_programs(0) - 1)
 
 
-def map_blocks(
-    expert_ids: torch.Tensor,
-    num_padded: torch.Tensor,
-    frame_table: torch.Tensor,
-    block_tokens: int,
-) -> torch.Tensor:
-    """The frame of each block's expert: int32 `[B]`, to be given to SGLang's GEMM for `expert_ids`.
-
-    `expert_ids`: int32 `[B]`, of which the first `num_padded / block_tokens` are in use and the rest means nothing;
-    `num_padded`: int32 `[1]`; `frame_table`: int32 `[E]`, one layer's. A block whose expert is absent, or is none (a negative
-    id), is ABSENT. No host synchronisation; may be captured in a graph.
-    """
-    frame_ids = torch.empty_like(expert_ids)
-    chunk = 256  # arbitrary
-    map_blocks_kernel[(triton.cdiv(len(expert_ids), chunk),)](
-        expert_ids,
-        num_padded,
-        frame_table,
-        frame_ids,
-        len(expert_ids),
-        len(frame_table),
-        BLOCK_TOKENS=block_tokens,
-        CHUNK=chunk,
-    )
-    return frame_ids
-
-
 def wave_blocks(
     sorted_ids: torch.Tensor,
     expert_ids: torch.Tensor,
@@ -109,9 +61,11 @@ def wave_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Only the blocks whose expert is in `frame_table`, in their order: what SGLang's GEMM needs to compute one wave.
 
-    It would overwrite other waves' rows with zeros if it saw their blocks, so they are taken out. Arguments as in `map_blocks`;
-    `sorted_ids`: int32 `[P]`, P >= B * block_tokens - block_tokens + 1; `num_pairs` is `T * k`, the id of padding rows. Returns
-    sorted ids `[P]`, frames `[B]` and the number of rows in use `[1]`, int32; behind those, padding and ABSENT.
+    It would overwrite other waves' rows with zeros if it saw their blocks, so they are taken out.
+    `sorted_ids`: int32 `[P]`, P >= B * block_tokens - block_tokens + 1; `expert_ids`: int32 `[B]`, of which the first
+    `num_padded / block_tokens` are in use and the rest means nothing, as does a negative one; `num_padded`: int32 `[1]`;
+    `frame_table`: int32 `[E]`, one layer's; `num_pairs` is `T * k`, the id of padding rows. Returns sorted ids `[P]`,
+    frames `[B]` and the number of rows in use `[1]`, int32; behind those, padding and ABSENT. No host synchronisation.
     """
     num_blocks = len(expert_ids)
     rows = torch.full(

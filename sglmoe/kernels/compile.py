@@ -67,14 +67,6 @@ class Figures(msgspec.Struct, frozen=True):
 SPECIMENS = (
     *(
         Specimen(
-            blocks.map_blocks_kernel,
-            "*i32 *i32 *i32 *i32 i32 i32",
-            {"BLOCK_TOKENS": rows, "CHUNK": 256},
-        )
-        for rows in (16, 128)
-    ),
-    *(
-        Specimen(
             blocks.wave_blocks_kernel,
             "*i32 *i32 *i32 *i32 *i32 *i32 *i32 i32",
             {"BLOCK_TOKENS": rows, "CHUNK": 256},

@@ -11,13 +11,13 @@ from sglmoe.kernels.residency import DeviceResidency, PageIns
 ABSENT = -1
 
 
-def map_blocks(
+def frames_of_blocks(
     expert_ids: torch.Tensor,
     num_padded: torch.Tensor,
     frame_table: torch.Tensor,
     block_tokens: int,
 ) -> torch.Tensor:
-    """See `blocks.map_blocks`."""
+    """The frame of each block's expert: ABSENT of one that is absent or none, and of blocks that are not in use."""
     num_used = int(num_padded) // block_tokens
     frames = torch.full_like(expert_ids, ABSENT)
     for block in range(num_used):
@@ -37,7 +37,7 @@ def wave_blocks(
     num_pairs: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `blocks.wave_blocks`."""
-    frames = map_blocks(expert_ids, num_padded, frame_table, block_tokens)
+    frames = frames_of_blocks(expert_ids, num_padded, frame_table, block_tokens)
     mine = (frames != ABSENT).nonzero().flatten().tolist()
     wave_sorted = torch.full_like(sorted_ids, num_pairs)
     wave_frames = torch.full_like(expert_ids, ABSENT)

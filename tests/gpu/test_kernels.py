@@ -282,8 +282,9 @@ def test_frames_give_the_stock_layers_bits(num_tokens: int) -> None:
     weights, ids = layer.route(num_tokens)
 
     def place(placed: Blocks, block_tokens: int) -> Blocks:
-        rows, experts, padded = placed
-        return rows, blocks.map_blocks(experts, padded, table, block_tokens), padded
+        return blocks.wave_blocks(
+            *placed, frame_table=table, block_tokens=block_tokens, num_pairs=ids.numel()
+        )
 
     from_frames = layer.compute(weights, ids, place)
     assert torch.equal(from_frames, layer.compute(weights, ids))

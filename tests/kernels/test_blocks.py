@@ -18,17 +18,6 @@ def ints(*values: int) -> torch.Tensor:
 TABLE = ints(7, -1, 5, 0)
 
 
-def test_blocks_read_the_frames_of_their_experts() -> None:
-    # Five blocks in use of seven; what lies behind them is whatever memory held before.
-    ids = ints(0, 0, 2, 3, -1, 2, 10**9)
-    frames = blocks.map_blocks(ids, ints(20), TABLE, 4)
-    assert frames.tolist() == [7, 7, 5, 0, -1, -1, -1]
-
-
-def test_absent_experts_blocks_are_left_to_zeros() -> None:
-    assert blocks.map_blocks(ints(1, 2), ints(8), TABLE, 4).tolist() == [-1, 5]
-
-
 def test_a_wave_sees_its_own_blocks_only() -> None:
     # Expert 1 is not of this wave: the blocks behind it move up, and each keeps its rows.
     rows = torch.arange(16, dtype=torch.int32)
@@ -40,20 +29,27 @@ def test_a_wave_sees_its_own_blocks_only() -> None:
     assert padded.tolist() == [8]
 
 
+def test_what_lies_behind_the_blocks_in_use_is_not_read() -> None:
+    # Five of seven; no expert is -1, and expert 1 is absent.
+    rows, frames, padded = blocks.wave_blocks(
+        torch.arange(28, dtype=torch.int32),
+        ints(0, 0, 2, 3, -1, 2, 10**9),
+        ints(20),
+        frame_table=TABLE,
+        block_tokens=4,
+        num_pairs=99,
+    )
+    assert rows.tolist() == [*range(16), *(12 * [99])]
+    assert frames.tolist() == [7, 7, 5, 0, -1, -1, -1]
+    assert padded.tolist() == [16]
+
+
 @st.composite
 def tables(draw: st.DrawFn, num_experts: int) -> torch.Tensor:
     """Frames of some experts, beyond 16 bits too."""
     return ints(
         *draw(st.lists(st.integers(-1, 2**31 - 1), min_size=num_experts, max_size=num_experts))
     )
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), routed=routings())
-def test_any_routing_is_mapped_as_the_reference_does(data: st.DataObject, routed: Aligned) -> None:
-    table = data.draw(tables(routed.num_experts))
-    mapped = (routed.expert_ids, routed.num_padded, table, routed.block_tokens)
-    assert torch.equal(blocks.map_blocks(*mapped), reference.map_blocks(*mapped))
 
 
 @settings(max_examples=60, deadline=None)

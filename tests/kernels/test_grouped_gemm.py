@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vast import vast_bytes
 
-from sglmoe.kernels.blocks import map_blocks, wave_blocks
+from sglmoe.kernels.blocks import wave_blocks
+from sglmoe.kernels.reference import frames_of_blocks
 from sglmoe.memory.arena import plan_geometry
 from sglmoe.memory.expert_layout import W4A16, BlockFp8, Plain, plan_layout
 from sglmoe.worker.frame_views import FrameViews
@@ -85,7 +86,7 @@ class Layer:
 @given(routed=routings(max_tokens=5), seed=st.integers(0, 2**31))
 def test_frames_give_the_stock_layers_bits(routed: Aligned, seed: int) -> None:
     layer = Layer(routed, seed)
-    ids = map_blocks(routed.expert_ids, routed.num_padded, layer.table, routed.block_tokens)
+    ids = frames_of_blocks(routed.expert_ids, routed.num_padded, layer.table, routed.block_tokens)
     output = torch.zeros(routed.num_pairs, N, dtype=torch.bfloat16)
     blocks = (routed.sorted_ids, ids, routed.num_padded)
     gemm(layer.hidden, layer.frames, routed, blocks=blocks, output=output)
@@ -115,7 +116,7 @@ def test_an_absent_experts_rows_are_zeros_and_its_bytes_are_not_read() -> None:
     routed = align(torch.tensor([[0, 1], [1, 2]]), 16, 3)
     layer = Layer(routed, seed=0)
     layer.table[1] = -1
-    ids = map_blocks(routed.expert_ids, routed.num_padded, layer.table, 16)
+    ids = frames_of_blocks(routed.expert_ids, routed.num_padded, layer.table, 16)
     output = torch.full((4, N), 7, dtype=torch.bfloat16)
     blocks = (routed.sorted_ids, ids, routed.num_padded)
     gemm(layer.hidden, layer.frames, routed, blocks=blocks, output=output)
@@ -132,7 +133,7 @@ def test_frames_beyond_2_31_elements_are_read() -> None:
     frames = arena.as_strided((num_frames, N, K), (FRAME, K, 1))
     table = torch.tensor([num_frames - 1, 3], dtype=torch.int32)
     frames[table.long()] = layer.weights
-    ids = map_blocks(routed.expert_ids, routed.num_padded, table, 16)
+    ids = frames_of_blocks(routed.expert_ids, routed.num_padded, table, 16)
     output = torch.zeros(2, N, dtype=torch.bfloat16)
     gemm(
         layer.hidden,
